@@ -1,0 +1,18 @@
+"""Gradient-based hyperparameter optimization in JAX."""
+
+__version__ = "0.1.0"
+
+from hypergrad import linear as linear
+from hypergrad._problem import Problem as Problem
+from hypergrad._problem import compose as compose
+from hypergrad._data import minibatches as minibatches
+from hypergrad._data import stream as stream
+from hypergrad._solver import FailedHypergradientError as FailedHypergradientError
+from hypergrad._solver import Hypergradient as Hypergradient
+from hypergrad._solver import HypergradError as HypergradError
+from hypergrad._solver import Info as Info
+from hypergrad._solver import InputError as InputError
+from hypergrad._solver import InputTypeError as InputTypeError
+from hypergrad._solver import raise_if_failed as raise_if_failed
+from hypergrad._solver import Solver as Solver
+from hypergrad._solver import Status as Status

@@ -1,0 +1,150 @@
+"""Arithmetic on pytrees: what the solvers need and nothing more.
+
+Every inner product is written `sum(x * y)`, so that Krylov loops run unchanged on sharded arrays, and is accumulated in
+at least float32. Every other function keeps the dtype of each leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+PyTree: TypeAlias = Any
+
+
+def _accumulator(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _total(terms: list[Array]) -> Array:
+    if not terms:
+        return jnp.zeros((), jnp.float32)
+    dtype = jnp.result_type(*terms)
+    return sum((t.astype(dtype) for t in terms[1:]), start=terms[0].astype(dtype))
+
+
+def vdot(x: PyTree, y: PyTree) -> Array:
+    """Inner product of two pytrees of real arrays, a scalar."""
+    products = jax.tree.map(lambda a, b: jnp.sum(_accumulator(a) * _accumulator(b)), x, y)
+    return _total(jax.tree.leaves(products))
+
+
+def max_abs(x: PyTree) -> Array:
+    """Largest absolute entry, a scalar; 0 for a tree without entries."""
+    peaks = [jnp.max(jnp.abs(_accumulator(leaf))) for leaf in jax.tree.leaves(x) if leaf.size]
+    if not peaks:
+        return jnp.zeros((), jnp.float32)
+    dtype = jnp.result_type(*peaks)
+    return jnp.max(jnp.stack([p.astype(dtype) for p in peaks]))
+
+
+def norm(x: PyTree) -> Array:
+    """Euclidean norm, a scalar; scaled by the largest entry, so that 1e-30 neither under- nor overflows in float32."""
+    peak = max_abs(x)
+    safe = jnp.where(peak > 0, peak, 1)
+    return peak * jnp.sqrt(_total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2)
+                                   for a in jax.tree.leaves(x)]))
+
+
+def scale(a: ArrayLike, x: PyTree) -> PyTree:
+    """`a * x` for a scalar `a`, in the dtypes of `x`."""
+    return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
+
+
+def axpy(a: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
+    """`a * x + y` for a scalar `a`, in the dtypes of `y`."""
+    return jax.tree.map(lambda u, v: jnp.asarray(a).astype(v.dtype) * u.astype(v.dtype) + v, x, y)
+
+
+def add(x: PyTree, y: PyTree) -> PyTree:
+    """`x + y`, leaf by leaf."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def sub(x: PyTree, y: PyTree) -> PyTree:
+    """`x - y`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def where(condition: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
+    """`x` if the scalar `condition` holds, else `y`; typed keys and integers pass through as well."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def zeros_like(x: PyTree) -> PyTree:
+    """A pytree of zeros with the shapes and dtypes of `x`."""
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+def all_finite(x: PyTree) -> Array:
+    """Whether every floating-point entry is finite, a boolean scalar."""
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x) if is_float(leaf)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+
+
+def size(x: PyTree) -> int:
+    """Number of entries over all leaves, a Python integer."""
+    return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(x))
+
+
+def nbytes(x: PyTree) -> int:
+    """Bytes that the leaves occupy, a Python integer; works on abstract values."""
+    return sum(int(np.prod(jnp.shape(leaf))) * jnp.result_type(leaf).itemsize
+               for leaf in jax.tree.leaves(x) if not is_key(leaf))
+
+
+def dtype(x: PyTree) -> np.dtype:
+    """The widest floating dtype among the leaves, at least float32."""
+    leaves = [jnp.result_type(leaf) for leaf in jax.tree.leaves(x) if is_float(leaf)]
+    return np.dtype(jnp.result_type(jnp.float32, *leaves))
+
+
+def eps(x: PyTree) -> float:
+    """Machine epsilon of the *narrowest* floating dtype among the leaves: what the solution can be accurate to."""
+    return max((float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(x) if is_float(leaf)),
+               default=float(jnp.finfo(jnp.float32).eps))
+
+
+def rademacher_like(key: Array, x: PyTree) -> PyTree:
+    """Independent signs ±1 with the shapes and dtypes of `x`."""
+    leaves, treedef = jax.tree.flatten(x)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten([jax.random.rademacher(k, leaf.shape, leaf.dtype)
+                              for k, leaf in zip(keys, leaves, strict=False)])
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key array."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is real floating point."""
+    return not is_key(leaf) and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+
+def partition(x: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
+    """Split off the floating-point leaves.
+
+    Returns the list of floating leaves and a function that puts (new) ones back among the untouched other leaves
+    (step counters, keys), so that AD only ever sees what it can differentiate.
+    """
+    leaves, treedef = jax.tree.flatten(x)
+    mask = [is_float(leaf) for leaf in leaves]
+
+    def combine(floats: list[Array]) -> PyTree:
+        fresh = iter(floats)
+        return treedef.unflatten([next(fresh) if m else leaf for m, leaf in zip(mask, leaves, strict=True)])
+
+    return [leaf for m, leaf in zip(mask, leaves, strict=True) if m], combine
+
+
+def keystr(path: Any) -> str:
+    """A tree path as the user would write it, `['layer']['w']`; '' becomes 'the tree itself'."""
+    return jax.tree_util.keystr(path)

@@ -1,0 +1,1 @@
+"""How parameters are found: each function returns an `Inner`."""

@@ -1,0 +1,81 @@
+"""What an inner solver is: how parameters follow from hyperparameters.
+
+`hg.inner.gradient(...)` and its siblings return an `Inner`. `solve` is used by `hg.implicit`, which differentiates the
+solution; `step` by `hg.unrolled`, which differentiates the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad._problem import Objective
+from hypergrad._tree import PyTree
+
+
+class InnerResult(NamedTuple):
+    """What an inner solve returns.
+
+    Attributes:
+        params: pytree like the starting parameters.
+        state: the inner optimizer's state, for the next call.
+        model_state: the model's state, for the next call.
+        residual: norm of F at a recent iterate, in the units of F (divide by `scale` for the relative one).
+        steps: int32.
+        status: int32, see `hg.Status`.
+    """
+
+    params: PyTree
+    state: PyTree
+    model_state: PyTree
+    residual: Array
+    steps: Array
+    status: Array
+
+
+class SolveFn(Protocol):
+    """`solve(objective, params, state, hparams, model_state, *, scale, options) -> InnerResult`.
+
+    `scale` is a positive scalar: the natural size of F on this problem. A solve to tolerance stops at ‖F‖ ≤ tol · scale.
+    """
+
+    def __call__(self, objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
+                 scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
+        ...
+
+
+class Inner(NamedTuple):
+    """How parameters are found. Made by `hg.inner.lbfgs` and its siblings.
+
+    Attributes:
+        init: `(params, hparams) -> state` of the inner optimizer.
+        solve: see `SolveFn`.
+        options: numbers that may change from call to call without recompiling (`tol`, `max_steps`).
+        claims: whether the solve is to a tolerance, so that a miss is a status.
+        symmetric: whether F is the gradient of a loss, so that its Jacobian is symmetric.
+        residual: `(objective, params, hparams) -> F`, a pytree like the parameters; zero at the solution.
+        steps: number of steps to unroll, a Python integer; None for solvers that cannot be unrolled.
+        update: `(grads, params, state, hparams) -> (params, state)`, one differentiable optimizer step for a given gradient;
+            None unless a step is one.
+        move: `(objective, params, state, hparams, step) -> (params, state)`, one differentiable step of a map; None unless a
+            step is one. Exactly one of `update` and `move` is given where `steps` is.
+    """
+
+    init: Callable[[PyTree, PyTree], PyTree]
+    solve: SolveFn
+    options: Mapping[str, ArrayLike]
+    claims: bool
+    symmetric: bool
+    residual: Callable[[Objective, PyTree, PyTree], PyTree]
+    steps: int | None = None
+    update: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
+    move: Callable[[Objective, PyTree, PyTree, PyTree, Any], tuple[PyTree, PyTree]] | None = None
+
+
+def gradient_residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
+    """F = ∂_w h, for every solver that minimises the inner loss."""
+    return jax.grad(objective.fixed)(params, hparams)
