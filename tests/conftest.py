@@ -1,0 +1,45 @@
+"""Precision, devices and strictness, set before JAX starts.
+
+`HYPERGRAD_X64=0 pytest` runs the suite in float32, where users live; the default is float64, where theorems hold to
+rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+X64 = os.environ.get("HYPERGRAD_X64", "1") not in ("0", "false", "False")
+DEVICES = 8  # virtual: what sharding tests see, on any machine
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402
+
+jax.config.update("jax_enable_x64", X64)
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A result never depends on what an earlier run left in a cache folder.
+jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture(scope="session")
+def x64() -> bool:
+    """Whether this run is in float64."""
+    return X64
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """The fixed key of a test; split it."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """Eight virtual CPU devices."""
+    found = jax.devices("cpu")
+    if len(found) < DEVICES:
+        pytest.skip(f"needs {DEVICES} CPU devices, found {len(found)}")
+    return found[:DEVICES]
