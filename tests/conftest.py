@@ -14,8 +14,8 @@ DEVICES = 8  # virtual: what sharding tests see, on any machine
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import jax  # noqa: E402  (after the environment is set)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_enable_x64", X64)
 jax.config.update("jax_num_cpu_devices", DEVICES)
