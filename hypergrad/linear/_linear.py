@@ -100,11 +100,3 @@ def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None =
         steps=result.steps,
         status=jnp.where(zero, 0, result.status),
         inverse=result.inverse)
-
-
-def default_tol(tol: ArrayLike | None, like: PyTree) -> Array:
-    """A traced tolerance; None stands for what the precision supports: 1e-6 in float32, 1e-10 in float64."""
-    dtype = _tree.dtype(like)
-    if tol is None:
-        tol = 1e-10 if _tree.eps(like) < 1e-12 else (1e-6 if _tree.eps(like) < 1e-5 else 1e-2)
-    return jnp.asarray(tol).astype(dtype)

@@ -23,9 +23,10 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import default_tol
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner, default_tol
+from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner
 from hypergrad.linear.precondition import jacobi
 
 _MAX_STEPS = 1000
@@ -51,7 +52,7 @@ def cg(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *,
     Args:
         tol: relative tolerance on the residual (dimensionless). With it, or with neither argument, the solver claims
             convergence and a miss is a status; None then means 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most steps; alone, without `tol`, a fixed budget that claims nothing. Default 1000.
+        max_steps: most products with A; alone, without `tol`, a fixed budget that claims nothing. Default 1000.
         preconditioner: `hg.linear.jacobi()`, `hg.linear.precondition(fn)` or None. The default is Jacobi from 8
             Hutchinson probes when convergence is claimed, and none on a fixed budget.
 
@@ -94,7 +95,7 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
                    jnp.int32(Status.OK))
 
     def proceed(c: _Carry) -> Array:
-        return (c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
+        return (steps + c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
 
     def step(c: _Carry) -> _Carry:
         ap = matvec(c.p)

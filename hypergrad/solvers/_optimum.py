@@ -1,0 +1,112 @@
+"""Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
+
+The natural size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · w‖: how much F changes when the parameters are
+scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled, needs no memory
+of how training began, and on a quadratic it equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest
+residual seen lately takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._curvature import System, loss_system, map_system
+from hypergrad._options import default_tol
+from hypergrad._problem import Objective
+from hypergrad._solver import Status
+from hypergrad._tree import PyTree
+from hypergrad.inner._inner import Inner
+from hypergrad.inner.newton import polish
+from hypergrad.linear._linear import Matvec, Preconditioner
+
+_FORGET = 0.1  # a scale that is no longer seen loses a digit a call
+_ROUNDING = 64  # residuals within this many units of rounding cannot be told from zero
+
+
+class Optimum(NamedTuple):
+    """Where an inner solve ended.
+
+    Attributes:
+        params, inner_state, model_state: for the next call.
+        system: F linearized at `params`.
+        precondition: `v -> M⁻¹ v` for the system, or None.
+        residual: ‖F‖ / scale (dimensionless).
+        scale: natural size of F, for the next call.
+        steps: int32.
+        status: int32.
+    """
+
+    params: PyTree
+    inner_state: PyTree
+    model_state: PyTree
+    system: System
+    precondition: Matvec | None
+    residual: Array
+    scale: Array
+    steps: Array
+    status: Array
+
+
+def linearize(inner: Inner, objective: Objective, params: PyTree, hparams: PyTree) -> System:
+    """The inner solver's optimality condition at one point."""
+    if inner.symmetric:
+        return loss_system(objective.fixed, params, hparams)
+    return map_system(lambda w, h: inner.residual(objective, w, h), params, hparams)
+
+
+def entry_scale(system: System, params: PyTree) -> Array:
+    """Natural size of F at a point nothing is known about yet: the larger of ‖F‖ and ‖∂_w F · w‖, never zero."""
+    size = jnp.maximum(_tree.norm(system.residual), _tree.norm(system.matvec(params)))
+    return jnp.where(size > 0, size, 1)
+
+
+def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state: PyTree, model_state: PyTree,
+                 hparams: PyTree, *, scale: Array, options: Mapping[str, ArrayLike], polish_steps: int,
+                 preconditioner: Preconditioner | None, key: Array) -> Optimum:
+    """Solve the inner problem from `params`, polish, and linearize where it ended.
+
+    With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares the
+    residual. `scale` is 0 at the very first call.
+    """
+    fresh = lambda: entry_scale(linearize(inner, objective, params, hparams), params).astype(scale.dtype)  # noqa: E731
+    scale = jax.lax.cond(scale > 0, lambda: scale, fresh) if inner.claims else scale
+    tol = default_tol(options.get("tol"), params)
+    handover = jnp.maximum(tol, jnp.sqrt(tol)) if polish_steps else tol
+    solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
+    result = inner.solve(objective, params, inner_state, hparams, model_state,
+                         scale=jnp.where(scale > 0, scale, 1), options=solve_options)
+    safe = _tree.all_finite(result.params)
+    solution = _tree.where(safe, result.params, params)
+    steps = result.steps
+    system = linearize(inner, objective, solution, hparams)
+    precondition = None if preconditioner is None else preconditioner(system.matvec, solution, hparams, key)
+    if polish_steps:
+        solution, polished = polish(objective.fixed, solution, hparams, system, precondition,
+                                    target=tol * scale, max_steps=polish_steps)
+        steps = steps + polished
+        system = linearize(inner, objective, solution, hparams)
+    if not inner.claims:
+        size = jnp.maximum(scale, result.residual.astype(scale.dtype))
+        residual = result.residual / jnp.where(size > 0, size, 1)
+        return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status)
+    norm = _tree.norm(system.residual)
+    size = jnp.maximum(jnp.maximum(_tree.norm(system.matvec(solution)), norm), _FORGET * scale).astype(scale.dtype)
+    residual = norm / jnp.where(size > 0, size, 1)
+    status = _verdict(result.status, residual, tol, _tree.eps(params))
+    return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, status)
+
+
+def _verdict(status: Array, residual: Array, tol: Array, eps: float) -> Array:
+    """What the residual at the end says: meeting the tolerance settles it, whatever the solver thought on the way."""
+    met = residual <= tol
+    hard = (status == int(Status.NONFINITE_LOSS)) | (status == int(Status.NONFINITE_GRAD)) | (status == int(Status.INNER_DIVERGED))
+    missed = jnp.where(residual <= _ROUNDING * eps, int(Status.PRECISION_LIMITED),
+                       jnp.where(status == int(Status.OK), int(Status.INNER_STALLED), status))
+    return jnp.where(hard, status, jnp.where(met, int(Status.OK), missed)).astype(jnp.int32)

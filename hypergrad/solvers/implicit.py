@@ -1,0 +1,223 @@
+r"""Implicit hypergradient: differentiate the optimum, not the path to it.
+
+    g = ∂_λ f − (∂²_{λw} h) v,   (∂²_{ww} h) v = ∂_w f,   at w ≈ w*(λ)
+
+and for a fixed point w = Φ(w, λ) the same with F = w − Φ in place of ∂_w h.
+
+Source: Bengio 2000, "Gradient-based optimization of hyperparameters"; Pedregosa 2016, arXiv:1602.02355; Lorraine, Vicol &
+Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` on a fixed budget).
+Differs: w, the optimizer's state and v are carried to the next call as its starting points; the inner solution is
+polished by a Newton step with the preconditioner of the adjoint system; both residuals are measured where the hypergradient
+is taken, and turned into an estimate of its error.
+Cost: the inner solve, a few products with ∂²h (an eighth of a gradient each above the probes), three gradients. Memory O(|w|),
+times eight for the probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
+from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
+from hypergrad._data import warn_small_batch
+from hypergrad._options import as_options, default_tol
+from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
+from hypergrad._tree import PyTree
+from hypergrad.inner._inner import Inner
+from hypergrad.inner.lbfgs import lbfgs
+from hypergrad.linear._linear import Linear, LinearResult
+from hypergrad.linear._linear import solve as solve_linear
+from hypergrad.linear.cg import cg
+from hypergrad.linear.gmres import gmres
+from hypergrad.solvers._optimum import find_optimum
+
+_SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
+
+
+class ImplicitState(NamedTuple):
+    """What the next call starts from.
+
+    Attributes:
+        params: inner solution. pytree like the parameters.
+        inner_state: state of the inner optimizer.
+        model_state: state of the model (batch-norm statistics), or None.
+        adjoint: v, a pytree like the parameters; zeros before the first call.
+        start: where every call starts without `warm_start`, else None.
+        scale: natural size of the inner residual, scalar; 0 before the first call.
+        options: `{"inner": ..., "linear": ..., "damping": ...}`, scalars that may be replaced between calls without recompiling.
+    """
+
+    params: PyTree
+    inner_state: PyTree
+    model_state: PyTree
+    adjoint: PyTree
+    start: PyTree
+    scale: Array
+    options: dict[str, Any]
+
+
+@suggest_names
+def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | None = None, polish: int | None = None,
+             curvature: str = "hessian", damping: ArrayLike | None = None, warm_start: bool = True) -> Solver:
+    """Hypergradients by the implicit function theorem: memory and cost do not grow with the length of training.
+
+    Only hyperparameters that move the *optimum* of the inner loss have an implicit hypergradient. Learning rates and
+    initialisations do not; `hg.unrolled` sees them.
+
+    Args:
+        problem: the two losses.
+        inner: how parameters are found. Default `hg.inner.lbfgs()`.
+        linear: how the adjoint system is solved. Default `hg.linear.cg()` (`gmres()` for a fixed-point inner solver, whose
+            system is not symmetric).
+        polish: most Newton-CG steps on the inner solution. Default 2 (the second only where one did not suffice) for inner
+            solvers that minimise a loss to a tolerance, else 0.
+        curvature: `"hessian"`, or `"gauss_newton"` for an inner loss made by `hg.compose`, which stays positive definite on
+            networks.
+        damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless). Biases the
+            hypergradient; `hg.check` says by how much.
+        warm_start: start each call from the parameters and adjoint of the last one.
+
+    Returns:
+        A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part that came through the solution.
+
+    Raises:
+        InputError: for an unknown or contradictory option.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
+    >>> x, y = jnp.eye(3), jnp.arange(3.0)
+    >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((x @ w - y)**2) + l2 * jnp.sum(w**2),
+    ...                      lambda w, l2, batch: jnp.sum((x @ w - 0.5 * y)**2))
+    >>> solver = hg.implicit(problem)
+    >>> state = solver.init(jnp.zeros(3), 0.5)
+    >>> out, state = jax.jit(solver.hypergrad)(state, 0.5)
+    >>> print(f"{out.grad:.4f}")  # w = y / 1.5, dw/dl2 = -w / 1.5
+    -0.7407
+    """
+    check_options("implicit", polish=polish, damping=damping)
+    check_choice("implicit", "curvature", curvature, ("hessian", "gauss_newton"))
+    chosen = inner if inner is not None else lbfgs()
+    method = linear if linear is not None else (cg() if chosen.symmetric else gmres())
+    if method.symmetric and not chosen.symmetric:
+        raise InputError("implicit: linear=hg.linear.cg needs a symmetric operator, and that of hg.inner.fixed_point is not: "
+                         "use hg.linear.gmres() or hg.linear.neumann().")
+    if not chosen.symmetric and (polish or curvature != "hessian"):
+        raise InputError("implicit: polish and curvature='gauss_newton' need an inner loss; leave them out with hg.inner.fixed_point.")
+    polish_steps = int((2 if chosen.claims and chosen.symmetric else 0) if polish is None else polish)
+    if polish_steps and not chosen.claims:
+        raise InputError("implicit: polish works towards the tolerance of the inner solver, which has none: "
+                         "give hg.inner.gradient a tol=, or leave polish out.")
+
+    def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> ImplicitState:
+        del key
+        params, hparams = check_params(params), check_hparams(hparams)
+        options = {"inner": as_options(chosen.options, params), "linear": as_options(method.options, params)}
+        if damping is not None:
+            options["damping"] = jnp.asarray(damping, _tree.dtype(params))
+        return ImplicitState(params, chosen.init(params, hparams), model_state, _tree.zeros_like(params),
+                             None if warm_start else params, jnp.zeros((), _tree.dtype(params)), options)
+
+    def hypergrad(state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
+                  key: Array | None = None) -> tuple[Hypergradient, ImplicitState]:
+        hparams = check_hparams(hparams)
+        check_data("train", train)
+        check_data("valid", valid)
+        warn_small_batch(train, _tree.size(state.params))
+        inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
+        # The probes only steer the preconditioner; any fixed signs serve where the problem itself needs no key.
+        probe_key = jax.random.key(0) if probe_key is None else probe_key
+        objective = bind_inner(problem, train, inner_key, state.model_state)
+        begin = state.params if warm_start else state.start
+        optimum = find_optimum(chosen, objective, begin, state.inner_state, state.model_state, hparams, scale=state.scale,
+                               options=state.options["inner"], polish_steps=polish_steps,
+                               preconditioner=method.preconditioner, key=probe_key)
+        params, system = optimum.params, optimum.system
+        if curvature == "gauss_newton":
+            product = gauss_newton(objective, params, hparams)
+            system = system._replace(matvec=product, both=lambda v: (product(v), optimum.system.cross(v)))
+        shift = jnp.zeros((), _tree.dtype(params))
+        if damping is not None:
+            shift = state.options["damping"] * rms_eigenvalue(system.matvec, params, probe_key)
+        operator = damped(system.matvec, shift) if damping is not None else system.matvec
+
+        outer = bind_outer(problem, valid, outer_key, optimum.model_state)
+        (value, metrics), (rhs, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hparams)
+        tol = state.options["linear"].get("tol")
+        # Recursions lose a little to rounding: aiming at half the tolerance lets the true residual meet it.
+        aim = {"tol": tol / 2} if method.claims else {}
+        result = solve_linear(method, operator, rhs, start=state.adjoint if warm_start else None,
+                              precondition=optimum.precondition, options=state.options["linear"] | aim, key=probe_key)
+        if method.claims:
+            product, indirect = system.both(result.solution)
+            gap = _tree.sub(rhs, _tree.axpy(shift, result.solution, product))
+            residual = _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)
+            change = _first_order_error(outer, params, hparams, system, gap, result)
+        else:
+            indirect, residual, change = system.cross(result.solution), result.residual, None
+        grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
+        error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, result)
+
+        unmet = residual > tol if method.claims else jnp.asarray(False)
+        finite_grad = _tree.all_finite(grad) & _tree.all_finite(rhs)
+        hard = first_failure(code(~jnp.isfinite(value), Status.NONFINITE_LOSS), _hard(optimum.status), _hard(result.status),
+                             code(~finite_grad, Status.NONFINITE_GRAD))
+        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0)
+        status = first_failure(hard, optimum.status, result.status, code(unmet, Status.PRECISION_LIMITED),
+                               code(silent, Status.INSENSITIVE))
+        info = Info(status=status, inner_residual=optimum.residual, linear_residual=residual, inner_steps=optimum.steps,
+                    linear_steps=result.steps, error_estimate=error,
+                    extra={"damping": shift, "indirect_norm": _tree.norm(indirect)})
+        usable = status <= int(Status.INSENSITIVE)
+        adjoint = _tree.where(usable, result.solution, _tree.zeros_like(rhs))
+        state = state._replace(
+            params=params, inner_state=_tree.where(_tree.all_finite(optimum.inner_state), optimum.inner_state, state.inner_state),
+            model_state=optimum.model_state, adjoint=adjoint,
+            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale))
+        return Hypergradient(value, grad, info, metrics), state
+
+    def response(state: ImplicitState, hparams: PyTree) -> PyTree:
+        del hparams
+        return state.params
+
+    return Solver(init, hypergrad, response)
+
+
+def _hard(status: Array) -> Array:
+    """The status, unless it is one that leaves the hypergradient usable."""
+    return jnp.where(status > int(Status.INSENSITIVE), status, int(Status.OK)).astype(jnp.int32)
+
+
+def _first_order_error(outer: Callable[..., tuple[Array, Any]], params: PyTree, hparams: PyTree, system: System, gap: PyTree,
+                       result: LinearResult) -> PyTree:
+    """How much the hypergradient would move if both systems were solved exactly, to first order; a pytree like `hparams`.
+
+    With δw ≈ A⁻¹F the step to the optimum, ∂_w f and ∂_λ f move by their derivatives along −δw, and v by A⁻¹(gap − ∂²f δw).
+    The change of A and of the cross product along δw is left out: it is of third order in the loss.
+    """
+    step = result.inverse(system.residual)
+    _, (rhs_change, direct_change) = jax.jvp(
+        lambda w: jax.grad(outer, argnums=(0, 1), has_aux=True)(w, hparams)[0], (params,), (step,))
+    adjoint_change = result.inverse(_tree.sub(gap, rhs_change))
+    return jax.tree.map(jnp.add, direct_change, system.cross(adjoint_change))
+
+
+def _error_estimate(grad: PyTree, indirect: PyTree, change: PyTree | None, linear_residual: Array, inner_residual: Array,
+                    params: PyTree, system: System, result: LinearResult) -> Array:
+    """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless); inf where nothing is known."""
+    size = _tree.norm(grad)
+    safe = jnp.where(size > 0, size, 1)
+    through = _tree.norm(indirect) / safe
+    if change is None:
+        estimate = _SAFETY * through * (linear_residual + inner_residual)
+    else:
+        length = _tree.norm(params)
+        moved = _tree.norm(result.inverse(system.residual)) / jnp.where(length > 0, length, 1)
+        estimate = _SAFETY * (_tree.norm(change) / safe + moved * through) + _tree.eps(params)
+    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
