@@ -18,7 +18,7 @@ LEVELS = (
     ("_tree",),
     ("_solver",),
     ("_checks", "_data"),
-    ("_options", "_problem"),
+    ("_labels", "_options", "_problem", "_sensitivity"),
     ("_curvature",),
     ("linear",),
     ("inner", "domains", "responses"),
