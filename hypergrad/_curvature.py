@@ -43,6 +43,12 @@ class System(NamedTuple):
     both: Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
+def joint_product(loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, hparams: PyTree,
+                  v: PyTree) -> tuple[PyTree, PyTree]:
+    """`(∂²_{ww} h v, ∂²_{λw} h v)` in one pass, forward over reverse."""
+    return jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]
+
+
 def loss_system(loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, hparams: PyTree) -> System:
     """The system of a loss: F = ∂_w h, whose Jacobian is the Hessian."""
     residual, matvec = jax.linearize(lambda w: jax.grad(loss)(w, hparams), params)
@@ -51,7 +57,7 @@ def loss_system(loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, hpa
         return jax.jvp(lambda w: jax.grad(loss, argnums=1)(w, hparams), (params,), (v,))[1]
 
     def both(v: PyTree) -> tuple[PyTree, PyTree]:
-        return jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]
+        return joint_product(loss, params, hparams, v)
 
     return System(residual, matvec, cross, both)
 
