@@ -1,15 +1,15 @@
 r"""Which hyperparameters can move what: read from the program itself, before anything is compiled.
 
-    influence(λᵢ → y)  ⇔  some chain of operations leads from λᵢ to y        (the value depends on it)
-    and differentiably  ⇔  one such chain avoids rounding, comparisons and stop_gradient     (the derivative can be non-zero)
+    λᵢ moves y           ⇔  some chain of operations leads from λᵢ to y
+    ∂y/∂λᵢ can be ≠ 0    ⇔  one such chain avoids rounding, comparisons and stop_gradient
 
-A hyperparameter that is not on any chain to what a solver differentiates has a hypergradient of exactly zero: correct, and
-almost never what was meant. Peers return that zero in silence (a learning rate under implicit differentiation, a
-misspelt key); FAR-HO (Franceschi et al. 2017, arXiv:1703.01785) refuses it, and so does this.
+A hyperparameter on no chain to what a solver differentiates has a hypergradient of exactly zero: correct, and almost
+never what was meant (a learning rate under implicit differentiation, a misspelt key). FAR-HO refuses it (Franceschi et
+al. 2017, arXiv:1703.01785, in its code), and so does this.
 
-Method: a forward walk over the jaxpr with two bits a leaf. It knows control flow and nested functions, and counts an operation
-that it does not know as influence: a `True` may be wrong, a `False` is not. Since the walk is over the *gradient* with respect
-to the parameters, a term h(λ) added to the training loss does not count.
+Method: a forward walk over the jaxpr with two bits a leaf. It knows control flow and nested functions, and counts an
+operation that it does not know as a chain: a `True` may be wrong, a `False` is not. Since the walk is over the
+*gradient* with respect to the parameters, a term h(λ) added to the training loss does not count.
 Cost: one trace of a gradient and of the outer loss; nothing is run.
 """
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
 
-# Their derivative is zero wherever it exists. Comparisons and conversions to integers need no entry: their results are no floats.
+# Their derivative is zero wherever it exists. Comparisons, conversions to integers need no entry: no float comes out.
 _FLAT = frozenset({"floor", "ceil", "round", "sign", "stop_gradient", "nextafter"})
 # A rule of its own may give a derivative that the primal computation does not show (a straight-through estimator).
 _OWN_RULE = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"})
@@ -87,6 +87,7 @@ def influence(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[st
 def influences(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[str, bool]:
     """Whether the derivative of `fn(tree, *args)` with respect to each leaf of `tree` can be other than zero, by path.
 
+    >>> import jax
     >>> from hypergrad._sensitivity import influences
     >>> influences(lambda h: h["a"] ** 2 + jax.lax.stop_gradient(h["b"]), {"a": 1.0, "b": 2.0, "c": 3.0})
     {"['a']": True, "['b']": False, "['c']": False}
@@ -125,13 +126,15 @@ def check_implicit_sensitivity(residual: Callable[[PyTree, PyTree], PyTree],
     path = influence(lambda h: update(params, params, inner_state, h), hparams) if update is not None else {}
     for leaf in silent:
         if path.get(leaf, Influence(False, False)).value:
-            raise InputError(f"{solver_name}: hparams{leaf} does not move the inner optimum, only the path to it, so its hypergradient "
-                             "is zero here: use hg.unrolled, which differentiates the path, or keep it out of hparams.")
+            raise InputError(
+                f"{solver_name}: hparams{leaf} does not move the inner optimum, only the path to it, so its "
+                "hypergradient is zero here: use hg.unrolled, which differentiates the path, or keep it out of hparams.")
     _warn(silent, found, hparams, solver_name)
 
 
-def check_unrolled_sensitivity(step: Callable[[PyTree, PyTree, PyTree], PyTree], outer: Callable[[PyTree, PyTree], Any],
-                               params: PyTree, inner_state: PyTree, hparams: PyTree, solver_name: str = "hg.unrolled") -> None:
+def check_unrolled_sensitivity(step: Callable[[PyTree, PyTree, PyTree], PyTree],
+                               outer: Callable[[PyTree, PyTree], Any], params: PyTree, inner_state: PyTree,
+                               hparams: PyTree, solver_name: str = "hg.unrolled") -> None:
     """Name the hyperparameters that a solver which differentiates the *path* cannot see.
 
     Args:
@@ -145,7 +148,8 @@ def check_unrolled_sensitivity(step: Callable[[PyTree, PyTree, PyTree], PyTree],
     Warns:
         UserWarning: for a hyperparameter that nothing uses, or only where derivatives are zero.
     """
-    found = [influence(lambda h: step(params, inner_state, h), hparams), influence(lambda h: _loss(outer(params, h)), hparams)]
+    found = [influence(lambda h: step(params, inner_state, h), hparams),
+             influence(lambda h: _loss(outer(params, h)), hparams)]
     silent = _silent(found, hparams)
     if silent:
         _warn(silent, found, hparams, solver_name)
@@ -166,18 +170,20 @@ def _warn(silent: list[str], found: Sequence[dict[str, Influence]], hparams: PyT
     keys = ", ".join(f"hparams{keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
     for leaf in silent:
         if any(f[leaf].value for f in found):
-            message = (f"{solver_name}: hparams{leaf} is used only through rounding, comparisons or stop_gradient, whose derivative is "
-                       "zero, so its hypergradient is zero: use a smooth stand-in, or keep it out of hparams.")
+            message = (f"{solver_name}: hparams{leaf} is used only through rounding, comparisons or stop_gradient, "
+                       "whose derivative is zero, so its hypergradient is zero: use a smooth stand-in, or keep it out "
+                       "of hparams.")
         else:
-            message = (f"{solver_name}: hparams{leaf} is used neither by inner_loss where it could move the parameters nor by "
-                       f"outer_loss, so its hypergradient is zero: a misspelt key? The hyperparameters are {keys}.")
-        warnings.warn(message, UserWarning, stacklevel=_caller_level())
+            message = (f"{solver_name}: hparams{leaf} is used neither by inner_loss where it could move the parameters "
+                       f"nor by outer_loss, so its hypergradient is zero: a misspelt key? The hyperparameters are {keys}.")
+        warnings.warn(message, UserWarning, stacklevel=caller_level())
 
 
-def _caller_level() -> int:
-    """The stack level, as seen from the function that calls this, of the first frame outside this library and JAX."""
+def caller_level() -> int:
+    """Stack level, for a warning of the function that calls this, of the first frame outside this library and JAX."""
+    inside = ("hypergrad", "jax", "functools", "contextlib")
     level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("hypergrad", "jax", "functools", "contextlib"):
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     return level
 

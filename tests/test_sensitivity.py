@@ -146,8 +146,8 @@ def solve_like(loss, outer, optimizer=None):
 
     def run(h):
         state = optimizer(h).init(W) if optimizer is not None else None
-        check_implicit_sensitivity(lambda w, h: jax.grad(loss)(w, h), outer, None if optimizer is None else update, W, state, h,
-                                   "hg.implicit")
+        check_implicit_sensitivity(lambda w, h: jax.grad(loss)(w, h), outer, None if optimizer is None else update, W,
+                                   state, h, "hg.implicit")
     return run
 
 
@@ -162,7 +162,8 @@ def test_a_learning_rate_under_implicit_is_an_error_that_names_the_solver_that_s
 
 
 def test_a_learning_rate_that_the_outer_loss_uses_is_no_error():
-    run = solve_like(lambda w, h: h["l2"] * jnp.sum(w**2), lambda w, h: jnp.sum(w) + h["lr"], lambda h: optax.adam(h["lr"]))
+    run = solve_like(lambda w, h: h["l2"] * jnp.sum(w**2), lambda w, h: jnp.sum(w) + h["lr"],
+                     lambda h: optax.adam(h["lr"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run({"l2": jnp.asarray(0.3), "lr": jnp.asarray(0.1)})
@@ -170,7 +171,8 @@ def test_a_learning_rate_that_the_outer_loss_uses_is_no_error():
 
 def test_an_unused_key_is_a_warning_that_lists_the_keys():
     run = solve_like(lambda w, h: h["a"] * jnp.sum(w**2), outer_loss)
-    with pytest.warns(UserWarning, match=r"hparams\['b'\] is used neither.*misspelt.*hparams\['a'\], hparams\['b'\]") as caught:
+    pattern = r"hparams\['b'\] is used neither.*misspelt.*hparams\['a'\], hparams\['b'\]"
+    with pytest.warns(UserWarning, match=pattern) as caught:
         run(H)
     assert caught[0].filename == __file__
 
@@ -212,11 +214,11 @@ def test_the_walk_finds_everything_that_a_random_program_uses():
     binary = [jnp.add, jnp.multiply, lambda x, y: jnp.where(x > y, x, 2 * y),
               lambda x, y: jax.lax.fori_loop(0, 2, lambda i, c: (c[1], c[0] * 0.5), (x, y))[0]]
     for _ in range(8):
-        plan = rng.integers(0, [len(unary), len(binary), 4, 4], size=(6, 4))
+        plan = rng.integers(0, [len(unary), len(binary), 4], size=(6, 3))
 
         def program(h, plan=plan):
             values = [h[k] for k in sorted(h)]
-            for u, b, i, j in plan:
+            for u, b, i in plan:
                 values.append(binary[b](unary[u](values[i]), values[-1]))
                 values = values[-4:]
             return values[-1]
