@@ -128,7 +128,7 @@ def check_implicit_sensitivity(residual: Callable[[PyTree, PyTree], PyTree],
         if path.get(leaf, Influence(False, False)).value:
             raise InputError(
                 f"{solver_name}: hparams{leaf} does not move the inner optimum, only the path to it, so its "
-                "hypergradient is zero here: use hg.unrolled, which differentiates the path, or keep it out of hparams.")
+                "hypergradient is zero: use hg.unrolled, which differentiates the path, or keep it out of hparams.")
     _warn(silent, found, hparams, solver_name)
 
 
@@ -167,7 +167,7 @@ def _silent(found: Sequence[dict[str, Influence]], hparams: PyTree) -> list[str]
 
 
 def _warn(silent: list[str], found: Sequence[dict[str, Influence]], hparams: PyTree, solver_name: str) -> None:
-    keys = ", ".join(f"hparams{keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
+    keys = ", ".join(keystr(path) or "one array" for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
     for leaf in silent:
         if any(f[leaf].value for f in found):
             message = (f"{solver_name}: hparams{leaf} is used only through rounding, comparisons or stop_gradient, "
@@ -175,7 +175,7 @@ def _warn(silent: list[str], found: Sequence[dict[str, Influence]], hparams: PyT
                        "of hparams.")
         else:
             message = (f"{solver_name}: hparams{leaf} is used neither by inner_loss where it could move the parameters "
-                       f"nor by outer_loss, so its hypergradient is zero: a misspelt key? The hyperparameters are {keys}.")
+                       f"nor by outer_loss, so its hypergradient is zero: a misspelt key? hparams holds {keys}.")
         warnings.warn(message, UserWarning, stacklevel=caller_level())
 
 

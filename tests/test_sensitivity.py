@@ -171,7 +171,7 @@ def test_a_learning_rate_that_the_outer_loss_uses_is_no_error():
 
 def test_an_unused_key_is_a_warning_that_lists_the_keys():
     run = solve_like(lambda w, h: h["a"] * jnp.sum(w**2), outer_loss)
-    pattern = r"hparams\['b'\] is used neither.*misspelt.*hparams\['a'\], hparams\['b'\]"
+    pattern = r"hparams\['b'\] is used neither.*misspelt.*holds \['a'\], \['b'\]"
     with pytest.warns(UserWarning, match=pattern) as caught:
         run(H)
     assert caught[0].filename == __file__
