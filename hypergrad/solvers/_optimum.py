@@ -1,9 +1,8 @@
 """Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
 
 The natural size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · w‖: how much F changes when the parameters are
-scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled, needs no memory
-of how training began, and on a quadratic it equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest
-residual seen lately takes its place.
+scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled, and on a quadratic it
+equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest size seen lately takes its place.
 """
 
 from __future__ import annotations
@@ -97,10 +96,11 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
         residual = result.residual / jnp.where(size > 0, size, 1)
         return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status)
     norm = _tree.norm(system.residual)
-    size = jnp.maximum(jnp.maximum(_tree.norm(system.matvec(solution)), norm), _FORGET * scale).astype(scale.dtype)
-    residual = norm / jnp.where(size > 0, size, 1)
+    size = jnp.maximum(_tree.norm(system.matvec(solution)), norm).astype(scale.dtype)
+    residual = norm / jnp.maximum(size, scale)
     status = _verdict(result.status, residual, tol, _tree.eps(params))
-    return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, status)
+    return Optimum(solution, result.state, result.model_state, system, precondition, residual,
+                   jnp.maximum(size, _FORGET * scale), steps, status)
 
 
 def _verdict(status: Array, residual: Array, tol: Array, eps: float) -> Array:
