@@ -26,7 +26,8 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "tol": (0, False, False), "damping": (0, True, False), "step_size": (0, False, False), "memory": (0, False, False),
     "max_steps": (1, True, True), "steps": (0, True, True), "rank": (1, True, True), "probes": (1, True, True),
     "restart": (1, True, True), "polish": (0, True, True), "truncate": (1, True, True), "history": (1, True, True),
-    "power_steps": (1, True, True), "max_failures": (1, True, True), "directions": (1, True, True),
+    "power_steps": (1, True, True), "max_failures": (1, True, True), "patience": (1, True, True),
+    "directions": (1, True, True),
 }
 
 
@@ -104,7 +105,8 @@ def check_finite(name: str, tree: PyTree) -> None:
 
 
 def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str) -> None:
-    """Raise unless two pytrees (of arrays or of shapes) agree in structure and shapes, naming the first path that differs."""
+    """Raise unless two pytrees (of arrays or of shapes) agree in structure and shapes, naming the first path that
+    differs."""
     left = {keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(found)}
     right = {keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(expected)}
     for path in dict.fromkeys([*right, *left]):

@@ -1,13 +1,13 @@
 r"""Every second-order product in the library.
 
-The inner problem is solved where a residual F(w, λ) vanishes: F = ∂_w h for a loss h, F = w − Φ(w, λ) for a fixed point.
-Implicit differentiation needs three linear maps at one point,
+The inner problem is solved where a residual F(w, λ) vanishes: F = ∂_w h for a loss h, F = w − Φ(w, λ) for a fixed
+point. Implicit differentiation needs three linear maps at one point,
 
     v ↦ (∂_w F)ᵀ v,        v ↦ (∂_λ F)ᵀ v,        v ↦ ∂_w F v,
 
 and for a loss the first equals the last, by symmetry. The cross product of a loss is taken forward-over-reverse,
-∂_λ⟨∂_w h, v⟩ = (d/dε) ∂_λ h(w + εv, λ), which leaves out every part of h that does not depend on λ, and comes together with the
-Hessian product for the price of one.
+∂_λ⟨∂_w h, v⟩ = (d/dε) ∂_λ h(w + εv, λ), which leaves out every part of h that does not depend on λ, and comes together
+with the Hessian product for the price of one.
 
 Cost: a Hessian product is 1.8 gradients of h, a Gauss-Newton product 1.3 (measured on networks).
 """

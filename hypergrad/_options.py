@@ -21,7 +21,8 @@ def default_tol(tol: ArrayLike | None, like: PyTree) -> Array:
 
 
 def as_options(options: Mapping[str, ArrayLike | None], like: PyTree) -> dict[str, Array]:
-    """Options as scalar arrays of one dtype each, whatever type they were given in, so that a new value fits the old trace.
+    """Options as scalar arrays of one dtype each, whatever type they were given in, so that a new value fits the old
+    trace.
 
     A tolerance of None becomes the default for the dtype of `like`.
     """

@@ -26,7 +26,8 @@ from hypergrad._tree import PyTree
 class Problem:
     """A bilevel problem: tune `hparams` so that training on `inner_loss` gives a low `outer_loss`.
 
-        minimise over hparams   outer_loss(w*(hparams), hparams)   with   w*(hparams) = argmin over w of inner_loss(w, hparams)
+        minimise over hparams   outer_loss(w*(hparams), hparams)   with   w*(hparams) = argmin over w of inner_loss(w,
+        hparams)
 
     Each loss is `f(params, hparams, batch, key) -> scalar`; a function of three arguments is taken as one that needs
     no key. `params`, `hparams` and `batch` are any pytrees; the leaves of `params` and `hparams` are floating point.
@@ -129,8 +130,8 @@ class Composed:
 def compose(outputs: Callable[..., Any], loss: Callable[..., Any]) -> Composed:
     """An inner loss `loss(outputs(params, hparams, batch), params, hparams, batch)` with a Gauss-Newton Hessian.
 
-    The Gauss-Newton matrix is `Jᵀ (∂² loss) J` with `J` the Jacobian of `(outputs, params)` with respect to `params`: the
-    curvature of the model is dropped, that of a regularizer written in `loss` is kept exactly. It is positive
+    The Gauss-Newton matrix is `Jᵀ (∂² loss) J` with `J` the Jacobian of `(outputs, params)` with respect to `params`:
+    the curvature of the model is dropped, that of a regularizer written in `loss` is kept exactly. It is positive
     semi-definite whenever `loss` is convex in `(outputs, params)`.
 
     Args:

@@ -40,7 +40,8 @@ class InnerResult(NamedTuple):
 class SolveFn(Protocol):
     """`solve(objective, params, state, hparams, model_state, *, scale, options) -> InnerResult`.
 
-    `scale` is a positive scalar: the natural size of F on this problem. A solve to tolerance stops at ‖F‖ ≤ tol · scale.
+    `scale` is a positive scalar: the natural size of F on this problem. A solve to tolerance stops at ‖F‖ ≤ tol ·
+    scale.
     """
 
     def __call__(self, objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
@@ -59,10 +60,10 @@ class Inner(NamedTuple):
         symmetric: whether F is the gradient of a loss, so that its Jacobian is symmetric.
         residual: `(objective, params, hparams) -> F`, a pytree like the parameters; zero at the solution.
         steps: number of steps to unroll, a Python integer; None for solvers that cannot be unrolled.
-        update: `(grads, params, state, hparams) -> (params, state)`, one differentiable optimizer step for a given gradient;
-            None unless a step is one.
-        move: `(objective, params, state, hparams, step) -> (params, state)`, one differentiable step of a map; None unless a
-            step is one. Exactly one of `update` and `move` is given where `steps` is.
+        update: `(grads, params, state, hparams) -> (params, state)`, one differentiable optimizer step for a given
+            gradient; None unless a step is one.
+        move: `(objective, params, state, hparams, step) -> (params, state)`, one differentiable step of a map; None
+            unless a step is one. Exactly one of `update` and `move` is given where `steps` is.
     """
 
     init: Callable[[PyTree, PyTree], PyTree]

@@ -2,9 +2,9 @@ r"""Newton's method with conjugate-gradient steps, and the polish step of `hg.im
 
     d ≈ H⁻¹ F   by preconditioned CG to the accuracy that this step can use,   w ← w − t d
 
-Source: Dembo, Eisenstat & Steihaug 1982, "Inexact Newton methods"; Eisenstat & Walker 1996 for the accuracy. Differs: at
-negative curvature the iterate that CG has reached so far is the direction (the gradient, if that is none), and near the
-solution, where the loss no longer resolves the step, the gradient norm decides.
+Source: Dembo, Eisenstat & Steihaug 1982, "Inexact Newton methods"; Eisenstat & Walker 1996 for the accuracy. Differs:
+at negative curvature the iterate that CG has reached so far is the direction (the gradient, if that is none), and near
+the solution, where the loss no longer resolves the step, the gradient norm decides.
 Cost: a gradient, the probes of the preconditioner and a few Hessian products a step. It pays where L-BFGS crawls: badly
 scaled problems, and tolerances below 1e-6.
 """
@@ -98,7 +98,8 @@ def _solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree,
 
 
 def newton_direction(system: System, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:
-    """`d ≈ H⁻¹ F`, to a relative residual of `forcing`; F itself, scaled, where CG finds no positive curvature at all."""
+    """`d ≈ H⁻¹ F`, to a relative residual of `forcing`; F itself, scaled, where CG finds no positive curvature at
+    all."""
     result = solve_linear(cg(tol=1.0), system.matvec, system.residual, precondition=precondition,
                           options={"tol": forcing, "max_steps": _CG_STEPS})
     stuck = _tree.max_abs(result.solution) == 0

@@ -3,8 +3,9 @@ r"""Preconditioners: cheap approximations of A⁻¹ that conjugate gradients and
     diag(A) ≈ (1/m) Σⱼ zⱼ ⊙ A zⱼ,   zⱼ random signs
 
 Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix". Differs: entries are made positive,
-and those below a thousandth of the mean are raised to it, since a sampled diagonal can be zero or negative where the true one is not.
-Cost: m products with A at once (`jax.vmap`), one after the other where m vectors would not fit. Memory: m vectors.
+and those below a thousandth of the mean are raised to it, since a sampled diagonal can be zero or negative where the
+true one is not. Cost: m products with A at once (`jax.vmap`), one after the other where m vectors would not fit.
+Memory: m vectors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
 
-The natural size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · w‖: how much F changes when the parameters are
-scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled, and on a quadratic it
-equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest size seen lately takes its place.
+The natural size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · w‖: how much F changes when the
+parameters are scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled,
+and on a quadratic it equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest size seen lately takes
+its place.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
                  preconditioner: Preconditioner | None, key: Array) -> Optimum:
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
-    With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares the
+    With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares
+        the
     residual. `scale` is 0 at the very first call.
     """
     fresh = lambda: entry_scale(linearize(inner, objective, params, hparams), params).astype(scale.dtype)  # noqa: E731

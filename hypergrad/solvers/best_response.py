@@ -2,10 +2,10 @@ r"""The best response as a differentiable function, for use inside one's own `ja
 
     w*(λ) = argmin_w h(w, λ),     dw*/dλ = −(∂²_{ww} h)⁻¹ ∂²_{wλ} h
 
-Source: Griewank & Faure 2002, "Reduced functions, gradients and Hessians from fixed-point iterations"; Blondel et al. 2022,
-arXiv:2105.15183. Differs: where the inner or the linear solve failed, derivatives are NaN, never a plausible wrong number, since
-there is nowhere to put a status; derivatives of any order, forward and reverse, come from the same rule.
-Cost: the inner solve; a linear solve for each derivative. Memory O(|w|).
+Source: Griewank & Faure 2002, "Reduced functions, gradients and Hessians from fixed-point iterations"; Blondel et al.
+2022, arXiv:2105.15183. Differs: where the inner or the linear solve failed, derivatives are NaN, never a plausible
+wrong number, since there is nowhere to put a status; derivatives of any order, forward and reverse, come from the same
+rule. Cost: the inner solve; a linear solve for each derivative. Memory O(|w|).
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from hypergrad.solvers._optimum import find_optimum
 
 
 class BestResponseFn(Protocol):
-    """`(hparams, params0, batch=None, *, key=None) -> params`; composes with `jax.grad`, `jax.jvp`, `jax.vmap` and `jax.jit`."""
+    """`(hparams, params0, batch=None, *, key=None) -> params`; composes with `jax.grad`, `jax.jvp`, `jax.vmap` and
+    `jax.jit`."""
 
-    def __call__(self, hparams: PyTree, params0: PyTree, batch: PyTree = None, *, key: Array | None = None) -> PyTree:
-        ...
+    def __call__(
+        self, hparams: PyTree, params0: PyTree, batch: PyTree = None, *, key: Array | None = None
+    ) -> PyTree: ...
 
 
 @suggest_names
@@ -45,12 +47,12 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
     Args:
         problem: its `inner_loss` is solved; `outer_loss` is not looked at.
         inner: how parameters are found: a solver with a tolerance. Default `hg.inner.lbfgs()`.
-        linear: how the tangent and adjoint systems are solved: a solver that claims convergence. Default `hg.linear.cg()`
-            (`gmres()` for a fixed-point inner solver).
+        linear: how the tangent and adjoint systems are solved: a solver that claims convergence. Default
+            `hg.linear.cg()` (`gmres()` for a fixed-point inner solver).
 
     Returns:
-        `(hparams, params0, batch=None, *, key=None) -> params`. The derivative with respect to `params0` is zero. Where a solve
-        fails, the value is as good as was reached and every derivative is NaN.
+        `(hparams, params0, batch=None, *, key=None) -> params`. The derivative with respect to `params0` is zero. Where
+        a solve fails, the value is as good as was reached and every derivative is NaN.
 
     Raises:
         InputError: for solvers without a tolerance, and for `cg` with a fixed-point inner solver.

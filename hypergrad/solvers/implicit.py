@@ -4,18 +4,18 @@ r"""Implicit hypergradient: differentiate the optimum, not the path to it.
 
 and for a fixed point w = Φ(w, λ) the same with F = w − Φ in place of ∂_w h.
 
-Source: Bengio 2000, "Gradient-based optimization of hyperparameters"; Pedregosa 2016, arXiv:1602.02355; Lorraine, Vicol &
-Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` on a fixed budget).
+Source: Bengio 2000, "Gradient-based optimization of hyperparameters"; Pedregosa 2016, arXiv:1602.02355; Lorraine, Vicol
+& Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` on a fixed budget).
 Differs: w, the optimizer's state and v are carried to the next call as its starting points; the inner solution is
-polished by a Newton step with the preconditioner of the adjoint system; both residuals are measured where the hypergradient
-is taken, and turned into an estimate of its error.
-Cost: the inner solve, a few products with ∂²h (an eighth of a gradient each above the probes), three gradients. Memory O(|w|),
-times eight for the probes.
+polished by a Newton step with the preconditioner of the adjoint system; both residuals are measured where the
+hypergradient is taken, and turned into an estimate of its error.
+Cost: the inner solve, a few products with ∂²h (an eighth of a gradient each above the probes), three gradients. Memory
+O(|w|), times eight for the probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from hypergrad import _tree
 from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
 from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
 from hypergrad._data import warn_small_batch
-from hypergrad._options import as_options, default_tol
+from hypergrad._options import as_options
 from hypergrad._problem import Problem, bind_inner, bind_outer
 from hypergrad._sensitivity import check_implicit_sensitivity
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
@@ -53,7 +53,8 @@ class ImplicitState(NamedTuple):
         adjoint: v, a pytree like the parameters; zeros before the first call.
         start: where every call starts without `warm_start`, else None.
         scale: natural size of the inner residual, scalar; 0 before the first call.
-        options: `{"inner": ..., "linear": ..., "damping": ...}`, scalars that may be replaced between calls without recompiling.
+        options: `{"inner": ..., "linear": ..., "damping": ...}`, scalars that may be replaced between calls without
+            recompiling.
     """
 
     params: PyTree
@@ -76,18 +77,19 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
     Args:
         problem: the two losses.
         inner: how parameters are found. Default `hg.inner.lbfgs()`.
-        linear: how the adjoint system is solved. Default `hg.linear.cg()` (`gmres()` for a fixed-point inner solver, whose
-            system is not symmetric).
-        polish: most Newton-CG steps on the inner solution. Default 2 (the second only where one did not suffice) for inner
-            solvers that minimise a loss to a tolerance, else 0.
-        curvature: `"hessian"`, or `"gauss_newton"` for an inner loss made by `hg.compose`, which stays positive definite on
-            networks.
-        damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless). Biases the
-            hypergradient; `hg.check` says by how much.
+        linear: how the adjoint system is solved. Default `hg.linear.cg()` (`gmres()` for a fixed-point inner solver,
+            whose system is not symmetric).
+        polish: most Newton-CG steps on the inner solution. Default 2 (the second only where one did not suffice) for
+            inner solvers that minimise a loss to a tolerance, else 0.
+        curvature: `"hessian"`, or `"gauss_newton"` for an inner loss made by `hg.compose`, which stays positive
+            definite on networks.
+        damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless).
+            Biases the hypergradient; `hg.check` says by how much.
         warm_start: start each call from the parameters and adjoint of the last one.
 
     Returns:
-        A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part that came through the solution.
+        A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part that came through the
+        solution.
 
     Raises:
         InputError: for an unknown or contradictory option.
@@ -199,9 +201,11 @@ def _hard(status: Array) -> Array:
 
 def _first_order_error(outer: Callable[..., tuple[Array, Any]], params: PyTree, hparams: PyTree, system: System, gap: PyTree,
                        result: LinearResult) -> PyTree:
-    """How much the hypergradient would move if both systems were solved exactly, to first order; a pytree like `hparams`.
+    """How much the hypergradient would move if both systems were solved exactly, to first order; a pytree like
+    `hparams`.
 
-    With δw ≈ A⁻¹F the step to the optimum, ∂_w f and ∂_λ f move by their derivatives along −δw, and v by A⁻¹(gap − ∂²f δw).
+    With δw ≈ A⁻¹F the step to the optimum, ∂_w f and ∂_λ f move by their derivatives along −δw, and v by A⁻¹(gap − ∂²f
+    δw).
     The change of A and of the cross product along δw is left out: it is of third order in the loss.
     """
     step = result.inverse(system.residual)
