@@ -1,12 +1,16 @@
-"""Gradient-based hyperparameter optimization in JAX."""
+"""Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out."""
 
 __version__ = "0.1.0"
 
+from hypergrad import diagnostics as diagnostics
+from hypergrad import domains as domains
+from hypergrad import inner as inner
 from hypergrad import linear as linear
-from hypergrad._problem import Problem as Problem
-from hypergrad._problem import compose as compose
+from hypergrad import outer as outer
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
+from hypergrad._problem import compose as compose
+from hypergrad._problem import Problem as Problem
 from hypergrad._solver import FailedHypergradientError as FailedHypergradientError
 from hypergrad._solver import Hypergradient as Hypergradient
 from hypergrad._solver import HypergradError as HypergradError
@@ -16,3 +20,9 @@ from hypergrad._solver import InputTypeError as InputTypeError
 from hypergrad._solver import raise_if_failed as raise_if_failed
 from hypergrad._solver import Solver as Solver
 from hypergrad._solver import Status as Status
+from hypergrad.outer.result import Result as Result
+from hypergrad.outer.result import TuneStatus as TuneStatus
+from hypergrad.outer.tune import tune as tune
+from hypergrad.solvers.best_response import best_response as best_response
+from hypergrad.solvers.implicit import implicit as implicit
+from hypergrad.solvers.unrolled import unrolled as unrolled

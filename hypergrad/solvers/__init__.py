@@ -1,1 +1,5 @@
 """How the dependence of the solution on the hyperparameters is differentiated: each function returns a `Solver`."""
+
+from hypergrad.solvers.best_response import best_response as best_response
+from hypergrad.solvers.implicit import implicit as implicit
+from hypergrad.solvers.unrolled import unrolled as unrolled
