@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hypergrad._solver import InputError, InputTypeError
-from hypergrad._tree import PyTree, keystr
+from hypergrad._tree import PyTree, is_key, keystr
 
 
 @jax.tree_util.register_dataclass
@@ -47,15 +48,18 @@ class Stream:
         batches = []
         for _ in range(self.per_step):
             try:
-                batches.append(next(self.iterator))
+                batches.append(prepare("hg.stream: the batch", next(self.iterator)))
             except StopIteration:
-                raise InputError(f"hg.stream: the iterator ended after {len(batches)} of the {self.per_step} batches that one outer "
-                                 "step needs; give an endless one (itertools.cycle, or a generator with `while True`).") from None
-        shapes = [jax.tree.map(jnp.shape, b) for b in batches]
-        if any(s != shapes[0] for s in shapes):
-            raise InputError(f"hg.stream: batches must all have one shape, found {sorted({str(s) for s in shapes})}; "
-                             "drop or pad the last, smaller batch of an epoch.")
-        return Stacked(jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *batches))
+                raise InputError(
+                    f"hg.stream: the iterator ended after {len(batches)} of the {self.per_step} batches that one outer "
+                    "step needs; give a loader or a list, which is started anew, or a generator with `while True`."
+                ) from None
+        kinds = [kind(b) for b in batches]
+        for found in kinds:
+            if found != kinds[0]:
+                raise InputError(f"hg.stream: batches must all have one shape, found {kinds[0]} and {found}: "
+                                 "drop or pad the last, smaller batch of an epoch.")
+        return Stacked(jax.tree.map(_stack, *batches))
 
 
 def minibatches(arrays: PyTree, size: int) -> Minibatches:
@@ -67,32 +71,94 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
 
     Raises:
         InputError: for empty data, leading axes of different lengths, or a size outside [1, n].
+        InputTypeError: for a size that is no integer, or leaves that are no arrays.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> hg.minibatches((jnp.zeros((10, 3)), jnp.zeros(10)), 4).size
     4
     """
     if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise InputTypeError(f"minibatches: size must be an integer, found {size!r}.")
+        raise InputTypeError(f"minibatches: size must be an integer, found {size!r}: write the rows of one batch.")
+    arrays = prepare("minibatches: arrays", arrays)
     n = rows(arrays, "minibatches")
     if not 1 <= size <= n:
-        raise InputError(f"minibatches: size must be between 1 and the {n} rows of the data, found {size}.")
+        raise InputError(f"minibatches: size must be between 1 and the {n} rows of the data, found {size}: "
+                         "pass the arrays themselves to use all rows at every step.")
     return Minibatches(jax.tree.map(jnp.asarray, arrays), int(size))
 
 
 def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
-    """Use a host data loader: any iterator of batches (pytrees of equal shapes).
+    """Use a host data loader: any iterable of batches (pytrees of equal shapes), started anew when it ends if possible.
 
     Args:
-        iterator: endless iterator of batches; `hg.tune` pulls from it between compiled steps.
+        iterator: what yields the batches; `hg.tune` pulls from it between compiled steps.
         per_step: batches that one outer step needs: the number of inner steps. Fewer are cycled through.
 
     Raises:
         InputError: if `per_step` is not positive.
+        InputTypeError: if there is nothing to iterate over.
+
+    >>> import hypergrad as hg, numpy as np
+    >>> hg.stream([np.zeros(4), np.ones(4)], per_step=3).next().batches.shape
+    (3, 4)
     """
     if isinstance(per_step, bool) or not hasattr(per_step, "__index__") or per_step < 1:
-        raise InputError(f"stream: per_step must be a positive integer, found {per_step!r}.")
-    return Stream(iter(iterator), int(per_step))
+        raise InputError(f"stream: per_step must be a positive integer, found {per_step!r}: "
+                         "write how many batches one outer step uses.")
+    if not isinstance(iterator, Iterable) and not hasattr(iterator, "__getitem__"):
+        raise InputTypeError(f"stream: iterator must be an iterable of batches, found {type(iterator).__name__}: "
+                             "write a list of batches, a data loader or a generator.")
+    return Stream(_endless(iterator), int(per_step))
+
+
+def _endless(batches: Iterable[PyTree]) -> Iterator[PyTree]:
+    while True:
+        seen = False
+        for batch in batches:
+            seen = True
+            yield batch
+        if not seen:  # a generator that ran out, or nothing at all
+            return
+
+
+def prepare(name: str, data: PyTree) -> PyTree:
+    """Refuse data that cannot be a batch: no arrays, no examples, or features and labels that do not pair up.
+
+    Returns the data with Python numbers and foreign arrays (a tensor on the host) as NumPy arrays, not yet on a device.
+    """
+    if data is None or isinstance(data, (Minibatches, Stacked, Stream)):
+        return data
+    arrays = jax.tree_util.tree_map_with_path(lambda path, leaf: _as_array(f"{name}{keystr(path)}", leaf), data)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(x, "shape") and x.shape for x in arrays):
+        first, second = arrays[0].shape[0], arrays[1].shape[0]
+        if first != second:
+            raise InputError(f"{name}[0] has {first} rows and {name}[1] has {second}: a pair holds the features and "
+                             "the labels of the same examples; write arrays that do not pair up as a dict.")
+    return arrays
+
+
+def _as_array(where: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        found = leaf
+    elif isinstance(leaf, (bool, int, float, complex, np.generic, np.ndarray)) or hasattr(leaf, "__array__"):
+        found = np.asarray(leaf)
+    elif hasattr(leaf, "__iter__") and not isinstance(leaf, (str, bytes)):
+        raise InputTypeError(f"{where} is a {type(leaf).__name__}, which yields batches: "
+                             "wrap it, as in hg.stream(loader, per_step=10).")
+    else:
+        raise InputTypeError(f"{where} is a {type(leaf).__name__}; the leaves of a batch must be arrays: "
+                             "let the losses close over other settings.")
+    if not is_key(found) and found.dtype.kind in "OUSMm":
+        raise InputTypeError(f"{where} has dtype {found.dtype}, which JAX cannot compute with: encode it as numbers.")
+    if 0 in found.shape:
+        raise InputError(f"{where} is empty (shape {tuple(found.shape)}); the loss of no data is NaN or 0: "
+                         "pass at least one example, or None for a loss that closes over its data.")
+    return found
+
+
+def kind(data: PyTree) -> Any:
+    """The shapes and dtypes of a batch, comparable and printable."""
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", data)
 
 
 def rows(arrays: PyTree, name: str) -> int:
@@ -103,19 +169,24 @@ def rows(arrays: PyTree, name: str) -> int:
     """
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     if not leaves:
-        raise InputError(f"{name}: the data hold no arrays.")
+        raise InputError(f"{name}: the data hold no arrays: pass a pytree of arrays such as (X, y).")
     lengths = {}
     for path, leaf in leaves:
         if not jnp.shape(leaf):
-            raise InputError(f"{name}: {keystr(path) or 'the data'} is a scalar; every array needs a leading axis of rows.")
+            raise InputError(f"{name}: {keystr(path) or 'the data'} is a scalar; every array needs a leading axis of "
+                             "rows: let the losses close over constants.")
         lengths[keystr(path) or "the array"] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) > 1:
         raise InputError(f"{name}: the leading axes have different lengths: "
-                         + ", ".join(f"{k} has {v}" for k, v in lengths.items()) + "; each row is one example, in every array.")
-    n = next(iter(lengths.values()))
-    if n == 0:
-        raise InputError(f"{name}: the data are empty (0 rows).")
-    return n
+                         + ", ".join(f"{k} has {v}" for k, v in lengths.items())
+                         + "; each row is one example, in every array.")
+    return next(iter(lengths.values()))
+
+
+def _stack(*batches: Any) -> Any:
+    """On the host where the batches are there, so that one transfer carries them all."""
+    on_host = all(isinstance(b, np.ndarray) for b in batches)
+    return np.stack(batches) if on_host else jnp.stack([jnp.asarray(b) for b in batches])
 
 
 def draw(data: PyTree, key: Array | None, step: Any) -> PyTree:
@@ -143,6 +214,7 @@ def warn_small_batch(data: PyTree, n_params: int) -> None:
     """Warn when a Hessian is to be estimated from fewer rows than there are parameters and rows to be had."""
     if isinstance(data, Minibatches) and data.size < n_params and data.size < jax.tree.leaves(data.arrays)[0].shape[0]:
         warnings.warn(
-            f"the inverse Hessian is taken from a minibatch of {data.size} rows for {n_params} parameters: the hypergradient is "
-            "biased (by ×1.8 at 16 of 512 rows in our measurements). Pass the full arrays to hg.implicit, or use damping.",
+            f"the inverse Hessian is taken from a minibatch of {data.size} rows for {n_params} parameters: the "
+            "hypergradient is biased (by ×1.8 at 16 of 512 rows in our measurements). Pass the full arrays to "
+            "hg.implicit, or use damping.",
             UserWarning, stacklevel=3)

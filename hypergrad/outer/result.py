@@ -1,0 +1,241 @@
+"""What `hg.tune` returns, and what it writes down on the way."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad._solver import HypergradError, Status
+from hypergrad._tree import PyTree, keystr, size
+
+TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
+_COLUMNS = 10  # entries up to which a leaf becomes one column each in a DataFrame
+
+
+class TuneStatus(enum.StrEnum):
+    """Why `hg.tune` ended.
+
+    Attributes:
+        FINISHED: all steps were taken.
+        STOPPED: a callback asked for it.
+        CONVERGED: `patience` steps went by without a new best.
+        FAILED: too many hypergradients in a row were unusable, or none was usable at all.
+        INTERRUPTED: Ctrl-C.
+        RAISED: an exception came out of a callback or the data; the result is its attribute `result`.
+
+    >>> import hypergrad as hg
+    >>> hg.TuneStatus.FINISHED == "finished"
+    True
+    """
+
+    FINISHED = "finished"
+    STOPPED = "stopped by a callback"
+    CONVERGED = "no improvement"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    RAISED = "stopped by an exception"
+
+
+class Best(NamedTuple):
+    """The step with the lowest outer loss among those whose hypergradient was usable.
+
+    With minibatches the outer loss is a draw, and this is the luckiest one.
+
+    Attributes:
+        step: its number, counted from 0; -1 if no step was usable, and then the rest is the start.
+        value: outer loss; NaN if no step was usable.
+        hparams: the hyperparameters at which it was taken, constrained.
+        params: the parameters with which it was taken.
+    """
+
+    step: int
+    value: float
+    hparams: PyTree
+    params: PyTree
+
+
+class History(NamedTuple):
+    """What happened, one entry a step, failed steps included: NumPy arrays `[steps]`.
+
+    Entry t of everything belongs to the hyperparameters *before* update t.
+
+    Attributes:
+        value: outer loss.
+        grad_norm: norm of the hypergradient with respect to the (constrained) hyperparameters.
+        status: int, see `hg.Status`; a step whose status is not usable left the hyperparameters as they were.
+        inner_residual: see `hg.Info`.
+        linear_residual: see `hg.Info`.
+        error_estimate: see `hg.Info`.
+        inner_steps: int, see `hg.Info`.
+        linear_steps: int, see `hg.Info`.
+        seconds: wall time from the start of `tune` to the end of the step; the first entry holds the compilation.
+        hparams: pytree like the hyperparameters with leaves `[steps, ...]`, constrained; None above 1000 scalars.
+        summary: `{"min": ..., "mean": ..., "max": ...}`, each a pytree like the hyperparameters with leaves `[steps]`.
+        metrics: what `outer_loss` returned beside the loss, by name.
+        extra: what the solver reports of its own, by name.
+    """
+
+    value: np.ndarray
+    grad_norm: np.ndarray
+    status: np.ndarray
+    inner_residual: np.ndarray
+    linear_residual: np.ndarray
+    error_estimate: np.ndarray
+    inner_steps: np.ndarray
+    linear_steps: np.ndarray
+    seconds: np.ndarray
+    hparams: PyTree
+    summary: dict[str, PyTree]
+    metrics: dict[str, np.ndarray]
+    extra: dict[str, np.ndarray]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Whether each step was taken, a boolean array `[steps]`."""
+        return self.status <= int(Status.INSENSITIVE)
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with one row a step.
+
+        Columns: the fields above, the status by name, metrics and extra by name, and the hyperparameters by path: one
+        column for each entry of a leaf of at most ten, else `.min`, `.mean` and `.max`.
+
+        Raises:
+            HypergradError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise HypergradError("to_pandas needs pandas: pip install 'hypergrad-jax[demo]'.") from error
+        columns: dict[str, Any] = {name: getattr(self, name) for name in SCALARS} | {"seconds": self.seconds}
+        columns["status"] = [status_name(code) for code in self.status]
+        columns |= self.metrics | self.extra
+        for path, _ in jax.tree_util.tree_leaves_with_path(self.summary["mean"]):
+            columns |= self._hparam_columns(path)
+        return pd.DataFrame(columns, index=pd.RangeIndex(len(self.value), name="step"))
+
+    def _hparam_columns(self, path: Any) -> dict[str, np.ndarray]:
+        name = f"hparams{keystr(path)}"
+        if self.hparams is not None:
+            leaf = _at(self.hparams, path)
+            if leaf[0:1].size <= _COLUMNS:
+                return {name + (str(list(i)) if i else ""): leaf[(slice(None), *i)] for i in np.ndindex(leaf.shape[1:])}
+        return {f"{name}.{kind}": _at(self.summary[kind], path) for kind in ("min", "mean", "max")}
+
+    def __repr__(self) -> str:
+        names = [*self.metrics, *self.extra]
+        return f"History({len(self.value)} steps" + (f"; {', '.join(names)}" if names else "") + ")"
+
+
+# The fields of History that a step of tune computes, in the order of the vector it sends to the host.
+SCALARS = ("value", "grad_norm", "status", "inner_residual", "linear_residual", "error_estimate", "inner_steps",
+           "linear_steps")
+
+
+class Result(NamedTuple):
+    """What `hg.tune` returns. Final and best are kept apart; print it for a summary.
+
+    Attributes:
+        hparams: the hyperparameters after the last update, constrained.
+        params: the solver's response at the end: for a solver that trains, the parameters of the last step, which is
+            one update behind `hparams`. For a report, retrain from scratch at the hyperparameters chosen.
+        best: see `Best`.
+        history: see `History`.
+        status: see `TuneStatus`.
+        state: the solver's state, for `solver.hypergrad(result.state, result.hparams, ...)`.
+        outer_state: the outer optimizer's state, over unconstrained hyperparameters.
+    """
+
+    hparams: PyTree
+    params: PyTree
+    best: Best
+    history: History
+    status: TuneStatus
+    state: Any
+    outer_state: Any
+
+    def __repr__(self) -> str:
+        history, best, steps = self.history, self.best, len(self.history.value)
+        lines = [f"tune: {self.status} after {steps} step{'s' * (steps != 1)}"]
+        if best.step >= 0:
+            lines.append(f"  best   outer loss {best.value:.6g} at step {best.step} with {_brief(best.hparams)}")
+        if steps:
+            lines[0] += f" in {history.seconds[-1]:.3g} s"
+            lines.append(f"  last   outer loss {history.value[-1]:.6g} at step {steps - 1}")
+            codes, counts = np.unique(history.status, return_counts=True)
+            skipped = int(np.sum(~history.usable))
+            lines.append("  status " + ", ".join(f"{status_name(c)} {n}" for c, n in zip(codes, counts, strict=True))
+                         + (f"; {skipped} update{'s' * (skipped != 1)} skipped" if skipped else ""))
+        lines.append(f"  final  {_brief(self.hparams)}")
+        return "\n".join(lines)
+
+
+def status_name(code: Any) -> str:
+    """The name of a status code, or its number for a solver that has codes of its own."""
+    try:
+        return Status(int(code)).name
+    except ValueError:
+        return f"code {int(code)}"
+
+
+def make_history(rows: list[dict[str, float]], seconds: list[float], hparams: list[np.ndarray], example: PyTree,
+                 metrics: tuple[str, ...], extra: tuple[str, ...]) -> History:
+    """Stack what the steps reported.
+
+    Args:
+        rows: the scalars of each step by name.
+        seconds: wall time at the end of each step.
+        hparams: of each step, all entries in the order of the leaves; above `TRAJECTORY` entries, instead, the minimum,
+            mean and maximum of each leaf.
+        example: pytree like the hyperparameters.
+        metrics: names among the scalars.
+        extra: names among the scalars.
+    """
+    def column(name: str, dtype: Any = np.float64) -> np.ndarray:
+        return np.asarray([row[name] for row in rows], dtype)
+
+    integers = ("status", "inner_steps", "linear_steps")
+    fields = {name: column(name, np.int64 if name in integers else np.float64) for name in SCALARS}
+    leaves, treedef = jax.tree.flatten(example)
+    dtypes = [np.dtype(jax.numpy.result_type(leaf)) for leaf in leaves]
+    total = size(example)
+    table = np.stack(hparams) if hparams else np.zeros((0, total if total <= TRAJECTORY else 3 * len(leaves)))
+    if total <= TRAJECTORY:
+        ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+        path = [part.reshape(len(rows), *leaf.shape).astype(dtype)
+                for part, leaf, dtype in zip(np.split(table, ends, axis=1), leaves, dtypes, strict=True)]
+        flat = [part.reshape(len(rows), -1) for part in path]
+        trajectory = treedef.unflatten(path)
+        summary = {name: treedef.unflatten([reduce(part, axis=1) for part in flat]) for name, reduce in
+                   (("min", np.min), ("mean", np.mean), ("max", np.max))}
+    else:
+        trajectory = None
+        table = table.reshape(len(rows), len(leaves), 3)
+        summary = {name: treedef.unflatten([table[:, i, k].astype(dtype) for i, dtype in enumerate(dtypes)])
+                   for k, name in enumerate(("min", "mean", "max"))}
+    return History(**fields, seconds=np.asarray(seconds, np.float64), hparams=trajectory, summary=summary,
+                   metrics={name: column(name) for name in metrics}, extra={name: column(name) for name in extra})
+
+
+def _at(tree: PyTree, path: Any) -> np.ndarray:
+    return dict(jax.tree_util.tree_leaves_with_path(tree))[path]
+
+
+def _brief(hparams: PyTree) -> str:
+    """Hyperparameters in one line: values where they fit, else the mean and range of each leaf."""
+    parts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(hparams):
+        values = np.asarray(leaf, np.float64).ravel()
+        name = keystr(path) or "hparams"
+        if values.size == 0:
+            continue
+        if values.size <= 4:
+            text = ", ".join(f"{v:.4g}" for v in values)
+            parts.append(f"{name} = {text if not np.ndim(leaf) else f'[{text}]'}")
+        else:
+            parts.append(f"{name}: {values.size} from {values.min():.4g} to {values.max():.4g}")
+    shown = ", ".join(parts[:4])
+    return shown + (f", and {len(parts) - 4} more" if len(parts) > 4 else "")

@@ -1,0 +1,315 @@
+"""Domains: hyperparameters stay inside whatever the step, coordinates round-trip, derivatives follow the chain rule."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hypergrad import domains
+from hypergrad._domain import constrain, settle
+from hypergrad._problem import Problem, bind_inner, bind_outer, compose, key_use
+from hypergrad._solver import InputError, InputTypeError
+from tests._helpers import assert_trees_close, central_difference, relative_error, tol
+
+DOMAINS = {"real": domains.real(), "positive": domains.positive(), "log": domains.log(),
+           "unit": domains.interval(0, 1), "offset": domains.interval(-3.3, 0.7), "narrow": domains.interval(5, 5.01),
+           "tiny": domains.interval(0, 1e-6), "simplex": domains.simplex(), "integer": domains.integer(-2, 7)}
+BOUNDED = {name: d for name, d in DOMAINS.items() if name != "real"}
+SMOOTH = {name: d for name, d in DOMAINS.items() if name != "integer"}
+
+
+def inside(name, x):
+    """The definition of each domain, written out again."""
+    x = np.asarray(x)
+    if not np.all(np.isfinite(x)):
+        return False
+    if name in ("positive", "log"):
+        return bool(np.all(x > 0))
+    if name == "simplex":
+        off = np.abs(np.sum(x, -1, dtype=np.float64) - 1)
+        return bool(np.all(x >= 0) and np.all(off <= x.shape[-1] * np.finfo(x.dtype).eps))
+    if name == "integer":
+        return bool(np.all((x == np.round(x)) & (x >= -2) & (x <= 7)))
+    lo, hi = {"unit": (0, 1), "offset": (-3.3, 0.7), "narrow": (5, 5.01), "tiny": (0, 1e-6)}[name]
+    return bool(np.all((x.astype(np.float64) >= lo) & (x.astype(np.float64) <= hi)))
+
+
+def sample(name, key, shape=(7, 5)):
+    """Interior points, in the default precision."""
+    if name == "simplex":
+        return jax.nn.softmax(3 * jax.random.normal(key, shape))
+    if name == "integer":
+        return jax.random.randint(key, shape, -2, 8).astype(float)
+    if name in ("positive", "log"):
+        return jnp.exp(6 * jax.random.normal(key, shape))
+    if name == "real":
+        return jax.random.normal(key, shape)
+    lo, hi = {"unit": (0, 1), "offset": (-3.3, 0.7), "narrow": (5, 5.01), "tiny": (0, 1e-6)}[name]
+    return jax.random.uniform(key, shape, minval=lo + 0.01 * (hi - lo), maxval=hi - 0.01 * (hi - lo))
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.sgd(0.3, momentum=0.9), optax.adam(0.5)],
+                         ids=["sgd", "momentum", "adam"])
+def test_no_step_leaves_the_domain(optimizer):
+    """128 000 random steps a domain and optimizer, in float32, with gradients of every magnitude up to 1e30."""
+    rng = np.random.default_rng(0)
+    forces = (rng.choice([-1, 1], (400, 64, 5)) * 10 ** rng.uniform(-30, 30, (400, 64, 5))).astype(np.float32)
+    start = {name: sample(name, jax.random.key(0), (64, 5)).astype(jnp.float32) for name in BOUNDED}
+
+    def step(carry, force):
+        u, state = carry
+        x, pull = jax.vjp(functools.partial(domains.to_constrained, BOUNDED), u)
+        (gradient,) = pull({name: force for name in x})
+        updates, new = optimizer.update(gradient, state, u)
+        moved = settle(BOUNDED, optax.apply_updates(u, updates), u)
+        # tune refuses whole steps that are not finite
+        kept = jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(a), a, b), (moved, new), (u, state))
+        return kept, (x, jax.tree.map(lambda a: jnp.mean(jnp.isfinite(a)), moved))
+
+    u = domains.to_unconstrained(BOUNDED, start)
+    _, (path, moved) = jax.jit(lambda u: jax.lax.scan(step, (u, optimizer.init(u)), forces))(u)
+    for name in BOUNDED:
+        assert path[name].dtype == jnp.float32 and path[name].size >= 100_000
+        assert inside(name, path[name]), name
+        assert np.mean(moved[name]) > 0.95, f"{name}: the optimizer moved freely"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_every_coordinate_maps_into_the_domain(name, dtype):
+    if dtype != jnp.float32 and name in ("narrow", "tiny"):
+        pytest.skip("fewer than two numbers, or none that are normal, in half precision")
+    limit = float(jnp.finfo(dtype).max)
+    u = jnp.asarray([-np.inf, -limit, -1e3, -88, -20, -1, -1e-30, 0, 0.3, 5, 17, 100, 1e4, limit, np.inf], dtype)
+    u = jnp.stack([u, u[::-1]], -1)
+    x = DOMAINS[name].to_constrained(u)
+    assert x.dtype == dtype and x.shape == u.shape
+    slack = {"simplex": x.astype(jnp.float32) / jnp.sum(x, -1, keepdims=True, dtype=jnp.float32)}.get(name, x)
+    assert inside(name, slack)
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_coordinates_round_trip(name, key):
+    x = sample(name, key)
+    u = DOMAINS[name].to_unconstrained(x)
+    back = DOMAINS[name].to_constrained(u)
+    assert back.dtype == x.dtype
+    np.testing.assert_allclose(back, x, rtol=tol(1e-13, 1e-5))
+
+
+@pytest.mark.parametrize("name", ["positive", "log"])
+def test_magnitudes_round_trip(name):
+    x = jnp.logspace(-30, 30, 61)
+    back = DOMAINS[name].to_constrained(DOMAINS[name].to_unconstrained(x))
+    np.testing.assert_allclose(back, x, rtol=tol(2e-14, 2e-5))
+
+
+def test_both_ends_of_an_interval_round_trip_to_their_distance():
+    unit = domains.interval(0, 1)
+    x = jnp.asarray([1e-30, 1e-12, 1e-3])
+    np.testing.assert_allclose(unit.to_constrained(unit.to_unconstrained(x)), x, rtol=tol(1e-13, 1e-5))
+    # The distance to the far end, which the rounded value itself cannot show, is in the derivative.
+    slope = jax.vmap(jax.grad(unit.to_constrained))(jnp.asarray([30.0, -30.0]))
+    np.testing.assert_allclose(slope, np.exp(-30.0), rtol=tol(1e-12, 1e-5))
+
+
+@pytest.mark.parametrize("name", ["unit", "offset", "simplex", "integer"])
+def test_the_ends_belong_to_the_domain_and_can_be_left(name):
+    x = {"unit": [0.0, 1.0], "offset": [-3.3, 0.7], "simplex": [0.0, 1.0], "integer": [-2.0, 7.0]}[name]
+    u = domains.to_unconstrained(DOMAINS[name], jnp.asarray(x))
+    assert np.all(np.isfinite(u))
+    np.testing.assert_allclose(DOMAINS[name].to_constrained(u), x, atol=tol(1e-14, 1e-6))
+    slope = jax.vjp(DOMAINS[name].to_constrained, u)[1](jnp.asarray([1.0, 0.0]))[0]
+    assert np.max(np.abs(slope)) > tol(1e-17, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["positive", "unit", "offset", "simplex"])
+def test_one_huge_step_is_not_the_last(name):
+    """From the worst place a step can reach, the derivative still tells the optimizer the way back."""
+    domain = DOMAINS[name]
+    u = domain.to_unconstrained(jnp.asarray([0.3, 0.7], jnp.float32))
+    for force in (-1e30, 1e30):
+        away = domain.settle(u + jnp.asarray([force, -force], jnp.float32), u)
+        slope = jax.jacrev(domain.to_constrained)(away)
+        assert float(jnp.max(jnp.abs(slope))) > 1e-8
+
+
+def test_settling_never_blocks_a_slow_descent():
+    unit = domains.interval(0, 1)
+    u = jnp.float32(0)
+    for _ in range(200):
+        u = unit.settle(u - 0.5, u)
+    assert float(unit.to_constrained(u)) < 1e-30
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_derivative_matches_central_differences(name, key, x64):
+    if not x64:
+        pytest.skip("central differences in float32 show nothing")
+    u = 2 * jax.random.normal(key, (3,))
+    weights = jax.random.normal(jax.random.key(1), u.shape)
+
+    def scalar(u):
+        return jnp.sum(weights * DOMAINS[name].to_constrained(u))
+
+    assert_trees_close(jax.grad(scalar)(u), central_difference(scalar, u), 1e-8)
+
+
+def test_the_integer_derivative_is_that_of_the_unrounded(key):
+    u = jax.random.normal(key, (20,))
+    slope = jax.vmap(jax.grad(DOMAINS["integer"].to_constrained))(u)
+    np.testing.assert_allclose(slope, 10 * jax.nn.sigmoid(u) * jax.nn.sigmoid(-u), rtol=tol(1e-12, 1e-5))
+
+
+def test_the_integers_have_equal_shares():
+    """Half a step beyond each end, so that the outermost numbers are as easy to reach as the others."""
+    share = jnp.linspace(0.0005, 0.9995, 1000)
+    x = DOMAINS["integer"].to_constrained(jnp.log(share) - jnp.log1p(-share))
+    np.testing.assert_array_equal(np.unique(x, return_counts=True)[1], 100)
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_transforms_work_under_jit_and_vmap(name, key):
+    x = sample(name, key)
+    u = DOMAINS[name].to_unconstrained(x)
+    for f, z in ((DOMAINS[name].to_constrained, u), (DOMAINS[name].to_unconstrained, x)):
+        np.testing.assert_allclose(jax.jit(f)(z), f(z), rtol=tol(1e-12, 1e-5), atol=tol(1e-12, 1e-5))
+        np.testing.assert_allclose(jax.vmap(f)(z), f(z), rtol=tol(1e-12, 1e-5), atol=tol(1e-12, 1e-5))
+
+
+HPARAMS = {"l2": 0.3, "mix": {"weights": np.asarray([0.2, 0.8]), "rate": np.float32(0.5)}, "none": None, "free": (2.0, [3.0])}
+TREE = {"l2": domains.log(), "mix": {"weights": domains.simplex(), "rate": domains.interval(0, 1)}, "none": None, "free": None}
+
+
+def test_a_tree_of_domains_is_a_prefix():
+    u = domains.to_unconstrained(TREE, HPARAMS)
+    assert jax.tree.structure(u) == jax.tree.structure(HPARAMS)
+    np.testing.assert_allclose(u["l2"], np.log(0.3), rtol=1e-6)
+    assert u["mix"]["rate"].dtype == jnp.float32
+    assert float(u["free"][1][0]) == 3.0
+    assert_trees_close(domains.to_constrained(TREE, u), HPARAMS, 1e-6)
+    one = domains.to_unconstrained(domains.positive(), {"a": 1.0, "b": (2.0, None)})
+    np.testing.assert_allclose(one["b"][0], np.log(np.expm1(2.0)), rtol=1e-6)
+    same = domains.to_constrained(None, {"a": 1.0})
+    assert float(same["a"]) == 1.0
+
+
+def test_settling_works_leaf_by_leaf():
+    u = domains.to_unconstrained(TREE, HPARAMS)
+    moved = jax.tree.map(lambda x: x - 1e6, u)
+    settled = settle(TREE, moved, u)
+    assert jax.tree.structure(settled) == jax.tree.structure(u)
+    assert float(settled["free"][0]) == float(moved["free"][0])
+    assert float(settled["mix"]["rate"]) > -100
+
+
+def losses():
+    def inner_loss(w, h, batch):
+        return jnp.sum((w - batch) ** 2) + h["l2"] * jnp.sum(w**2) + h["rate"] * jnp.sum(jnp.cos(w))
+
+    def outer_loss(w, h, batch, key):
+        return jnp.sum((w - batch) ** 2) + 0.1 * h["rate"] * jax.random.normal(key), {"norm": jnp.sum(w**2)}
+
+    return inner_loss, outer_loss
+
+
+def test_constrain_keeps_how_the_losses_are_called(key):
+    problem = Problem(*losses())
+    domain = {"l2": domains.log(), "rate": domains.interval(0, 2)}
+    free = constrain(problem, domain)
+    assert key_use(free.inner_loss, "inner_loss", False) == "none"
+    assert key_use(free.outer_loss, "outer_loss", False) == "required"
+    assert free.needs_key
+    hparams = {"l2": jnp.asarray(0.3), "rate": jnp.asarray(0.7)}
+    u = domains.to_unconstrained(domain, hparams)
+    w, data = jnp.asarray([0.2, -0.4]), jnp.asarray([1.0, 2.0])
+    for p, h in ((problem, hparams), (free, u)):
+        value, metrics = bind_outer(p, data, key, None)(w, h)
+        if p is problem:
+            expected = value, metrics["norm"]
+        else:
+            np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+            np.testing.assert_allclose(metrics["norm"], expected[1], rtol=1e-6)
+
+
+def test_constrained_gradients_follow_the_chain_rule(key):
+    problem = Problem(*losses())
+    domain = {"l2": domains.log(), "rate": domains.interval(0, 2)}
+    hparams = {"l2": jnp.asarray(0.3), "rate": jnp.asarray(0.7)}
+    u = domains.to_unconstrained(domain, hparams)
+    w, data = jnp.asarray([0.2, -0.4]), jnp.asarray([1.0, 2.0])
+    found = jax.grad(bind_inner(constrain(problem, domain), data, None, None).fixed, argnums=1)(w, u)
+    inner = jax.grad(bind_inner(problem, data, None, None).fixed, argnums=1)(w, hparams)
+    expected = {"l2": 0.3 * inner["l2"], "rate": 0.7 * (2 - 0.7) / 2 * inner["rate"]}
+    assert relative_error(found, expected) <= tol(1e-12, 1e-5)
+
+
+def test_constrain_keeps_model_state_and_partial_functions():
+    def inner_loss(w, h, batch, state, scale=1.0):
+        return h * jnp.sum(w**2), {"seen": state["seen"] + 1}
+
+    def outer_loss(w, h, batch, state):
+        return h + state["seen"]
+
+    free = constrain(Problem(functools.partial(inner_loss, scale=2.0), outer_loss, model_state=True), domains.log())
+    loss, state = free.inner_loss(jnp.ones(2), jnp.log(3.0), None, {"seen": 1})
+    assert state == {"seen": 2}
+    np.testing.assert_allclose(loss, 6.0, rtol=1e-6)
+    np.testing.assert_allclose(free.outer_loss(jnp.ones(2), jnp.log(3.0), None, {"seen": 1}), 4.0, rtol=1e-6)
+
+
+def test_constrain_keeps_what_compose_made():
+    inner = compose(lambda w, h, x: jnp.tanh(h * x @ w), lambda out, w, h, x: jnp.mean(out**2) + h * jnp.sum(w**2))
+    free = constrain(Problem(inner, lambda w, h, x: jnp.sum(w**2)), domains.log())
+    w, x, u = jnp.asarray([0.3, 0.4]), jnp.ones((3, 2)), jnp.log(jnp.asarray(0.7))
+    objective = bind_inner(free, x, None, None)
+    assert objective.outputs is not None and objective.loss_of_outputs is not None
+    np.testing.assert_allclose(objective.loss_of_outputs(objective.outputs(w, u), w, u), inner(w, jnp.exp(u), x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("domain", "hparams", "words"), [
+    (domains.positive(), {"l2": -0.1}, ["hparams['l2']", "greater than 0", "-0.1", "start from"]),
+    (domains.log(), np.asarray([1.0, 0.0]), ["hparams must", "greater than 0", "found 0 at index (1,)"]),
+    (domains.interval(0, 1), {"a": {"b": 1.3}}, ["hparams['a']['b']", "between 0 and 1", "1.3", "interval(0, 1)"]),
+    (domains.interval(0, 1), np.nan, ["hparams must", "nan"]),
+    (domains.simplex(), {"w": np.asarray([0.5, 0.6])}, ["hparams['w']", "sum of 1.1", "divide"]),
+    (domains.simplex(), {"w": np.asarray([[0.5, 0.5], [1.5, -0.5]])}, ["hparams['w']", "-0.5 at index (1, 1)"]),
+    (domains.simplex(), {"w": 1.0}, ["hparams['w']", "found a scalar"]),
+    (domains.integer(1, 5), {"k": 2.5}, ["hparams['k']", "a whole number between 1 and 5", "2.5", "round it"]),
+    (domains.real(), {"k": np.inf}, ["hparams['k']", "finite"]),
+    ({"l3": domains.log()}, {"l2": 1.0}, ["domain['l3'] matches nothing", "['l2']", "did you mean", "prefix"]),
+    ({"l2": domains.log()}, {"l2": 1.0, "rate": 2.0}, ["hparams['rate'] has no domain", "hg.domains.real()"]),
+    ((domains.log(), None), [1.0, 2.0], ["prefix"]),
+    (domains.interval(1e9, 1e9 + 1), np.float32(1e9), ["interval", "float32", "widen"]),
+])
+def test_a_start_outside_is_named(domain, hparams, words):
+    with pytest.raises(InputError) as error:
+        domains.to_unconstrained(domain, hparams)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("make", "kind", "words"), [
+    (lambda: domains.interval(1, 0), InputError, ["interval", "lo=1", "hi=0", "interval(0, 1)"]),
+    (lambda: domains.interval(1, 1), InputError, ["lo must be less than hi", "out of hparams"]),
+    (lambda: domains.interval(0, np.inf), InputError, ["finite", "inf", "positive()"]),
+    (lambda: domains.interval("0", 1), InputTypeError, ["lo must be a number", "'0'"]),
+    (lambda: domains.interval(np.zeros(2), 1), InputTypeError, ["lo must be a number", "one leaf each"]),
+    (lambda: domains.interval(low=0, hi=1), InputTypeError, ["unknown option 'low'", "did you mean 'lo'"]),
+    (lambda: domains.integer(0.5, 3), InputError, ["whole", "0.5"]),
+    (lambda: domains.to_constrained(domains.log, 1.0), InputTypeError, ["'log'", "call it"]),
+    (lambda: domains.to_constrained({"a": (0, 1)}, {"a": 1.0}), InputTypeError, ["domain['a'][0]", "interval(lo, hi)"]),
+    (lambda: domains.to_constrained(domains.log(), {"a": np.arange(3)}), InputTypeError, ["hparams['a']", "int"]),
+    (lambda: constrain(Problem(*losses()), {"l2": "log"}), InputTypeError, ["domain['l2']", "'log'"]),
+    (lambda: constrain(lambda w: w, domains.log()), InputTypeError, ["problem must be an hg.Problem", "function"]),
+])
+def test_a_wrong_domain_is_named(make, kind, words):
+    with pytest.raises(kind) as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
