@@ -120,25 +120,21 @@ def polish(loss: Loss, params: PyTree, hparams: PyTree, system: System, precondi
     Returns:
         The parameters and the number of steps taken (int32).
     """
-    def improve(params: PyTree, system: System, before: Array) -> tuple[PyTree, Array]:
+    def improve(carry: tuple[PyTree, Array, Array, Array]) -> tuple[PyTree, Array, Array, Array]:
+        params, before, _, steps = carry
         forcing = jnp.clip(0.3 * target / before, 1e-8, 0.1)
-        trial = _tree.sub(params, newton_direction(system, precondition, forcing))
-        after = _tree.norm(jax.grad(loss)(trial, hparams))
+        direction = newton_direction(loss_system(loss, params, hparams), precondition, forcing)
+        trial = _tree.sub(params, direction)
+        after = _tree.norm(jax.grad(loss)(trial, hparams)).astype(before.dtype)
         better = after < before
-        return _tree.where(better, trial, params), jnp.where(better, after, before)
+        return _tree.where(better, trial, params), jnp.where(better, after, before), before, steps + 1
 
-    params, residual = improve(params, system, _tree.norm(system.residual))
+    def proceed(carry: tuple[PyTree, Array, Array, Array]) -> Array:
+        _, residual, before, steps = carry
+        return (steps < max_steps) & ((steps == 0) | (residual > target)) & (residual < before)
 
-    def again(carry: tuple[PyTree, Array, Array, Array]) -> tuple[PyTree, Array, Array, Array]:
-        params, residual, _, steps = carry
-        moved, after = improve(params, loss_system(loss, params, hparams), residual)
-        return moved, after, residual, steps + 1
-
-    if max_steps == 1:
-        return params, jnp.int32(1)
-    start = (params, residual, 2 * residual, jnp.int32(1))
-    params, _, _, steps = jax.lax.while_loop(
-        lambda c: (c[3] < max_steps) & (c[1] > target) & (c[1] < c[2]), again, start)
+    first = _tree.norm(system.residual)
+    params, _, _, steps = jax.lax.while_loop(proceed, improve, (params, first, jnp.full_like(first, jnp.inf), jnp.int32(0)))
     return params, steps
 
 

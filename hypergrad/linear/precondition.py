@@ -63,13 +63,13 @@ def precondition(fn: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Precondition
 
 def hutchinson_diagonal(matvec: Matvec, like: PyTree, key: Array, probes: int) -> PyTree:
     """Unbiased estimate of the diagonal of A, a pytree like `like`."""
-    def one(probe_key: Array) -> PyTree:
-        z = _tree.rademacher_like(probe_key, like)
+    def one(index: Array) -> PyTree:
+        z = _tree.rademacher_like(key, like, index)
         return jax.tree.map(jnp.multiply, z, matvec(z))
 
-    keys = jax.random.split(key, probes)
+    draws = jnp.arange(probes)
     batched = probes * _tree.size(like) <= _BATCHED_ENTRIES
-    samples = jax.vmap(one)(keys) if batched else jax.lax.map(one, keys)
+    samples = jax.vmap(one)(draws) if batched else jax.lax.map(one, draws)
     return jax.tree.map(lambda s: jnp.mean(s, axis=0), samples)
 
 

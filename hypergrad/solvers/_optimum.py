@@ -61,12 +61,6 @@ def linearize(inner: Inner, objective: Objective, params: PyTree, hparams: PyTre
     return map_system(lambda w, h: inner.residual(objective, w, h), params, hparams)
 
 
-def entry_scale(system: System, params: PyTree) -> Array:
-    """Natural size of F at a point nothing is known about yet: the larger of ‖F‖ and ‖∂_w F · w‖, never zero."""
-    size = jnp.maximum(_tree.norm(system.residual), _tree.norm(system.matvec(params)))
-    return jnp.where(size > 0, size, 1)
-
-
 def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state: PyTree, model_state: PyTree,
                  hparams: PyTree, *, scale: Array, options: Mapping[str, ArrayLike], polish_steps: int,
                  preconditioner: Preconditioner | None, key: Array) -> Optimum:
@@ -76,8 +70,9 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
         the
     residual. `scale` is 0 at the very first call.
     """
-    fresh = lambda: entry_scale(linearize(inner, objective, params, hparams), params).astype(scale.dtype)  # noqa: E731
-    scale = jax.lax.cond(scale > 0, lambda: scale, fresh) if inner.claims else scale
+    if inner.claims:
+        begin = _tree.norm(inner.residual(objective, params, hparams)).astype(scale.dtype)
+        scale = jnp.where(scale > 0, scale, begin)
     tol = default_tol(options.get("tol"), params)
     handover = jnp.maximum(tol, jnp.sqrt(tol)) if polish_steps else tol
     solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
