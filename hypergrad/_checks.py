@@ -99,7 +99,8 @@ def check_finite(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.core.Tracer) or not is_float(leaf):
             continue
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if bad:
             raise InputError(f"{name}{keystr(path)} holds {bad} NaN or infinite of {np.size(leaf)} values; start from finite ones.")
 
