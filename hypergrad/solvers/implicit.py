@@ -139,8 +139,10 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
         objective = bind_inner(problem, train, inner_key, state.model_state)
         check_implicit_sensitivity(lambda w, h: chosen.residual(objective, w, h), bind_outer(problem, valid, outer_key, state.model_state),
                                    chosen.update, state.params, state.inner_state, hparams, "hg.implicit")
-        begin = state.params if warm_start else state.start
-        optimum = find_optimum(chosen, objective, begin, state.inner_state, state.model_state, hparams, scale=state.scale,
+        begin, inner_state, scale = state.params, state.inner_state, state.scale
+        if not warm_start:  # every call is the first
+            begin, inner_state, scale = state.start, chosen.init(state.start, hparams), jnp.zeros_like(state.scale)
+        optimum = find_optimum(chosen, objective, begin, inner_state, state.model_state, hparams, scale=scale,
                                options=state.options["inner"], polish_steps=polish_steps,
                                preconditioner=method.preconditioner, key=probe_key)
         params, system = optimum.params, optimum.system
@@ -169,7 +171,7 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
         grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
         error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, result)
 
-        unmet = residual > tol if method.claims else jnp.asarray(False)
+        unmet = ~(residual <= tol) if method.claims else jnp.asarray(False)
         finite_grad = _tree.all_finite(grad) & _tree.all_finite(rhs)
         hard = first_failure(code(~jnp.isfinite(value), Status.NONFINITE_LOSS), _hard(optimum.status), _hard(result.status),
                              code(~finite_grad, Status.NONFINITE_GRAD))
