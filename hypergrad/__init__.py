@@ -7,6 +7,7 @@ from hypergrad import domains as domains
 from hypergrad import inner as inner
 from hypergrad import linear as linear
 from hypergrad import outer as outer
+from hypergrad._domain import constrain as constrain
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
 from hypergrad._problem import compose as compose
@@ -20,8 +21,8 @@ from hypergrad._solver import InputTypeError as InputTypeError
 from hypergrad._solver import raise_if_failed as raise_if_failed
 from hypergrad._solver import Solver as Solver
 from hypergrad._solver import Status as Status
-from hypergrad.outer.result import Result as Result
-from hypergrad.outer.result import TuneStatus as TuneStatus
+from hypergrad.outer import Result as Result
+from hypergrad.outer import TuneStatus as TuneStatus
 from hypergrad.outer.tune import tune as tune
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.implicit import implicit as implicit

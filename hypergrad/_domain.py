@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from hypergrad._checks import check_hparams, nearest
 from hypergrad._problem import Composed, Problem
@@ -89,7 +90,7 @@ def to_unconstrained(domain: PyTree, hparams: PyTree) -> PyTree:
     """
 
     def inverse(path: Any, d: Domain, leaf: Array) -> Array:
-        if not isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, Tracer):
             _check_inside(path, d, np.asarray(leaf))
         return d.to_unconstrained(leaf)
 

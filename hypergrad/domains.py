@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from hypergrad._checks import suggest_names
+from hypergrad import _checks
 from hypergrad._domain import Domain as Domain
 from hypergrad._domain import to_constrained as to_constrained
 from hypergrad._domain import to_unconstrained as to_unconstrained
@@ -88,7 +88,7 @@ def log() -> Domain:
                   "greater than 0", "start from a small positive number such as 1e-6")
 
 
-@suggest_names
+@_checks.suggest_names
 def interval(lo: ArrayLike, hi: ArrayLike) -> Domain:
     r"""Between two numbers, lo ≤ λ ≤ hi, through a sigmoid: `lo + (hi − lo) σ(u)`.
 
@@ -148,7 +148,7 @@ def simplex() -> Domain:
                   "divide an array of positive numbers by its sum")
 
 
-@suggest_names
+@_checks.suggest_names
 def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
     r"""The whole numbers lo, lo + 1, ..., hi, as floats: what the losses see is rounded, what is tuned is not.
 
@@ -240,7 +240,7 @@ def _round_straight_through(lo: float, hi: float, primals: tuple[Array], tangent
     return _round_into(lo, hi, *primals), tangents[0]
 
 
-def _ends(name: str, lo: ArrayLike, hi: ArrayLike) -> tuple[float, float]:
+def _ends(name: str, lo: Any, hi: Any) -> tuple[float, float]:
     ends = []
     for end, value in (("lo", lo), ("hi", hi)):
         if isinstance(value, (bool, str)) or np.ndim(value) or not np.isreal(value):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from hypergrad import _tree
 from hypergrad._checks import check_finite, check_hparams, check_options, check_same_structure, suggest_names
@@ -34,8 +35,8 @@ from hypergrad._domain import settle, to_constrained, to_unconstrained
 from hypergrad._sensitivity import caller_level
 from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree, keystr
-from hypergrad.outer.callbacks import Callback, progress_bar
-from hypergrad.outer.result import SCALARS, TRAJECTORY, Best, Result, TuneStatus, make_history, status_name
+from hypergrad.outer._progress import Callback, progress_bar
+from hypergrad.outer._result import SCALARS, TRAJECTORY, Best, Result, TuneStatus, make_history, status_name
 
 
 class _Loop(NamedTuple):
@@ -232,7 +233,7 @@ def _note(record: _Record, row: _Row, started: float) -> dict[str, Any]:
     record.in_a_row = 0 if usable else record.in_a_row + 1
     record.hparams.append(vector[len(names):])
     record.seconds.append(metrics["seconds"])
-    record.rows.append(metrics)
+    record.rows.append(metrics)  # last: Ctrl-C may come between, and a row is what counts
     return metrics
 
 
@@ -247,12 +248,15 @@ def _source(name: str, data: PyTree, key: Array | None) -> Callable[[], PyTree]:
                          "pass key=jax.random.key(0).")
     if isinstance(data, Stream):
         return functools.partial(_pull, name, data, [])
-    data = jax.tree.map(jnp.asarray, prepare(name, data))
+    data = prepare(name, data)
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        bad = int(jnp.sum(~jnp.isfinite(leaf))) if _tree.is_float(leaf) else 0
-        if bad:
-            _warn(f"tune: {name}{keystr(path)} holds {bad} NaN or infinite of {leaf.size} values; unless the losses "
-                  "mask them, every hypergradient will be NaN.")
+        if _tree.is_float(leaf):
+            # On the host where the data are there: nothing to compile.
+            bad = leaf.size - int((np if isinstance(leaf, np.ndarray) else jnp).isfinite(leaf).sum())
+            if bad:
+                _warn(f"tune: {name}{keystr(path)} holds {bad} NaN or infinite of {leaf.size} values; unless the "
+                      "losses mask them, every hypergradient will be NaN.")
+    data = jax.tree.map(jnp.asarray, data)
     return lambda: data
 
 
@@ -279,6 +283,11 @@ def _check_output(out: Any, hparams: PyTree) -> None:
     if jnp.shape(out.value) != ():
         raise InputError(f"tune: the outer loss must be a scalar, found shape {jnp.shape(out.value)}: take its mean.")
     check_same_structure("the hypergradient", out.grad, hparams, "it must be a pytree like hparams.")
+    reported = out.info._asdict() | out.info.extra | out.metrics
+    reported.pop("extra")
+    for name, value in reported.items():
+        if jnp.shape(value) != ():
+            raise InputError(f"tune: the solver reports {name} of shape {jnp.shape(value)}, not a scalar: reduce it.")
     taken = [name for name in out.metrics if name in (*SCALARS, "seconds", "hparams", *out.info.extra)]
     if taken:
         raise InputError(f"tune: outer_loss returned a metric named {taken[0]!r}, a name that is taken: rename it.")
@@ -309,7 +318,7 @@ def _check_arguments(solver: Any, params: PyTree, outer: Any, steps: Any, max_fa
     old_key = getattr(key, "dtype", None) == jnp.uint32 and key.shape == (2,)
     if key is not None and not old_key and not (_tree.is_key(key) and key.shape == ()):
         raise InputTypeError(f"tune: key must be one PRNG key, found {key!r}: write jax.random.key(0).")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise InputTypeError("tune: params is traced, but tune is a loop on the host: "
                              "call it outside jit, grad and vmap.")
     functions = (callbacks,) if callable(callbacks) else callbacks

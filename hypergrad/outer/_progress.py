@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from hypergrad.outer.result import status_name
+from hypergrad.outer._result import status_name
 
 
 class Callback(Protocol):

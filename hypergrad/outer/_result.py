@@ -197,6 +197,7 @@ def make_history(rows: list[dict[str, float]], seconds: list[float], hparams: li
     def column(name: str, dtype: Any = np.float64) -> np.ndarray:
         return np.asarray([row[name] for row in rows], dtype)
 
+    seconds, hparams = seconds[:len(rows)], hparams[:len(rows)]
     integers = ("status", "inner_steps", "linear_steps")
     fields = {name: column(name, np.int64 if name in integers else np.float64) for name in SCALARS}
     leaves, treedef = jax.tree.flatten(example)
