@@ -103,9 +103,9 @@ def outer_value(case: Case, hparams: ndarray) -> float:
     return case.analytic.outer(solution(case, hparams), hparams)
 
 
-def hypergradient(case: Case) -> ndarray:
+def hypergradient(case: Case, hparams: ndarray | None = None) -> ndarray:
     """The closed form at the top of this file, `[p]`."""
-    a, h = case.analytic, flatten(case.hparams)
+    a, h = case.analytic, flatten(case.hparams) if hparams is None else hparams
     w = solution(case, h)
     f_w, f_h = a.outer_grads(w, h)
     s = np.ones(w.shape, bool) if a.active is None else a.active(w)

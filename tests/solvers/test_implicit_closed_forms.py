@@ -35,7 +35,7 @@ SMOOTH: dict[str, Callable[[], Case]] = {
     "badly scaled, large forces": lambda: curved.diagonal("large"),
 }
 L1 = {"lasso": False, "elastic net": True}
-EXACT = tol(1e-7, 5e-5)
+EXACT = tol(1e-7, 1e-4)
 
 
 def hypergradient(solver: hg.Solver, case: Case) -> tuple[hg.Hypergradient, Any]:
@@ -52,7 +52,7 @@ def check(case: Case, out: hg.Hypergradient, name: str = "") -> None:
     expected = problems.hypergradient(case)
     assert relative_error(flatten(out.grad), expected) <= EXACT
     value = problems.outer_value(case, flatten(case.hparams))
-    np.testing.assert_allclose(float(out.value), value, rtol=tol(1e-8, 1e-5))
+    np.testing.assert_allclose(float(out.value), value, rtol=tol(1e-8, 1e-4))
 
 
 @pytest.mark.parametrize("name", [*SMOOTH, *L1])
