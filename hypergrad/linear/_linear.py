@@ -1,7 +1,7 @@
 """What a linear solver is here: how `A v = b` is solved, given only products with A.
 
-`hg.linear.cg(...)` and its siblings return a `Linear`. The right-hand side reaches `solve` with unit norm, and its norm is
-put back afterwards, so that an outer loss scaled by 1e-20 changes nothing.
+`hg.linear.cg(...)` and its siblings return a `Linear`. The right-hand side and the starting point reach its `solve`
+with unit norm, and the norm is put back afterwards, so that an outer loss scaled by 1e-20 changes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._options import as_options
+from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
@@ -39,10 +41,14 @@ class LinearResult(NamedTuple):
 
 
 class SolveFn(Protocol):
-    """`solve(matvec, rhs, *, start, precondition, options, key) -> LinearResult`, for a `rhs` of unit norm."""
+    """`solve(matvec, rhs, *, start, precondition, options, key) -> LinearResult`.
+
+    `rhs` has unit norm; `start` is a direction of unit norm, whose best length `fit` finds, or zero; `options` are
+    scalar arrays, a `tol` of None resolved.
+    """
 
     def __call__(self, matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-                 options: Mapping[str, ArrayLike], key: Array) -> LinearResult:
+                 options: Mapping[str, Array], key: Array) -> LinearResult:
         ...
 
 
@@ -65,21 +71,23 @@ class Linear(NamedTuple):
     """
 
     solve: SolveFn
-    options: Mapping[str, ArrayLike]
+    options: Mapping[str, ArrayLike | None]
     claims: bool
     symmetric: bool
     preconditioner: Preconditioner | None = None
 
 
-def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None = None, precondition: Matvec | None = None,
-          options: Mapping[str, ArrayLike] | None = None, key: Array | None = None) -> LinearResult:
-    """Solve `A v = rhs`, whatever the scale of `rhs`; a zero right-hand side gives zero in zero steps.
+def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None = None,
+          precondition: Matvec | None = None, options: Mapping[str, ArrayLike] | None = None,
+          key: Array | None = None) -> LinearResult:
+    """Solve `A v = rhs`, whatever the scale of `rhs`; a zero right-hand side gives zero, one that is not finite a
+    status.
 
     Args:
         linear: the method.
         matvec: `v -> A v` over pytrees like `rhs`.
         rhs: right-hand side b.
-        start: where to start, in the scale of the solution; None for zero.
+        start: a direction in which the solution may lie, of any length; None for none.
         precondition: `v -> M⁻¹ v`.
         options: replaces `linear.options`, for values that changed since the method was made.
         key: for methods that draw test vectors.
@@ -88,15 +96,64 @@ def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None =
         See `LinearResult`.
     """
     size = _tree.norm(rhs)
-    safe = jnp.where(size > 0, size, 1)
-    unit = _tree.scale(1 / safe, rhs)
-    start = _tree.zeros_like(rhs) if start is None else _tree.scale(1 / safe, start)
-    result = linear.solve(matvec, unit, start=start, precondition=precondition, key=jax.random.key(0) if key is None else key,
-                          options=dict(linear.options) | dict(options or {}))
     zero = size == 0
+    if start is None:
+        start = _tree.zeros_like(rhs)
+    else:
+        start = _tree.where(zero, _tree.zeros_like(rhs), _unit(start, _tree.norm(start)))
+    key = jax.random.key(0) if key is None else key
+    result = linear.solve(matvec, _unit(rhs, size), start=start, precondition=precondition, key=key,
+                          options=as_options(dict(linear.options) | dict(options or {}), rhs))
+    solution = _tree.where(zero, _tree.zeros_like(rhs), _tree.scale(jnp.where(zero, 1, size), result.solution))
+    fine = _tree.all_finite(solution) | (result.status > int(Status.INSENSITIVE))
+    status = jnp.where(fine, result.status, int(Status.NONFINITE_GRAD))
     return LinearResult(
-        solution=_tree.where(zero, _tree.zeros_like(rhs), _tree.scale(safe, result.solution)),
+        solution=solution,
         residual=jnp.where(zero, 0, result.residual),
         steps=result.steps,
-        status=jnp.where(zero, 0, result.status),
+        status=jnp.where(zero, int(Status.OK), status).astype(jnp.int32),
         inverse=result.inverse)
+
+
+def fit(matvec: Matvec, rhs: PyTree, start: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """Scale a starting direction so that its residual is as small as it can be: never larger than that of zero.
+
+    Returns:
+        The scaled start, its residual `b − A x`, and `A x`; one product.
+    """
+    product = matvec(start)
+    size = _tree.norm(product)
+    unit = _unit(product, size)
+    length = _tree.vdot(unit, rhs).astype(size.dtype)
+    good = jnp.isfinite(length) & (size > 0)
+    length = jnp.where(good, length, 0)
+    unit = _tree.where(good, unit, _tree.zeros_like(rhs))
+    x = _tree.scale(length / jnp.where(good, size, 1), start)
+    return x, _tree.axpy(-length, unit, rhs), _tree.scale(length, unit)
+
+
+def against(stack: PyTree, v: PyTree) -> Array:
+    """Inner products of `v` with each vector of a stack, `[m]`; a stack has one more leading axis in each leaf."""
+    return jax.vmap(_tree.vdot, in_axes=(0, None))(stack, v)
+
+
+def weigh(stack: PyTree, weights: Array) -> PyTree:
+    """Sum of the vectors of a stack, weighted, in the dtypes of the stack."""
+    def one(leaf: Array) -> Array:
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        factors = weights.reshape((-1,) + (1,) * (leaf.ndim - 1)).astype(wide)
+        return jnp.sum(factors * leaf.astype(wide), axis=0).astype(leaf.dtype)
+
+    return jax.tree.map(one, stack)
+
+
+def _unit(x: PyTree, size: Array) -> PyTree:
+    """`x / size`; zero where the size is no positive number. In the wider dtype: 1/size may not fit the other."""
+    good = (size > 0) & jnp.isfinite(size)
+    safe = jnp.where(good, size, 1)
+
+    def divide(leaf: Array) -> Array:
+        wide = jnp.promote_types(leaf.dtype, safe.dtype)
+        return jnp.where(good, leaf.astype(wide) / safe.astype(wide), 0).astype(leaf.dtype)
+
+    return jax.tree.map(divide, x)

@@ -23,22 +23,24 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import check_options, suggest_names
-from hypergrad._options import default_tol
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner
+from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner, fit
 from hypergrad.linear.precondition import jacobi
 
 _MAX_STEPS = 1000
+_ROUNDING = 4  # units of rounding to which a residual by recursion still means something
+_FLAT = 8  # a Rayleigh quotient this many units of rounding below the largest cannot be told from zero
 
 
 class _Carry(NamedTuple):
     x: PyTree
-    r: PyTree
+    r: PyTree  # b − A x; A p once the loop has stopped for another reason than the residual
     p: PyTree
     rz: Array  # rᵀ M⁻¹ r
     pmp: Array  # pᵀ M p, by recursion, since only M⁻¹ is known
-    curvature: tuple[Array, Array, Array]  # smallest and largest pᵀAp / pᵀMp, largest ‖Ap‖/‖p‖
+    low: Array  # smallest pᵀAp / pᵀMp
+    high: Array  # largest, in size
     residual: Array
     steps: Array
     status: Array
@@ -46,7 +48,7 @@ class _Carry(NamedTuple):
 
 @suggest_names
 def cg(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *,
-       preconditioner: Preconditioner | None | Any = "default") -> Linear:
+       preconditioner: Preconditioner | Any | None = "default") -> Linear:
     """Conjugate gradients, for symmetric positive definite systems: the default.
 
     Args:
@@ -71,58 +73,77 @@ def cg(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *,
 
 
 def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-           options: Mapping[str, ArrayLike], key: Array) -> LinearResult:
+           options: Mapping[str, Array], key: Array) -> LinearResult:
     del key
     apply = precondition or (lambda v: v)
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
-    tol = jnp.maximum(default_tol(options["tol"], rhs), 4 * eps)  # a recursion below rounding level is 0/0 next
-    max_steps = jnp.asarray(options["max_steps"], jnp.int32)
+    asked = options["tol"]
+    tol = jnp.maximum(asked, _ROUNDING * eps)  # a recursion below rounding level is 0/0 next
+    max_steps = options["max_steps"]
 
-    def first(_: None) -> tuple[PyTree, PyTree, Array]:
-        product = matvec(start)
-        fit = _tree.vdot(product, rhs) / jnp.maximum(_tree.vdot(product, product), jnp.finfo(dtype).tiny)
-        fit = jnp.where(jnp.isfinite(fit), fit, 0).astype(dtype)
-        return _tree.scale(fit, start), _tree.axpy(-fit, product, rhs), jnp.int32(1)
+    def warm(_: None) -> tuple[PyTree, PyTree, Array, Array]:
+        x, r, product = fit(matvec, rhs, start)
+        # (A x)ᵀ M⁻¹ (A x) / xᵀ A x lies within the spectrum of M⁻¹A: all there is where no step is needed.
+        curvature = _tree.vdot(product, apply(product)) / _tree.vdot(x, product)
+        return x, r, jnp.where(curvature > 0, curvature, 1).astype(dtype), jnp.int32(1)
 
-    def cold(_: None) -> tuple[PyTree, PyTree, Array]:
-        return _tree.zeros_like(rhs), rhs, jnp.int32(0)
+    def cold(_: None) -> tuple[PyTree, PyTree, Array, Array]:
+        return _tree.zeros_like(rhs), rhs, jnp.ones((), dtype), jnp.int32(0)
 
-    x, r, steps = jax.lax.cond(_tree.max_abs(start) > 0, first, cold, None)
+    def squares(r: PyTree, z: PyTree) -> tuple[Array, Array]:
+        rz = _tree.vdot(r, z).astype(dtype)
+        return rz, jnp.sqrt(rz if precondition is None else _tree.vdot(r, r).astype(dtype))
+
+    x, r, fallback, used = jax.lax.cond(_tree.max_abs(start) > 0, warm, cold, None)
     z = apply(r)
-    rz = _tree.vdot(r, z).astype(dtype)
+    rz, residual = squares(r, z)
     inf = jnp.asarray(jnp.inf, dtype)
-    carry = _Carry(x, r, z, rz, rz, (inf, -inf, jnp.zeros((), dtype)), _tree.norm(r).astype(dtype), jnp.int32(0),
-                   jnp.int32(Status.OK))
+    first = _Carry(x, r, z, rz, rz, inf, jnp.zeros((), dtype), residual, used, jnp.int32(Status.OK))
 
     def proceed(c: _Carry) -> Array:
-        return (steps + c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
+        return (c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
 
     def step(c: _Carry) -> _Carry:
         ap = matvec(c.p)
         pap = _tree.vdot(c.p, ap).astype(dtype)
-        low, high, norm = c.curvature
         rayleigh = pap / c.pmp
-        gain = (_tree.norm(ap) / _tree.norm(c.p)).astype(dtype)
-        high, norm = jnp.maximum(high, jnp.abs(rayleigh)), jnp.maximum(norm, gain)
-        flat = rayleigh <= 8 * eps * high
-        null = flat & (gain <= jnp.sqrt(eps) * norm)
-        status = jnp.where(~jnp.isfinite(pap), int(Status.NONFINITE_GRAD),
-                           jnp.where(c.rz <= 0, int(Status.LINEAR_BREAKDOWN),
-                                     jnp.where(null, int(Status.SINGULAR),
-                                               jnp.where(flat, int(Status.NEG_CURVATURE), int(Status.OK))))).astype(jnp.int32)
-        ok = status == int(Status.OK)
-        alpha = jnp.where(ok, c.rz / jnp.where(ok, pap, 1), 0)
+        high = jnp.maximum(c.high, jnp.abs(rayleigh))
+        ok = (rayleigh > _FLAT * eps * high) & (c.rz > 0)
+        status = jnp.where(ok, int(Status.OK),
+                           jnp.where(~jnp.isfinite(pap), int(Status.NONFINITE_GRAD),
+                                     jnp.where(c.rz > 0, int(Status.NEG_CURVATURE), int(Status.LINEAR_BREAKDOWN))))
+        alpha = c.rz / jnp.where(ok, pap, 1)
         x, r = _tree.axpy(alpha, c.p, c.x), _tree.axpy(-alpha, ap, c.r)
         z = apply(r)
-        rz = _tree.vdot(r, z).astype(dtype)
-        beta = rz / jnp.where(c.rz > 0, c.rz, 1)
-        x, p = _tree.where(ok, x, c.x), _tree.axpy(beta, c.p, z)
-        low = jnp.where(ok, jnp.minimum(low, rayleigh), low)
-        return _Carry(x, _tree.where(ok, r, c.r), _tree.where(ok, p, c.p), jnp.where(ok, rz, c.rz), rz + beta**2 * c.pmp,
-                      (low, high, norm), jnp.where(ok, _tree.norm(r).astype(dtype), c.residual), c.steps + 1, status)
+        rz, residual = squares(r, z)
+        beta = rz / jnp.where(ok, c.rz, 1)
+        p = _tree.axpy(beta, c.p, z)
+        return _Carry(_tree.where(ok, x, c.x), _tree.where(ok, r, ap), _tree.where(ok, p, c.p), jnp.where(ok, rz, c.rz),
+                      jnp.where(ok, rz + beta**2 * c.pmp, c.pmp), jnp.where(ok, jnp.minimum(c.low, rayleigh), c.low),
+                      jnp.where(jnp.isfinite(high), high, c.high), jnp.where(ok, residual, c.residual), c.steps + 1,
+                      status.astype(jnp.int32))
 
-    c = jax.lax.while_loop(proceed, step, carry)
-    low = jnp.where(jnp.isfinite(c.curvature[0]), jnp.maximum(c.curvature[0], eps), 1)
-    missed = (c.status == int(Status.OK)) & (c.residual > tol) & (options["tol"] is None or jnp.asarray(options["tol"]) > 0)
-    status = jnp.where(missed, int(Status.LINEAR_MAX_STEPS), c.status).astype(jnp.int32)
-    return LinearResult(c.x, c.residual, steps + c.steps, status, lambda v: _tree.scale(1 / low, apply(v)))
+    c = jax.lax.while_loop(proceed, step, first)
+    stepped = jnp.isfinite(c.low)
+    low = jnp.where(stepped, jnp.maximum(c.low, eps * c.high), fallback)
+    status = _verdict(c, apply, asked, eps)
+    return LinearResult(c.x, c.residual, c.steps, status, lambda v: _tree.scale(1 / low, apply(v)))
+
+
+def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:
+    """What stopped the loop. A direction that A maps to nothing is a null space; one with pᵀAp ≈ 0 only is a saddle."""
+    image = c.r  # A p, where the loop stopped for p
+    gain = jnp.sqrt(jnp.abs(_tree.vdot(image, apply(image))) / c.pmp)  # ‖A p‖ / ‖p‖ in the geometry of M
+    curvature = _tree.vdot(c.p, image) / c.pmp
+    noise = c.low <= _FLAT * eps * c.high  # a step was taken along what later turned out to be rounding
+    null = (jnp.abs(curvature) <= _FLAT * eps * c.high) & (gain <= 8 * eps**0.5 * c.high)
+    null = null | (noise & (curvature > -(eps**0.5) * c.high))
+    # What is left of b in the null space may be rounding, or the fault of the problem.
+    flat = jnp.where(c.residual <= eps**0.5, int(Status.PRECISION_LIMITED), int(Status.SINGULAR))
+    stopped = jnp.where((c.status == int(Status.NEG_CURVATURE)) & null, flat, c.status)
+
+    met = jnp.where(noise & (asked > 0), int(Status.PRECISION_LIMITED), int(Status.OK))
+    missed = jnp.where(noise, int(Status.SINGULAR), int(Status.LINEAR_MAX_STEPS))
+    missed = jnp.where(c.residual <= _ROUNDING * eps, int(Status.PRECISION_LIMITED), missed)
+    ended = jnp.where((c.residual <= asked) | (asked == 0), met, missed)
+    return jnp.where(c.status == int(Status.OK), ended, stopped).astype(jnp.int32)

@@ -1,0 +1,135 @@
+r"""The adjoint system as a matrix: exact, for small problems.
+
+    A = [A e_1, ..., A e_n],   D_r⁻¹ A D_c⁻¹ = P L U,   v = A⁻¹ b,   or A⁺ b where A is singular to working precision
+
+Source: Golub & Van Loan, "Matrix Computations" (2013), sections 3.4 (LU), 3.5 (scaling, refinement) and 5.5
+(pseudo-inverse). Differs from `jnp.linalg.solve` in: a condition check, that does not mind badly scaled rows and
+columns; the shortest solution, and a status if there is none, where the matrix is singular.
+Cost: n products that run at once, O(n³). Memory: n² and what n products at once need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.linalg import lu_factor, lu_solve
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import check_options, suggest_names
+from hypergrad._solver import Status
+from hypergrad._tree import PyTree
+from hypergrad.linear._linear import Linear, LinearResult, Matvec
+
+_FLAT = 8  # a singular value this many units of rounding below the largest cannot be told from zero
+_BATCH = 512  # columns made at once
+
+
+@suggest_names
+def dense(tol: ArrayLike | None = None) -> Linear:
+    """Write A down and factorise it: for up to a few thousand parameters, symmetric or not.
+
+    Args:
+        tol: relative tolerance on the residual (dimensionless), by which a matrix that is singular to working precision
+            but still has a solution is told from one that has none. None means 1e-6 in float32 and 1e-10 in float64.
+
+    A starting point and a preconditioner are not used. `inverse` is exact, and reuses the factors.
+
+    Raises:
+        InputError: for a negative tolerance.
+
+    >>> import hypergrad as hg
+    >>> linear = hg.linear.dense()
+    """
+    check_options("dense", tol=tol)
+    return Linear(_solve, {"tol": tol}, claims=True, symmetric=False)
+
+
+def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
+           options: Mapping[str, Array], key: Array) -> LinearResult:
+    del start, precondition
+    ravel, unravel, n = _flattener(rhs)
+    eps, dtype = _tree.eps(rhs), _tree.dtype(rhs)
+    tol = options["tol"]
+    columns = jax.lax.map(lambda e: ravel(matvec(unravel(e))), jnp.eye(n, dtype=dtype), batch_size=min(n, _BATCH))
+    finite = jnp.all(jnp.isfinite(columns))
+    # A non-finite matrix becomes the identity: factorisations may not return on NaN.
+    matrix = jnp.where(finite, columns.T, jnp.eye(n, dtype=dtype))
+    size = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(size > 0, size, 1)
+    apply_lu, singular = _factorise(matrix, key, eps)
+    b = ravel(rhs)
+
+    pseudo = jax.lax.cond(singular, lambda a: _pseudo_inverse(a, eps), jnp.zeros_like, matrix)
+
+    def apply(v: Array) -> Array:
+        return jnp.where(singular, _dot(pseudo, v), apply_lu(v))
+
+    x = apply(b)
+    x = x + apply(b - _dot(matrix, x))
+    residual = jnp.sqrt(jnp.sum((b - _dot(matrix, x)) ** 2))
+    scale = jnp.where(size > 0, size, 1)
+    # What the best solution of a nearly singular system leaves of b is rounding, or a part of b that nothing reaches.
+    rounding = n**0.5 * eps * jnp.sqrt(jnp.sum(x**2))  # the largest entry of the matrix is 1
+    missed = jnp.where(singular & (residual > rounding), int(Status.SINGULAR), int(Status.PRECISION_LIMITED))
+    status = jnp.where(residual <= tol, int(Status.OK), missed)
+    status = jnp.where(finite, status, int(Status.NONFINITE_GRAD)).astype(jnp.int32)
+    return LinearResult(unravel(x / scale), jnp.where(finite, residual, jnp.nan), jnp.int32(n), status,
+                        lambda r: unravel(apply(ravel(r)) / scale))
+
+
+def _factorise(matrix: Array, key: Array, eps: float) -> tuple[Callable[[Array], Array], Array]:
+    """`b -> A⁻¹ b` by LU after scaling rows and columns, and whether A is singular to working precision."""
+    rows = jnp.max(jnp.abs(matrix), axis=1)
+    rows = jnp.where(rows > 0, rows, 1)
+    columns = jnp.max(jnp.abs(matrix) / rows[:, None], axis=0)
+    columns = jnp.where(columns > 0, columns, 1)
+    scaled = matrix / rows[:, None] / columns[None, :]
+    factors = lu_factor(scaled)
+
+    def grow(forward: Callable[[Array], Array], back: Callable[[Array], Array], z: Array) -> Array:
+        """Largest growth of a vector under a matrix, by a power iteration with the matrix and its transpose."""
+        growth = jnp.zeros((), matrix.dtype)
+        for _ in range(3):
+            for product in (forward, back):
+                z = product(z / jnp.sqrt(jnp.sum(z**2)))
+                growth = jnp.sqrt(jnp.sum(z**2))
+        return growth
+
+    z = jax.random.normal(key, (matrix.shape[0],), matrix.dtype)
+    high = grow(lambda v: _dot(scaled, v), lambda v: _dot(scaled.T, v), z)
+    inverse = grow(lambda v: lu_solve(factors, v), lambda v: lu_solve(factors, v, trans=1), z)
+    singular = ~(high * inverse * _FLAT * eps < 1)  # NaN counts: a pivot was zero
+    return lambda b: lu_solve(factors, b / rows) / columns, singular
+
+
+def _pseudo_inverse(matrix: Array, eps: float) -> Array:
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    kept = s > _FLAT * eps * jnp.max(s)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    return jnp.matmul(vt.T * inverse[None, :], u.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _dot(matrix: Array, v: Array) -> Array:
+    return jnp.matmul(matrix, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def _flattener(like: PyTree) -> tuple[Callable[[PyTree], Array], Callable[[Array], PyTree], int]:
+    """`ravel`, `unravel` between pytrees like `like` and vectors of their widest dtype, and the length."""
+    leaves, treedef = jax.tree.flatten(like)
+    dtype = _tree.dtype(like)
+    ends = [0]
+    for leaf in leaves:
+        ends.append(ends[-1] + leaf.size)
+
+    def ravel(tree: PyTree) -> Array:
+        return jnp.concatenate([leaf.astype(dtype).ravel() for leaf in jax.tree.leaves(tree)])
+
+    def unravel(v: Array) -> PyTree:
+        return treedef.unflatten([v[i:j].reshape(leaf.shape).astype(leaf.dtype)
+                                  for i, j, leaf in zip(ends[:-1], ends[1:], leaves, strict=True)])
+
+    return ravel, unravel, ends[-1]
