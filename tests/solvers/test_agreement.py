@@ -1,0 +1,242 @@
+"""Different routes to one hypergradient agree; truncated and damped ones equal their own formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import hypergrad as hg
+from hypergrad._problem import bind_inner
+from tests._helpers import assert_trees_close, relative_error, tol
+from tests.solvers import _curved_problems as curved
+from tests.solvers import _problems as problems
+from tests.solvers._problems import Case, compiled, flatten
+
+
+def hypergradient(solver: hg.Solver, case: Case, calls: int = 1, **options: Any) -> hg.Hypergradient:
+    """The last of several calls; `options` replace values in the state, as `linear={"damping": 0.1}`."""
+    params, hparams, train, valid = case.arrays()
+    step, state = compiled(solver.hypergrad), solver.init(params, hparams)
+    for name, values in options.items():
+        state.options[name].update({k: jnp.asarray(v, state.options[name][k].dtype) for k, v in values.items()})
+    for _ in range(calls - 1):
+        _, state = step(state, hparams, train, valid)
+    return step(state, hparams, train, valid)[0]
+
+
+def parts(case: Case) -> tuple[np.ndarray, ...]:
+    """H, ∂²_{λw} h, ∂_w f and ∂_λ f at the solution, from the closed form."""
+    a, h = case.analytic, flatten(case.hparams)
+    w = problems.solution(case, h)
+    return a.hess(w, h), a.cross(w, h), *a.outer_grads(w, h)
+
+
+def step_size(case: Case, fraction: float = 1.0) -> float:
+    """A stable step for gradient descent and Neumann: a fraction of 1 / the largest eigenvalue at the solution."""
+    return float(np.float32(fraction / np.linalg.eigvalsh(parts(case)[0])[-1]))
+
+
+AGREE: dict[str, Callable[[], Case]] = {"ridge": lambda: problems.ridge("per coordinate"), "logistic": curved.logistic}
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_long_unrolls_implicit_and_the_neumann_series_agree(name):
+    case = AGREE[name]()
+    rate = step_size(case, 1.5)
+    descent = hg.inner.gradient(optax.sgd(rate), steps=400)
+    found = {
+        "implicit": hg.implicit(case.problem),
+        "implicit, neumann": hg.implicit(case.problem, linear=hg.linear.neumann(400, step_size=rate)),
+        "implicit, descent": hg.implicit(case.problem, inner=descent, linear=hg.linear.cg(max_steps=20)),
+        "unrolled, reverse": hg.unrolled(case.problem, inner=descent, mode="reverse"),
+        "unrolled, forward": hg.unrolled(case.problem, inner=descent, mode="forward"),
+        "unrolled, truncated": hg.unrolled(case.problem, inner=descent, mode="reverse", truncate=300),
+    }
+    expected = problems.hypergradient(case)
+    for route, solver in found.items():
+        error = relative_error(flatten(hypergradient(solver, case).grad), expected)
+        assert error <= tol(1e-8, 1e-4), f"{route}: {error:.2g}"
+
+
+@pytest.mark.parametrize("linear", [hg.linear.gmres(), hg.linear.dense(), hg.linear.neumann(1000, tol=1e-6),
+                                    hg.linear.cg(preconditioner=None)], ids=["gmres", "dense", "neumann", "plain cg"])
+def test_every_linear_solver_that_claims_agrees_with_the_closed_form(linear):
+    case = problems.direct_terms()
+    out = hypergradient(hg.implicit(case.problem, linear=linear), case)
+    assert int(out.info.status) == hg.Status.OK
+    loose = float(linear.options["tol"] or 0)
+    assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= max(10 * loose, tol(1e-8, 1e-4))
+
+
+def test_every_inner_solver_that_claims_agrees_with_the_closed_form():
+    case = curved.logistic()
+    rate = step_size(case, 1.5)
+    slope = jax.grad(case.problem.inner_loss)
+    inners = {
+        "newton": hg.inner.newton(),
+        "gradient to a tolerance": hg.inner.gradient(optax.sgd(rate), steps=2000, tol=tol(1e-10, 1e-6)),
+        "descent as a map": hg.inner.fixed_point(lambda w, h, b: w - rate * slope(w, h, b)),
+    }
+    for name, inner in inners.items():
+        out = hypergradient(hg.implicit(case.problem, inner=inner), case)
+        assert int(out.info.status) == hg.Status.OK, name
+        assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= tol(1e-7, 1e-4), name
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 7])
+def test_neumann_with_k_terms_equals_its_polynomial(terms):
+    """v = α Σ_{j ≤ K} (I − αH)ʲ ∂_w f."""
+    case = problems.direct_terms()
+    hess, cross, f_w, f_h = parts(case)
+    alpha = step_size(case, 0.9)
+    v, term = np.zeros_like(f_w), f_w
+    for _ in range(terms + 1):
+        v, term = v + alpha * term, term - alpha * hess @ term
+    out = hypergradient(hg.implicit(case.problem, linear=hg.linear.neumann(terms, step_size=alpha)), case)
+    assert relative_error(flatten(out.grad), f_h - cross @ v) <= tol(1e-8, 1e-4)
+    assert relative_error(f_h - cross @ v, problems.hypergradient(case)) > 1e-3  # else it would show nothing
+
+
+def test_t1_t2_equals_its_formula():
+    """g = ∂_λ f − α ∂²_{λw} h ∂_w f: the Neumann series with no product."""
+    case = problems.direct_terms()
+    _, cross, f_w, f_h = parts(case)
+    out = hypergradient(hg.implicit(case.problem, linear=hg.linear.identity(step_size=0.37)), case)
+    assert relative_error(flatten(out.grad), f_h - 0.37 * cross @ f_w) <= tol(1e-8, 1e-4)
+    assert np.isposinf(out.info.error_estimate)
+    assert int(out.info.linear_steps) == 0
+
+
+def test_cg_on_a_budget_equals_the_minimiser_over_its_krylov_space():
+    case = problems.direct_terms()
+    hess, cross, f_w, f_h = parts(case)
+    krylov = np.linalg.qr(np.stack([np.linalg.matrix_power(hess, k) @ f_w for k in range(3)], 1))[0]
+    v = krylov @ np.linalg.solve(krylov.T @ hess @ krylov, krylov.T @ f_w)
+    out = hypergradient(hg.implicit(case.problem, linear=hg.linear.cg(max_steps=3)), case)
+    assert relative_error(flatten(out.grad), f_h - cross @ v) <= tol(1e-8, 1e-4)
+
+
+@pytest.mark.parametrize("linear", [hg.linear.cg(max_steps=2), hg.linear.neumann(8)], ids=["cg", "neumann"])
+def test_a_small_budget_that_is_warm_started_reaches_the_closed_form_over_many_calls(linear):
+    case = problems.direct_terms()
+    once = hypergradient(hg.implicit(case.problem, linear=linear), case)
+    often = hypergradient(hg.implicit(case.problem, linear=linear), case, calls=60)
+    expected = problems.hypergradient(case)
+    assert relative_error(flatten(once.grad), expected) > 1e-3
+    assert relative_error(flatten(often.grad), expected) <= tol(1e-6, 1e-4)
+
+
+@pytest.mark.parametrize("damping", [0.05, 0.6])
+def test_damping_equals_the_dense_damped_solve_at_the_documented_scale(damping):
+    """(H + δ I) v = ∂_w f with δ relative to the root mean square eigenvalue, which one probe finds exactly where H is diagonal."""
+    case = curved.diagonal("unit", spread=30)
+    hess, cross, f_w, f_h = parts(case)
+    scale = np.sqrt(np.mean(np.linalg.eigvalsh(hess) ** 2))
+    v = np.linalg.solve(hess + damping * scale * np.eye(len(f_w)), f_w)
+    out = hypergradient(hg.implicit(case.problem, damping=damping), case)
+    assert int(out.info.status) == hg.Status.OK
+    np.testing.assert_allclose(float(out.info.extra["damping"]), damping * scale, rtol=tol(1e-6, 1e-4))
+    assert relative_error(flatten(out.grad), f_h - cross @ v) <= tol(1e-7, 1e-4)
+
+
+def test_damping_scales_with_the_inner_loss_and_is_found_within_a_factor():
+    case = problems.tikhonov()
+    inner = case.problem.inner_loss
+    assert inner is not None
+    hess, cross, f_w, f_h = parts(case)
+    scale = np.sqrt(np.mean(np.linalg.eigvalsh(hess) ** 2))
+    for size in (1.0, 1e5):
+        scaled = hg.Problem(lambda w, h, b: size * inner(w, h, b), case.problem.outer_loss)  # noqa: B023
+        out = hypergradient(hg.implicit(scaled, damping=0.3), case)
+        shift = float(out.info.extra["damping"]) / size
+        assert 0.3 * scale / 3 < shift < 0.3 * scale * 3
+        v = np.linalg.solve(hess + shift * np.eye(len(f_w)), f_w)
+        assert relative_error(flatten(out.grad), f_h - cross @ v) <= tol(1e-7, 1e-4)
+
+
+def test_damping_in_the_state_may_be_replaced():
+    case = curved.diagonal("unit", spread=30)
+    params, hparams, train, valid = case.arrays()
+    solver = hg.implicit(case.problem, damping=0.9)
+    state = solver.init(params, hparams)
+    state.options["damping"] = jnp.asarray(0.0, state.options["damping"].dtype)
+    out, _ = compiled(solver.hypergrad)(state, hparams, train, valid)
+    assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= tol(1e-7, 1e-4)
+
+
+def test_gauss_newton_equals_the_hessian_on_a_linear_model():
+    case = curved.logistic()
+    inner = hg.compose(lambda w, h, b: b[0] @ w,
+                       lambda z, w, h, b: jnp.mean(jnp.logaddexp(0.0, -b[1] * z)) + 0.5 * jnp.sum(jnp.exp(h) * w**2))
+    solver = hg.implicit(hg.Problem(inner, curved.logistic_loss), curvature="gauss_newton")
+    out = hypergradient(solver, case)
+    assert int(out.info.status) == hg.Status.OK
+    assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= tol(1e-7, 1e-4)
+
+
+def network() -> tuple[Callable, Callable, Any, Any, Any]:
+    """A tanh network of 25 parameters, not at its optimum, with a decay for each leaf."""
+    rng = np.random.default_rng(21)
+    params = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=4), "c": rng.normal(size=(4, 2)), "d": np.zeros(1)}
+    hparams = jax.tree.map(lambda x: rng.normal() - 1, params)
+    batch = (rng.normal(size=(9, 3)), rng.normal(size=(9, 2)))
+
+    def outputs(w, h, batch):
+        return jnp.tanh(batch[0] @ w["a"] + w["b"][None]) @ w["c"] + w["d"][0]
+
+    def loss(z, w, h, batch):
+        decay = sum(jnp.exp(h[k]) * jnp.sum(w[k] ** 2) for k in w)
+        return jnp.mean((z - batch[1]) ** 2) + 0.5 * decay
+
+    return outputs, loss, *jax.tree.map(jnp.asarray, (params, hparams, batch))
+
+
+def test_gauss_newton_on_a_network_equals_the_dense_product():
+    """g = ∂_λ f − ∂²_{λw} h (JᵀQJ + R)⁻¹ ∂_w f with J, Q and R written out, where the Hessian itself is indefinite."""
+    outputs, loss, params, hparams, batch = network()
+    outer = lambda w, h, b: jnp.mean(jnp.abs(outputs(w, h, b) - b[1] - 0.3) ** 3)
+    inner = hg.compose(outputs, loss)
+    flat, unravel = ravel_pytree(params)
+    flat_h, unravel_h = ravel_pytree(hparams)
+
+    @compiled
+    def reference(w, h):
+        jac = jax.jacobian(lambda w: outputs(unravel(w), hparams, batch).ravel())(w)
+        curve = jax.hessian(lambda z, w: loss(z.reshape(9, 2), unravel(w), unravel_h(h), batch), argnums=(0, 1))(jac @ w, w)
+        matrix = jac.T @ curve[0][0] @ jac + curve[1][1]
+        full = lambda w, h: inner(unravel(w), unravel_h(h), batch)
+        cross = jax.jacobian(jax.grad(full), argnums=1)(w, h).T
+        hess = jax.hessian(full)(w, h)
+        f_w = jax.grad(lambda w: outer(unravel(w), hparams, batch))(w)
+        return -cross @ jnp.linalg.solve(matrix, f_w), jnp.linalg.eigvalsh(hess)[0]
+
+    expected, lowest = reference(flat, flat_h)
+    assert lowest < 0
+    stay = hg.inner.gradient(optax.sgd(0.1), steps=0)
+    for linear, solver_tol in ((hg.linear.cg(), tol(1e-7, 1e-3)), (hg.linear.dense(), tol(1e-9, 1e-3))):
+        solver = hg.implicit(hg.Problem(inner, outer), inner=stay, linear=linear, curvature="gauss_newton")
+        out, state = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, batch, batch)
+        assert relative_error(flatten(out.grad), np.asarray(expected)) <= solver_tol
+        assert_trees_close(state.params, params, 0.0)
+
+
+def test_the_solve_the_hessian_and_the_cross_product_see_one_minibatch():
+    """With minibatches, the hypergradient is that of the one batch drawn, exactly."""
+    case = problems.ridge("per coordinate")
+    params, hparams, train, valid = case.arrays()
+    key = jax.random.key(3)
+    solver = hg.implicit(case.problem)
+    out, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key)
+    drawn = bind_inner(case.problem, hg.minibatches(train, 20), jax.random.split(key, 3)[0], None).fixed_batch[0]
+    again, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, drawn, valid)
+    assert int(out.info.status) == int(again.info.status) == hg.Status.OK
+    assert_trees_close(out.grad, again.grad, tol(1e-8, 1e-4))
+    full, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
+    assert relative_error(full.grad, out.grad) > 1e-2
