@@ -1,1 +1,1 @@
-"""diagnostics"""
+"""What happened, in numbers and pictures."""
