@@ -208,17 +208,23 @@ def make_history(rows: list[dict[str, float]], seconds: list[float], hparams: li
         ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
         path = [part.reshape(len(rows), *leaf.shape).astype(dtype)
                 for part, leaf, dtype in zip(np.split(table, ends, axis=1), leaves, dtypes, strict=True)]
-        flat = [part.reshape(len(rows), -1) for part in path]
         trajectory = treedef.unflatten(path)
-        summary = {name: treedef.unflatten([reduce(part, axis=1) for part in flat]) for name, reduce in
-                   (("min", np.min), ("mean", np.mean), ("max", np.max))}
+        spread = [_spread(part) for part in path]
     else:
         trajectory = None
-        table = table.reshape(len(rows), len(leaves), 3)
-        summary = {name: treedef.unflatten([table[:, i, k].astype(dtype) for i, dtype in enumerate(dtypes)])
-                   for k, name in enumerate(("min", "mean", "max"))}
+        spread = [[column.astype(dtype) for column in part.T] for part, dtype in
+                  zip(table.reshape(len(rows), len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)]
+    summary = {name: treedef.unflatten([part[i] for part in spread]) for i, name in enumerate(("min", "mean", "max"))}
     return History(**fields, seconds=np.asarray(seconds, np.float64), hparams=trajectory, summary=summary,
                    metrics={name: column(name) for name in metrics}, extra={name: column(name) for name in extra})
+
+
+def _spread(part: np.ndarray) -> list[np.ndarray]:
+    """Minimum, mean and maximum of each row; NaN where a row holds nothing."""
+    if 0 in part.shape:
+        return [np.full(len(part), np.nan, part.dtype)] * 3
+    flat = part.reshape(len(part), -1)
+    return [flat.min(axis=1), flat.mean(axis=1), flat.max(axis=1)]
 
 
 def _at(tree: PyTree, path: Any) -> np.ndarray:

@@ -32,6 +32,7 @@ from hypergrad import _tree
 from hypergrad._checks import check_finite, check_hparams, check_options, check_same_structure, suggest_names
 from hypergrad._data import Minibatches, Stream, kind, prepare
 from hypergrad._domain import settle, to_constrained, to_unconstrained
+from hypergrad._labels import check_concrete_data, check_solver_labels
 from hypergrad._sensitivity import caller_level
 from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree, keystr
@@ -106,8 +107,8 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
         See `hg.outer.Result`: `hparams`, `params`, `best`, `history`, `status`, `state`. Print it for a summary.
 
     Raises:
-        InputError: for hyperparameters outside their domain, empty or unpaired data, a missing key, options out of
-            range.
+        InputError: for hyperparameters outside their domain, data that are empty, unpaired or labelled outside their
+            classes, a missing key, options out of range.
         InputTypeError: for a solver, optimizer, callback, key or leaf of the wrong type.
 
     Warns:
@@ -130,6 +131,8 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
     next_train, next_valid = _source("train", train, key), _source("valid", valid, key)
     init_key, step_key = (None, None) if key is None else jax.random.split(key)
     state = solver.init(params, hparams, key=init_key, model_state=model_state)
+    batches = next_train(), next_valid()
+    check_solver_labels(solver, state, hparams, *batches, step_key)
     loop = _Loop(*(_strong(part) for part in (jnp.int32(0), state, free, outer.init(free))))
     advance, respond = jax.jit(_make_step(solver, outer, domain)), jax.jit(solver.response)
     record = _Record(Best(-1, float("nan"), hparams, params))
@@ -143,7 +146,8 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
     try:
         with progress_bar(steps, show=progress) as show:
             for step in range(steps):
-                loop, used, row = advance(loop, next_train(), next_valid(), step_key)
+                batches = batches if step == 0 else (next_train(), next_valid())
+                loop, used, row = advance(loop, *batches, step_key)
                 metrics = _note(record, row, started) | {"hparams": used}
                 if _usable(metrics) and not metrics["value"] >= record.best.value:  # the first best value is NaN
                     record.best = Best(step, metrics["value"], used, respond(loop.solver, used))
@@ -213,7 +217,8 @@ def _make_row(out: Hypergradient, status: Array, hparams: PyTree) -> _Row:
     if _tree.size(hparams) <= TRAJECTORY:
         parts = [leaf.ravel() for leaf in leaves]
     else:
-        parts = [jnp.stack([leaf.min(), leaf.mean(), leaf.max()]) for leaf in leaves]
+        parts = [jnp.stack([leaf.min(), leaf.mean(), leaf.max()]) if leaf.size else jnp.full(3, jnp.nan, leaf.dtype)
+                 for leaf in leaves]
     dtype = _tree.dtype([jnp.asarray(value) for value in (*values, *leaves)])
     vector = jnp.concatenate([jnp.stack([jnp.asarray(value).astype(dtype) for value in values]),
                               *(part.astype(dtype) for part in parts)])
@@ -249,13 +254,7 @@ def _source(name: str, data: PyTree, key: Array | None) -> Callable[[], PyTree]:
     if isinstance(data, Stream):
         return functools.partial(_pull, name, data, [])
     data = prepare(name, data)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        if _tree.is_float(leaf):
-            # On the host where the data are there: nothing to compile.
-            bad = leaf.size - int((np if isinstance(leaf, np.ndarray) else jnp).isfinite(leaf).sum())
-            if bad:
-                _warn(f"tune: {name}{keystr(path)} holds {bad} NaN or infinite of {leaf.size} values; unless the "
-                      "losses mask them, every hypergradient will be NaN.")
+    check_concrete_data(name, data)
     data = jax.tree.map(jnp.asarray, data)
     return lambda: data
 

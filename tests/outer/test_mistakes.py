@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import hypergrad as hg
 from hypergrad import domains
 from hypergrad._data import minibatches, stream
 from hypergrad._problem import Problem
@@ -140,3 +141,16 @@ def test_nan_in_the_data_is_a_warning():
     with pytest.warns(UserWarning, match=r"train\['x'\] holds 1 NaN") as caught:
         call(train={"x": x, "pair": TRAIN}, solver=masked)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("wrap", [lambda pair: pair, lambda pair: minibatches(pair, 4), lambda pair: stream([pair], 1)])
+def test_a_label_outside_its_classes_is_named(wrap):
+    def loss(w, h, batch):
+        x, y = batch
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x @ w, y)) + h["l2"] * jnp.sum(w**2)
+
+    labels = np.arange(30) % 3
+    labels[7] = 3
+    with pytest.raises(InputError, match=r"train\[1\]: labels run from 0 to 2, found 3 at (row 7|index \(0, 7\))"):
+        call(solver=hg.implicit(hg.Problem(loss, loss)), params=jnp.zeros((6, 3)), train=wrap((X, labels)),
+             valid=(X, np.arange(30) % 3), key=jax.random.key(0))

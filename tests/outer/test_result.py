@@ -51,13 +51,14 @@ def test_every_column_has_one_entry_a_step():
 
 @pytest.mark.parametrize("size", [990, 1010])
 def test_long_trajectories_are_summarised(size):
-    hparams = {"w": jnp.linspace(1.0, 2.0, size), "s": jnp.asarray(3.0)}
+    hparams = {"w": jnp.linspace(1.0, 2.0, size), "s": jnp.asarray(3.0), "nothing": jnp.zeros((0, 2))}
     history = tune(quadratic(), jnp.zeros(1), hparams, outer=optax.sgd(0.1), steps=4, progress=False).history
     assert (history.hparams is None) == (size > 1000)
     shrink = 0.8 ** np.arange(4)
     for kind, expected in (("min", 1.0), ("mean", 1.5), ("max", 2.0)):
         np.testing.assert_allclose(history.summary[kind]["w"], expected * shrink, rtol=1e-5)
         np.testing.assert_allclose(history.summary[kind]["s"], 3 * shrink, rtol=1e-5)
+        assert np.all(np.isnan(history.summary[kind]["nothing"]))
     if history.hparams is not None:
         assert history.hparams["w"].shape == (4, size)
         np.testing.assert_allclose(history.hparams["w"][3], hparams["w"] * 0.8**3, rtol=1e-5)

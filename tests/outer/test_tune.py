@@ -109,7 +109,9 @@ def test_a_gradient_that_is_not_finite_is_found_whatever_the_status():
     def spoil(call, loss, grad, status):
         return loss, jax.tree.map(lambda g: jnp.where(call == 1, jnp.inf, g), grad), status
 
-    assert list(run(ridge(spoil), steps=3).history.status) == [Status.OK, Status.NONFINITE_GRAD, Status.OK]
+    for outer in (optax.adam(0.3), optax.sign_sgd(0.3)):  # the second would make a finite step of it
+        result = run(ridge(spoil), steps=3, outer=outer)
+        assert list(result.history.status) == [Status.OK, Status.NONFINITE_GRAD, Status.OK]
 
 
 def test_an_optimizer_that_overflows_is_not_left_silent(x64):
@@ -357,5 +359,5 @@ def test_ridge_losses_alone_lead_to_the_closed_form_optimum():
     free = hg.constrain(problem, domains.log())
     start = domains.to_unconstrained(domains.log(), {"l2": 0.01})
     other = run(hg.implicit(free), start, outer=optax.adam(0.1), steps=10, domain=None)
-    first = run(hg.implicit(problem), outer=optax.adam(0.1), steps=10)
-    assert_trees_close(domains.to_constrained(domains.log(), other.hparams), first.hparams, tol(1e-6, 1e-3))
+    found = domains.to_constrained(domains.log(), other.hparams)["l2"]
+    np.testing.assert_allclose(found, result.history.hparams["l2"][10], rtol=tol(1e-6, 1e-3))
