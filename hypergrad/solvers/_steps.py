@@ -1,0 +1,226 @@
+r"""One training step as unrolling needs it: taken, pulled back, pushed forward.
+
+    (w, s) ↦ Ψ_t(w, s, λ),     w: parameters,   s: the floating-point part of the optimizer's state
+
+Counters, keys and the model's state are carried along and never differentiated. The gradient inside a step is differentiated in
+mixed mode: along the cotangent ḡ of the gradient, one forward-mode product of the joint gradient (∂_w h, ∂_λ h) gives
+H ḡ and the cross term together, where reverse mode over reverse mode would store every intermediate of both passes.
+
+Source: Kemaev et al. 2025 (MixFlow-MG), arXiv:2505.00793. Differs: the recursion over steps is written out, so that nothing but
+what it names is ever stored, and no custom derivative rule is involved.
+Cost: a step pulled back is about two gradients of the inner loss, a step pushed forward about a half for each direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Var
+
+from hypergrad import _tree
+from hypergrad._checks import check_same_structure
+from hypergrad._curvature import joint_product
+from hypergrad._problem import Objective
+from hypergrad._solver import Status
+from hypergrad._tree import PyTree
+from hypergrad.inner._inner import Inner
+
+_RISE = 10  # a loss that rose this many times further than it ever fell has diverged
+_ENOUGH = 16  # steps before which a rise may be a matter of batches
+_OVERFLOW = 1e3  # a loss that grew by more than this was on its way to overflow
+
+
+class Point(NamedTuple):
+    """Where training is: what the next step starts from."""
+
+    params: PyTree
+    state: PyTree
+    model_state: PyTree
+
+
+class Moving(NamedTuple):
+    """What derivatives flow through, or their tangents or cotangents."""
+
+    params: PyTree
+    floats: list[Array]  # floating-point leaves of the optimizer's state
+
+
+class Record(NamedTuple):
+    """What training looked like, in scalars. The height is the inner loss; for a map, how far a step moved.
+
+    Attributes:
+        status: what the first number that was not finite means, if there was one.
+        first, last, low: height at the first step, at the last one and at its lowest.
+        early, late: largest height of the first quarter of the steps, smallest of the last.
+        peak, residual: largest entry of the gradient (for a map, of the move) over the run, and at the last step.
+    """
+
+    status: Array
+    first: Array
+    last: Array
+    low: Array
+    early: Array
+    late: Array
+    peak: Array
+    residual: Array
+
+
+class Taken(NamedTuple):
+    """What a step leads to.
+
+    Attributes:
+        point: where the next one starts.
+        height: inner loss before the step; for a map, how far it moved.
+        residual: largest entry of the gradient before the step; for a map, how far it moved.
+        grads: the gradient, where pulling back the step can use it; else None.
+    """
+
+    point: Point
+    height: Array
+    residual: Array
+    grads: PyTree
+
+
+class Step(NamedTuple):
+    """One training step at a point.
+
+    Attributes:
+        take: `(point, t) -> Taken`.
+        pull: `(point, grads, t, cotangent) -> (cotangent, contribution)`, the second a pytree like the hyperparameters; `grads` as
+            in `Taken`.
+        through: `(moving, hparams, point, t) -> (moving, Taken)`, differentiable in the first two.
+        watch: `(record, taken, t) -> record`, with the step entered.
+    """
+
+    take: Callable[[Point, Any], Taken]
+    pull: Callable[[Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
+    through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
+    watch: Callable[[Record, Taken, Any], Record]
+
+
+def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point) -> Step:
+    """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`)."""
+    made = _descent(inner.update, objective, start, hparams) if inner.update is not None else _map(inner.move, objective)
+    through, pull = made
+
+    def take(point: Point, t: Any) -> Taken:
+        return through(_moving(point), hparams, point, t)[1]
+
+    return Step(take, lambda point, grads, t, cotangent: pull(hparams, point, grads, t, cotangent), through,
+                lambda record, taken, t: _watch(record, taken, t, inner.steps or 0))
+
+
+def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> tuple[Any, Any]:
+    def loss_at(point: Point, t: Any) -> Callable[[PyTree, PyTree], tuple[Array, PyTree]]:
+        frozen = jax.lax.stop_gradient(point.model_state)
+        return lambda params, hparams: objective.stochastic(params, hparams, frozen, t)
+
+    def updated(grads: PyTree, moving: Moving, hparams: PyTree, point: Point) -> tuple[Moving, PyTree]:
+        _, combine = _tree.partition(point.state)
+        params, state = update(grads, moving.params, combine(moving.floats), hparams)
+        state = like(state, point.state)
+        return Moving(like(params, point.params), _tree.partition(state)[0]), state
+
+    def pull_update(grads: PyTree, hparams: PyTree, point: Point, cotangent: Moving) -> tuple[PyTree, Moving, PyTree]:
+        return jax.vjp(lambda g, m, h: updated(g, m, h, point)[0], grads, _moving(point), hparams)[1](cotangent)
+
+    # Pulling back SGD needs no gradient, Adam's does. Storing it spares its second evaluation.
+    wanted = _depends_on_first(pull_update, start.params, hparams, start, _moving(start))
+
+    def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
+        (loss, model_state), grads = jax.value_and_grad(loss_at(point, t), has_aux=True)(moving.params, hparams)
+        new, state = updated(grads, moving, hparams, point)
+        fresh = jax.lax.stop_gradient(like(model_state, point.model_state))
+        return new, Taken(Point(new.params, state, fresh), loss, _tree.max_abs(grads), grads if wanted else None)
+
+    def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
+        loss = lambda params, hparams: loss_at(point, t)(params, hparams)[0]
+        along, kept, contribution = pull_update(grads if wanted else point.params, hparams, point, cotangent)
+        curved, cross = joint_product(loss, point.params, hparams, along)
+        return Moving(_tree.add(kept.params, curved), kept.floats), _tree.add(contribution, cross)
+
+    return through, pull
+
+
+def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
+    def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
+        _, combine = _tree.partition(point.state)
+        params, state = move(objective, moving.params, combine(moving.floats), hparams, t)
+        check_same_structure("the map's result", params, point.params, "a fixed-point map returns parameters like those it is given.")
+        params, state = like(params, point.params), like(state, point.state)
+        size = _tree.max_abs(_tree.sub(params, point.params))
+        return Moving(params, _tree.partition(state)[0]), Taken(Point(params, state, point.model_state), size, size, None)
+
+    def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
+        del grads
+        return jax.vjp(lambda m, h: through(m, h, point, t)[0], _moving(point), hparams)[1](cotangent)
+
+    return through, pull
+
+
+def _moving(point: Point) -> Moving:
+    return Moving(point.params, _tree.partition(point.state)[0])
+
+
+def _depends_on_first(f: Callable[..., Any], first: PyTree, *rest: Any) -> bool:
+    """Whether an output of `f` depends on its first argument, as far as its program shows."""
+    program = jax.make_jaxpr(f)(first, *rest).jaxpr
+    reached = set(program.invars[:len(jax.tree.leaves(first))])
+    touched = lambda variables: any(isinstance(v, Var) and v in reached for v in variables)
+    for equation in program.eqns:
+        if touched(equation.invars):
+            reached.update(equation.outvars)
+    return touched(program.outvars)
+
+
+def like(new: PyTree, old: PyTree) -> PyTree:
+    """`new` in the dtypes of `old`, so that a step can be repeated in a loop."""
+    return jax.tree.map(lambda a, b: a if _tree.is_key(b) else jnp.asarray(a).astype(b.dtype), new, old)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Leaves as arrays with dtypes of their own (not those of Python numbers), so that a second call fits the first's trace."""
+    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x).astype(jnp.result_type(x)), tree)
+
+
+def new_record(params: PyTree) -> Record:
+    """The record of a run of no steps."""
+    zero = jnp.zeros((), _tree.dtype(params))
+    inf = jnp.full_like(zero, jnp.inf)
+    return Record(jnp.int32(Status.OK), zero, zero, inf, -inf, inf, zero, zero)
+
+
+def _watch(record: Record, taken: Taken, t: Any, steps: int) -> Record:
+    dtype, quarter = record.first.dtype, steps // 4
+    height, residual = taken.height.astype(dtype), taken.residual.astype(dtype)
+    first = jnp.where(t == 0, height, record.first)
+    growing = (t > 0) & ((record.last > _OVERFLOW * jnp.abs(first)) | (height == jnp.inf))
+    kind = jnp.where(growing, int(Status.INNER_DIVERGED),
+                     jnp.where(jnp.isfinite(height), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)))
+    found = jnp.where(jnp.isfinite(height) & jnp.isfinite(residual), int(Status.OK), kind)
+    return Record(
+        status=jnp.where(record.status == int(Status.OK), found, record.status).astype(jnp.int32),
+        first=first, last=height, low=jnp.minimum(record.low, height),
+        early=jnp.where(t <= quarter, jnp.maximum(record.early, height), record.early),
+        late=jnp.where(t >= steps - 1 - quarter, jnp.minimum(record.late, height), record.late),
+        peak=jnp.fmax(record.peak, residual), residual=residual)
+
+
+def training_status(inner: Inner, record: Record, end: PyTree) -> Array:
+    """Whether the run diverged or met a number that is not finite; int32.
+
+    As in `hg.inner.gradient`, a loss diverged if every value of the last quarter of the run is far above every one of the first
+    quarter. A map has no loss, and may wander; it diverged if it overflowed after its steps had grown.
+    """
+    rise = record.late - record.early
+    grown = (rise > jnp.abs(record.early)) & (rise > _RISE * (record.early - record.low))
+    grown = grown & (inner.update is not None) & ((inner.steps or 0) >= _ENOUGH)
+    ended = jnp.where(grown | ~_tree.all_finite(end), int(Status.INNER_DIVERGED), int(Status.OK))
+    status = jnp.where(record.status == int(Status.OK), ended, record.status)
+    # A map that is not finite has no loss to blame.
+    no_loss = (inner.update is None) & (status == int(Status.NONFINITE_LOSS))
+    return jnp.where(no_loss, int(Status.NONFINITE_GRAD), status).astype(jnp.int32)

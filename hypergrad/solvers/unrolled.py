@@ -1,0 +1,286 @@
+r"""Unrolled hypergradient: differentiate training itself, step by step.
+
+    g = d/dλ f(w_T(λ), λ),     (w_{t+1}, s_{t+1}) = Ψ_t(w_t, s_t, λ),     t = 0, ..., T − 1
+
+Exact for the T steps that were taken, converged or not, and the only solver here that sees learning rates, momenta, schedules
+and initialisations.
+
+Source: Domke 2012, "Generic methods for optimization-based modeling"; Maclaurin et al. 2015, arXiv:1502.03492; Franceschi et al.
+2017, arXiv:1703.01785 (forward mode); Shaban et al. 2019, arXiv:1810.10667 (truncation); Kemaev et al. 2025, arXiv:2505.00793
+(mixed mode); Engstrom et al. 2025, arXiv:2503.13751 (the tree of checkpoints).
+Differs: the recursions are written out rather than left to nested automatic differentiation; they measure how much
+they amplify rounding, and a run that amplifies it beyond meaning says so.
+Cost: reverse about three gradients of the inner loss a step, whatever the number of hyperparameters; forward one and a half with
+one hyperparameter, and a third to a half more for each further one. Memory: see `remat`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import _tree
+from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
+from hypergrad._options import as_options
+from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
+from hypergrad._tree import PyTree
+from hypergrad.inner._inner import Inner
+from hypergrad.solvers import _backprop, _pushforward
+from hypergrad.solvers._steps import Moving, Point, Record, Step, make_step, new_record, strong, training_status
+
+_FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
+_MEANINGLESS = 0.1
+
+
+class UnrolledState(NamedTuple):
+    """What the next call starts from.
+
+    Attributes:
+        params: parameters after the last step. pytree like the parameters.
+        inner_state: state of the inner optimizer after the last step.
+        model_state: state of the model (batch-norm statistics) after the last step, or None.
+        start: `(params, model_state)` with which every call starts; None with `warm_start`.
+        options: `{"inner": ...}`, scalars that may be replaced between calls without recompiling.
+    """
+
+    params: PyTree
+    inner_state: PyTree
+    model_state: PyTree
+    start: tuple[PyTree, PyTree] | None
+    options: dict[str, Any]
+
+
+class _Pass(NamedTuple):
+    """What either mode hands back."""
+
+    point: Point
+    record: Record
+    value: Array
+    metrics: dict[str, Any]
+    direct: PyTree
+    rhs: PyTree  # ∂_w f
+    indirect: PyTree
+    growth: Array
+    dropped: Array  # estimate of what truncation left out, relative to the indirect part
+
+
+@suggest_names
+def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: int | None = None, remat: str = "auto",
+             memory: float | None = None, warm_start: bool = False) -> Solver:
+    """Hypergradients by differentiating a run of training, whatever it reached.
+
+    Args:
+        problem: the two losses.
+        inner: what is unrolled, and how many steps of it: `hg.inner.gradient(optimizer, steps=100)`, or
+            `hg.inner.fixed_point(map, steps=100)`. An optimizer given as a function of `hparams` is tuned too. To tune the
+            starting point, train an offset from it: `lambda offset, hparams, batch: loss(hparams["start"] + offset, batch)`.
+        mode: `"forward"` costs a third to a half of a training run for each scalar hyperparameter and stores nothing; `"reverse"`
+            costs about two training runs for any number of them; `"auto"` is forward for at most three.
+        truncate: only the last so many steps are differentiated; the ones before run as they are, and the parameters they reach
+            count as constant. Biased; `error_estimate` says by how much, judged by how fast the contributions of the steps decay.
+        remat: what reverse mode stores. `"step"`: parameters and optimizer state at each of T steps. `"sqrt"`: 2√T of them, for
+            one more training run. `"tree"`: k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: everything, as plain
+            automatic differentiation does; only useful for comparison. `"auto"`: the first of step, sqrt and tree whose
+            storage fits `memory`.
+        memory: bytes that `remat="auto"` may store. Default: 2³⁰ (1 GiB), or 16 times one state where that is more.
+        warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result is
+            the exact derivative of that run. True: each call goes on from where the last one ended, and the derivative
+            is that of this call's steps alone.
+
+    Returns:
+        A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless): reverse,
+        max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in. Where it
+        leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of the last step over the
+        largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against the exact derivative of the run of
+        T steps (with `warm_start`, of this call's steps). Model state (batch-norm statistics) follows the steps and counts as
+        constant in the derivative.
+
+    Raises:
+        InputError: for an unknown option, or an inner solver without a number of steps.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> problem = hg.Problem(lambda w, lr, batch: 0.5 * jnp.sum(w**2), lambda w, lr, batch: jnp.sum(w))
+    >>> solver = hg.unrolled(problem, inner=hg.inner.gradient(lambda lr: optax.sgd(lr), steps=3))
+    >>> state = solver.init(jnp.ones(1), 0.5)
+    >>> out, state = jax.jit(solver.hypergrad)(state, 0.5)
+    >>> print(f"{out.value:.4f} {out.grad:.4f}")  # w = (1 - lr)^3, dw/dlr = -3 (1 - lr)^2
+    0.1250 -0.7500
+    """
+    check_options("unrolled", truncate=truncate, memory=memory)
+    check_choice("unrolled", "mode", mode, ("auto", "reverse", "forward"))
+    check_choice("unrolled", "remat", remat, ("auto", "none", "step", "sqrt", "tree"))
+    if inner.steps is None or (inner.update is None and inner.move is None):
+        raise InputError("unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: write "
+                         "hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), or use hg.implicit.")
+    steps = inner.steps
+    length = steps if truncate is None else min(int(truncate), steps)
+    skip = steps - length
+
+    def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> UnrolledState:
+        del key
+        params, hparams = check_params(params), check_hparams(hparams)
+        model_state = strong(model_state)
+        return UnrolledState(params, strong(inner.init(params, hparams)), model_state,
+                             None if warm_start else (params, model_state), {"inner": as_options(inner.options, params)})
+
+    def hypergrad(state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
+                  key: Array | None = None) -> tuple[Hypergradient, UnrolledState]:
+        hparams = check_hparams(hparams)
+        check_data("train", train)
+        check_data("valid", valid)
+        inner_key, outer_key, _ = (None, None, None) if key is None else jax.random.split(key, 3)
+        params, model_state = (state.params, state.model_state) if state.start is None else state.start
+        first_state = lambda h: state.inner_state if warm_start else strong(inner.init(params, h))
+        start = Point(params, first_state(hparams), model_state)
+        step = make_step(inner, bind_inner(problem, train, inner_key, model_state), hparams, start)
+        point, record = start, new_record(params)
+        if skip:
+            point, record = _backprop.train(step, point, 0, skip, record)
+        # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
+        floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
+        finish = lambda end: _outer(problem, valid, outer_key, end, hparams)
+        forward = mode == "forward" or (mode == "auto" and _tree.size(hparams) <= _FORWARD_AT_MOST)
+        if forward:
+            done = _forward(step, hparams, point, skip, length, record, floats, finish)
+        elif remat == "none":
+            done = _reverse_whole(step, hparams, point, skip, length, record, floats, finish)
+        else:
+            layout = _backprop.plan(remat, length, _tree.nbytes(_backprop.stored_by_step(step, point)), memory)
+            done = _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
+
+        grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
+        rounding = _tree.eps((params, hparams)) * math.sqrt(max(length, 1)) * done.growth
+        error = _error_estimate(grad, done, rounding)
+        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(done.rhs) > 0)
+        status = first_failure(
+            training_status(inner, done.record, done.point.params),
+            code(~jnp.isfinite(done.value), Status.NONFINITE_LOSS),
+            code(~(_tree.all_finite(done.rhs) & _tree.all_finite(done.direct)), Status.NONFINITE_GRAD),
+            code(rounding > _MEANINGLESS, Status.UNROLL_EXPLODED),
+            code(~_tree.all_finite(grad), Status.NONFINITE_GRAD),
+            code(silent, Status.INSENSITIVE))
+        residual = done.record.residual / jnp.where(done.record.peak > 0, done.record.peak, 1)
+        info = Info(status=status, inner_residual=residual, linear_residual=jnp.full_like(residual, jnp.nan),
+                    inner_steps=jnp.int32(steps), linear_steps=jnp.int32(0), error_estimate=error,
+                    extra={"adjoint_growth": done.growth})
+        end, keep = done.point, _tree.all_finite(done.point)
+        state = state._replace(params=_tree.where(keep, end.params, state.params),
+                               inner_state=_tree.where(keep, end.state, state.inner_state),
+                               model_state=_tree.where(keep, end.model_state, state.model_state))
+        return Hypergradient(done.value, grad, info, done.metrics), state
+
+    def response(state: UnrolledState, hparams: PyTree) -> PyTree:
+        del hparams
+        return state.params
+
+    return Solver(init, hypergrad, response)
+
+
+def _outer(problem: Problem, valid: PyTree, key: Array | None, end: Point, hparams: PyTree
+           ) -> tuple[tuple[Array, dict[str, Any]], tuple[PyTree, PyTree]]:
+    """`(value, metrics), (∂_w f, ∂_λ f)` at the end of training."""
+    return jax.value_and_grad(bind_outer(problem, valid, key, end.model_state), argnums=(0, 1), has_aux=True)(end.params, hparams)
+
+
+def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
+             floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+    units, count = _pushforward.basis(hparams), _tree.size(hparams)
+    stack = lambda tree: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree)
+    if floats is None:
+        z = stack(_tree.partition(point.state)[0])
+    else:
+        z = jax.vmap(lambda unit: jax.jvp(floats, (hparams,), (unit,))[1])(units)
+    result, growth = _pushforward.push(step, hparams, point, Moving(stack(point.params), z), begin, length, record,
+                                       keep_sizes=begin > 0)
+    (value, metrics), (rhs, direct) = finish(result.point)
+    indirect = _pushforward.pull_out(result.tangent, rhs, hparams)
+    if result.sizes is None:
+        dropped = jnp.zeros_like(growth)
+    else:
+        flat = jnp.concatenate([jnp.abs(leaf).ravel().astype(growth.dtype) for leaf in jax.tree.leaves(indirect)])
+        end = jax.vmap(_tree.max_abs)(result.tangent.params)
+        tails = jax.vmap(lambda s: _tail(s, begin), in_axes=1)(result.sizes)
+        shares = jnp.where(end > 0, tails / jnp.where(end > 0, end, 1), 0)
+        dropped = _ratio(_tree.norm(shares * flat), _tree.norm(flat))
+    return _Pass(result.point, result.record, value, metrics, direct, rhs, indirect, growth, dropped)
+
+
+def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
+             floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+    stored = None
+    if length:
+        point, stored, record = _backprop.train_and_store(step, layout, point, begin, length, record)
+    (value, metrics), (rhs, direct) = finish(point)
+    size, unit = _unit(rhs)
+    dtype = _tree.dtype(rhs)
+    still = [jnp.zeros_like(x) for x in _tree.partition(point.state)[0]]
+    back = _backprop.Backward(Moving(unit, still), _tree.zeros_like(hparams), jnp.ones((), dtype),
+                              jnp.zeros((length,), dtype) if begin else None)
+    if length:
+        back = _backprop.sweep(step, layout, stored, begin, length, begin + length, back)
+    total = back.total
+    if floats is not None:
+        total = _tree.add(total, jax.vjp(floats, hparams)[1](back.adjoint.floats)[0])
+    dropped = jnp.zeros((), dtype) if back.sizes is None else _ratio(_tail(back.sizes, begin), _tree.norm(total))
+    return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total), back.growth, dropped)
+
+
+def _reverse_whole(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
+                   floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+    """Plain reverse mode over a scan: stores every intermediate, and only sees the adjoint at the beginning."""
+    from_state, combine = _tree.partition(point.state)
+
+    def run(params: PyTree, initial: list[Array], hparams: PyTree) -> tuple[PyTree, tuple[Point, Record]]:
+        def body(carry: tuple[Moving, Point, Record], t: Array) -> tuple[tuple[Moving, Point, Record], None]:
+            moving, point, record = carry
+            moving, taken = step.through(moving, hparams, point, t)
+            return (moving, *jax.lax.stop_gradient((taken.point, step.watch(record, taken, t)))), None
+
+        (moving, end, seen), _ = jax.lax.scan(body, (Moving(params, initial), point, record), begin + jnp.arange(length))
+        return moving.params, (end, seen)
+
+    _, back, (end, seen) = jax.vjp(run, point.params, from_state, hparams, has_aux=True)
+    (value, metrics), (rhs, direct) = finish(end)
+    size, unit = _unit(rhs)
+    first, first_floats, total = back(unit)
+    if floats is not None:
+        total = _tree.add(total, jax.vjp(floats, hparams)[1](first_floats)[0])
+    decay = jnp.sqrt(_tree.vdot(first, first)).astype(_tree.dtype(rhs))
+    dropped = jnp.where(decay < 1, decay / (1 - jnp.minimum(decay, 0.999)), jnp.inf) if begin else jnp.zeros_like(decay)
+    growth = jnp.where(decay > 1, decay, jnp.ones_like(decay))
+    return _Pass(end, seen, value, metrics, direct, rhs, _tree.scale(size, total), growth, dropped)
+
+
+def _unit(rhs: PyTree) -> tuple[Array, PyTree]:
+    """Norm and direction, so that an outer loss scaled by 1e-20 changes nothing but the scale of the result."""
+    size = _tree.norm(rhs)
+    return size, _tree.scale(1 / jnp.where(size > 0, size, 1), rhs)
+
+
+def _tail(sizes: Array, more: int) -> Array:
+    """Σ of `more` further terms of a sequence that goes on decaying as it did over its second half; inf if it does not decay."""
+    window = sizes.shape[0] // 4 or sizes.shape[0] // 2
+    if not window:
+        return jnp.full((), jnp.inf, sizes.dtype)
+    old, new = jnp.sum(sizes[-2 * window:-window]), jnp.sum(sizes[-window:])
+    ratio = jnp.where(old > 0, new / jnp.where(old > 0, old, 1), 0)
+    safe = jnp.where(ratio < 1, ratio, 0)
+    tail = new * safe * (1 - safe ** (more / window)) / (1 - safe)
+    return jnp.where(ratio < 1, tail, jnp.inf)
+
+
+def _ratio(x: Array, y: Array) -> Array:
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), jnp.where(x > 0, jnp.inf, 0))
+
+
+def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
+    """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
+    through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
+    estimate = rounding + done.dropped * through
+    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
