@@ -21,6 +21,7 @@ from hypergrad._solver import InputTypeError as InputTypeError
 from hypergrad._solver import raise_if_failed as raise_if_failed
 from hypergrad._solver import Solver as Solver
 from hypergrad._solver import Status as Status
+from hypergrad.diagnostics.check import check as check
 from hypergrad.outer import Result as Result
 from hypergrad.outer import TuneStatus as TuneStatus
 from hypergrad.outer.tune import tune as tune

@@ -143,7 +143,7 @@ def gradient_descent(steps, status=Status.OK):
     def init(params, hparams, *, key=None, model_state=None):
         return ridge.State(params, (), model_state, {})
 
-    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+    def hypergrad(state, hparams, train: Any = None, valid=None, *, key=None):
         def loss(w):
             return jnp.mean((train[0] @ w - train[1]) ** 2) + jnp.sum(jnp.exp(hparams["l2"]) * w**2)
 
@@ -241,7 +241,7 @@ def noisy(value, hparams, key):
 
 def test_stochastic_is_named_and_the_draw_compared():
     report = run(ridge.solver(value=noisy), key=jax.random.key(3))
-    assert report.ok and words(report) == {"stochastic"}
+    assert report.ok and words(report) - {"precision"} == {"stochastic"}
     assert 0.05 < report.key_spread < 1.5
     calm = run(ridge.solver(), key=jax.random.key(3))
     assert calm.ok and not calm.causes and calm.key_spread == 0
