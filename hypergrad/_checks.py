@@ -124,8 +124,8 @@ def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str
 def check_data(name: str, data: PyTree) -> None:
     """Raise for a batch that holds no example."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        if 0 in jnp.shape(leaf):
-            raise InputError(f"{name}{keystr(path)} is empty (shape {jnp.shape(leaf)}); the loss of no data is NaN or 0: "
+        if 0 in getattr(leaf, "shape", ()):
+            raise InputError(f"{name}{keystr(path)} is empty (shape {leaf.shape}); the loss of no data is NaN or 0: "
                              "pass at least one example, or None for a loss that closes over its data.")
 
 

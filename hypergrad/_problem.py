@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad._checks import check_same_structure
 from hypergrad._data import draw
 from hypergrad._solver import InputError, InputTypeError
-from hypergrad._tree import PyTree
+from hypergrad._tree import PyTree, is_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,12 @@ def inner_value(problem: Problem, params: PyTree, hparams: PyTree, batch: PyTree
         if not (isinstance(result, tuple) and len(result) == 2):
             raise InputTypeError("inner_loss must return (loss, model_state) when hg.Problem(..., model_state=True), "
                                  f"found {_describe(result)}.")
-        return _scalar(result[0], "inner_loss"), result[1]
+        check_same_structure("inner_loss: the model_state that it returns", result[1], model_state,
+                             "return one like the model_state it was given.")
+        # In the given dtypes, so that steps can be repeated in a loop.
+        fresh = jax.tree.map(lambda new, old: new if is_key(old) else jnp.asarray(new, jnp.result_type(old)),
+                             result[1], model_state)
+        return _scalar(result[0], "inner_loss"), fresh
     loss, _ = _split(result, "inner_loss")
     return loss, None
 
@@ -218,7 +224,14 @@ def _call(problem: Problem, loss: Callable[..., Any], name: str, params: PyTree,
         args.append(key)
     if problem.model_state:
         args.append(model_state)
-    return loss(*args)
+    try:
+        return loss(*args)
+    except Exception as error:
+        if not getattr(error, "__notes__", None):
+            shapes = ", ".join(f"{what} {_shapes(value)}" for what, value in
+                               (("params", params), ("hparams", hparams), ("batch", batch)))
+            error.add_note(f"hypergrad: raised while tracing {name}, which was given {shapes}.")
+        raise
 
 
 def _split(result: Any, name: str) -> tuple[Array, dict[str, Any]]:
@@ -241,6 +254,10 @@ def _scalar(value: Any, name: str) -> Array:
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise InputTypeError(f"{name} must return a real floating-point scalar, found {jnp.result_type(value)}.")
     return jnp.asarray(value)
+
+
+def _shapes(tree: PyTree) -> str:
+    return str(jax.tree.map(lambda x: tuple(jnp.shape(x)) if hasattr(x, "shape") else x, tree))
 
 
 def _describe(value: Any) -> str:

@@ -1,4 +1,6 @@
 """How parameters are found: each function returns an `Inner`."""
 
+from hypergrad.inner.fixed_point import fixed_point as fixed_point
+from hypergrad.inner.gradient import gradient as gradient
 from hypergrad.inner.lbfgs import lbfgs as lbfgs
 from hypergrad.inner.newton import newton as newton

@@ -181,29 +181,37 @@ def status_name(code: Any) -> str:
         return f"code {int(code)}"
 
 
-def make_history(rows: list[dict[str, float]], seconds: list[float], hparams: list[np.ndarray], example: PyTree,
-                 metrics: tuple[str, ...], extra: tuple[str, ...]) -> History:
+class Row(NamedTuple):
+    """What one step reported.
+
+    Attributes:
+        scalars: by name, `seconds` among them.
+        hparams: all entries in the order of the leaves; above `TRAJECTORY` entries, instead, the minimum, mean and
+            maximum of each leaf.
+    """
+
+    scalars: dict[str, float]
+    hparams: np.ndarray
+
+
+def make_history(rows: list[Row], example: PyTree, metrics: tuple[str, ...], extra: tuple[str, ...]) -> History:
     """Stack what the steps reported.
 
     Args:
-        rows: the scalars of each step by name.
-        seconds: wall time at the end of each step.
-        hparams: of each step, all entries in the order of the leaves; above `TRAJECTORY` entries, instead, the minimum,
-            mean and maximum of each leaf.
+        rows: one a step.
         example: pytree like the hyperparameters.
         metrics: names among the scalars.
         extra: names among the scalars.
     """
     def column(name: str, dtype: Any = np.float64) -> np.ndarray:
-        return np.asarray([row[name] for row in rows], dtype)
+        return np.asarray([row.scalars[name] for row in rows], dtype)
 
-    seconds, hparams = seconds[:len(rows)], hparams[:len(rows)]
     integers = ("status", "inner_steps", "linear_steps")
-    fields = {name: column(name, np.int64 if name in integers else np.float64) for name in SCALARS}
+    fields = {name: column(name, np.int64 if name in integers else np.float64) for name in (*SCALARS, "seconds")}
     leaves, treedef = jax.tree.flatten(example)
     dtypes = [np.dtype(jax.numpy.result_type(leaf)) for leaf in leaves]
     total = size(example)
-    table = np.stack(hparams) if hparams else np.zeros((0, total if total <= TRAJECTORY else 3 * len(leaves)))
+    table = np.stack([row.hparams for row in rows])
     if total <= TRAJECTORY:
         ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
         path = [part.reshape(len(rows), *leaf.shape).astype(dtype)
@@ -215,8 +223,8 @@ def make_history(rows: list[dict[str, float]], seconds: list[float], hparams: li
         spread = [[column.astype(dtype) for column in part.T] for part, dtype in
                   zip(table.reshape(len(rows), len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)]
     summary = {name: treedef.unflatten([part[i] for part in spread]) for i, name in enumerate(("min", "mean", "max"))}
-    return History(**fields, seconds=np.asarray(seconds, np.float64), hparams=trajectory, summary=summary,
-                   metrics={name: column(name) for name in metrics}, extra={name: column(name) for name in extra})
+    return History(**fields, hparams=trajectory, summary=summary, metrics={name: column(name) for name in metrics},
+                   extra={name: column(name) for name in extra})
 
 
 def _spread(part: np.ndarray) -> list[np.ndarray]:

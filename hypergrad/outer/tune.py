@@ -37,7 +37,7 @@ from hypergrad._sensitivity import caller_level
 from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree, keystr
 from hypergrad.outer._progress import Callback, progress_bar
-from hypergrad.outer._result import SCALARS, TRAJECTORY, Best, Result, TuneStatus, make_history, status_name
+from hypergrad.outer._result import SCALARS, TRAJECTORY, Best, Result, Row, TuneStatus, make_history, status_name
 
 
 class _Loop(NamedTuple):
@@ -51,8 +51,8 @@ class _Loop(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """What one step reports, as one vector, so that one transfer brings it to the host."""
+class _Report:
+    """What one step sends to the host: one vector, so that one transfer brings it."""
 
     vector: Array  # SCALARS, metrics, extra, then hyperparameters or their summary
     metrics: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -64,9 +64,7 @@ class _Record:
     """The host's notes."""
 
     best: Best
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    hparams: list[np.ndarray] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
     names: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     skipped: int = 0
     in_a_row: int = 0
@@ -139,7 +137,7 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
 
     def finish(status: TuneStatus) -> Result:
         final = to_constrained(domain, loop.free)
-        history = make_history(record.rows, record.seconds, record.hparams, final, *record.names)
+        history = make_history(record.rows, final, *record.names)
         return Result(final, respond(loop.solver, final), record.best, history, status, loop.solver, loop.outer)
 
     status = TuneStatus.FINISHED
@@ -147,8 +145,8 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
         with progress_bar(steps, show=progress) as show:
             for step in range(steps):
                 batches = batches if step == 0 else (next_train(), next_valid())
-                loop, used, row = advance(loop, *batches, step_key)
-                metrics = _note(record, row, started) | {"hparams": used}
+                loop, used, report = advance(loop, *batches, step_key)
+                metrics = _note(record, report, started) | {"hparams": used}
                 if _usable(metrics) and not metrics["value"] >= record.best.value:  # the first best value is NaN
                     record.best = Best(step, metrics["value"], used, respond(loop.solver, used))
                 show(metrics, record.skipped)
@@ -169,7 +167,8 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
             raise
         status = TuneStatus.INTERRUPTED
     except Exception as error:
-        _attach(error, functools.partial(finish, TuneStatus.RAISED))
+        if record.rows:
+            _attach(error, functools.partial(finish, TuneStatus.RAISED))
         raise
     if status is TuneStatus.FINISHED and record.best.step < 0:
         status = TuneStatus.FAILED
@@ -178,11 +177,11 @@ def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, 
     return finish(status)
 
 
-def _make_step(solver: Solver, outer: Any, domain: PyTree) -> Callable[..., tuple[_Loop, PyTree, _Row]]:
-    """`(loop, train, valid, key) -> (loop, hparams used, row)`, to be compiled once."""
+def _make_step(solver: Solver, outer: Any, domain: PyTree) -> Callable[..., tuple[_Loop, PyTree, _Report]]:
+    """`(loop, train, valid, key) -> (loop, hparams used, report)`, to be compiled once."""
     update = optax.with_extra_args_support(outer).update
 
-    def advance(loop: _Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[_Loop, PyTree, _Row]:
+    def advance(loop: _Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[_Loop, PyTree, _Report]:
         hparams, pull = jax.vjp(functools.partial(to_constrained, domain), loop.free)
         key = None if key is None else jax.random.fold_in(key, loop.step)
         out, state = solver.hypergrad(loop.solver, hparams, train, valid, key=key)
@@ -203,15 +202,16 @@ def _make_step(solver: Solver, outer: Any, domain: PyTree) -> Callable[..., tupl
         usable = status <= int(Status.INSENSITIVE)
         new = _strong(_Loop(loop.step + 1, state, *_tree.where(usable, (free, outer_state), (loop.free, loop.outer))))
         _check_stable(new, loop)
-        return new, hparams, _make_row(out, status, hparams)
+        return new, hparams, _make_report(out, status, hparams)
 
     return advance
 
 
-def _make_row(out: Hypergradient, status: Array, hparams: PyTree) -> _Row:
+def _make_report(out: Hypergradient, status: Array, hparams: PyTree) -> _Report:
     info = out.info
     scalars = {"value": out.value, "grad_norm": _tree.norm(jax.tree.map(jnp.asarray, out.grad)), "status": status}
     scalars |= {name: getattr(info, name) for name in SCALARS if name not in scalars}
+    scalars |= {name: jnp.asarray(scalars[name]).astype(jnp.int32) for name in ("inner_steps", "linear_steps")}
     values = [*scalars.values(), *out.metrics.values(), *info.extra.values()]
     leaves = jax.tree.leaves(hparams)
     if _tree.size(hparams) <= TRAJECTORY:
@@ -222,23 +222,21 @@ def _make_row(out: Hypergradient, status: Array, hparams: PyTree) -> _Row:
     dtype = _tree.dtype([jnp.asarray(value) for value in (*values, *leaves)])
     vector = jnp.concatenate([jnp.stack([jnp.asarray(value).astype(dtype) for value in values]),
                               *(part.astype(dtype) for part in parts)])
-    return _Row(vector, tuple(out.metrics), tuple(info.extra))
+    return _Report(vector, tuple(out.metrics), tuple(info.extra))
 
 
-def _note(record: _Record, row: _Row, started: float) -> dict[str, Any]:
+def _note(record: _Record, report: _Report, started: float) -> dict[str, Any]:
     """Wait for a step and write down what it reports; returns it as Python numbers."""
-    vector = np.asarray(row.vector)
-    names = (*SCALARS, *row.metrics, *row.extra)
+    vector = np.asarray(report.vector)
+    names = (*SCALARS, *report.metrics, *report.extra)
     metrics: dict[str, Any] = dict(zip(names, vector.tolist(), strict=False))
     metrics |= {name: int(metrics[name]) for name in ("status", "inner_steps", "linear_steps")}
     metrics["seconds"] = time.perf_counter() - started
     usable = _usable(metrics)
-    record.names = row.metrics, row.extra
+    record.names = report.metrics, report.extra
     record.skipped += not usable
     record.in_a_row = 0 if usable else record.in_a_row + 1
-    record.hparams.append(vector[len(names):])
-    record.seconds.append(metrics["seconds"])
-    record.rows.append(metrics)  # last: Ctrl-C may come between, and a row is what counts
+    record.rows.append(Row(metrics, vector[len(names):]))  # in one piece, since Ctrl-C may come at any instant
     return metrics
 
 
@@ -329,10 +327,8 @@ def _check_arguments(solver: Any, params: PyTree, outer: Any, steps: Any, max_fa
 
 def _attach(error: Exception, finish: Callable[[], Result]) -> None:
     with contextlib.suppress(Exception):  # the caller's own error matters more
-        result = finish()
-        if len(result.history.value):
-            setattr(error, "result", result)  # noqa: B010, exceptions declare no such attribute
-            error.add_note("hypergrad: the run up to here is in this exception's attribute `result`.")
+        setattr(error, "result", finish())  # noqa: B010, exceptions declare no such attribute
+        error.add_note("hypergrad: the run up to here is in this exception's attribute `result`.")
 
 
 def _warn(message: str) -> None:
@@ -340,7 +336,7 @@ def _warn(message: str) -> None:
 
 
 def _warn_failed(record: _Record) -> None:
-    last = record.rows[-1]["status"]
+    last = record.rows[-1].scalars["status"]
     advice = f"{status_name(last)}: {Status(last).advice}" if last in set(Status) else status_name(last)
     best = (f"result.best holds the best step before, {record.best.step} with outer loss {record.best.value:.6g}."
             if record.best.step >= 0 else "No step before it was usable: result.best is the start.")

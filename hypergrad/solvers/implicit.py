@@ -132,7 +132,8 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
         hparams = check_hparams(hparams)
         check_data("train", train)
         check_data("valid", valid)
-        warn_small_batch(train, _tree.size(state.params))
+        if method.claims:
+            warn_small_batch(train, _tree.size(state.params))
         inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
         # The probes only steer the preconditioner; any fixed signs serve where the problem itself needs no key.
         probe_key = jax.random.key(0) if probe_key is None else probe_key

@@ -28,6 +28,7 @@ from hypergrad import _tree
 from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
 from hypergrad._options import as_options
 from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._sensitivity import check_unrolled_sensitivity
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
@@ -138,7 +139,11 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
         params, model_state = (state.params, state.model_state) if state.start is None else state.start
         first_state = lambda h: state.inner_state if warm_start else strong(inner.init(params, h))
         start = Point(params, first_state(hparams), model_state)
-        step = make_step(inner, bind_inner(problem, train, inner_key, model_state), hparams, start)
+        objective = bind_inner(problem, train, inner_key, model_state)
+        check_unrolled_sensitivity(
+            lambda w, s, h: make_step(inner, objective, h, start).take(Point(w, first_state(h), model_state), 0)[0],
+            bind_outer(problem, valid, outer_key, model_state), params, start.state, hparams)
+        step = make_step(inner, objective, hparams, start)
         point, record = start, new_record(params)
         if skip:
             point, record = _backprop.train(step, point, 0, skip, record)

@@ -1,0 +1,69 @@
+"""What a bar's measurement returns, and how it is printed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+class Setting(NamedTuple):
+    """What is asked of a run: the seed of all data, few samples of small problems (`smoke`), size L too (`large`)."""
+
+    seed: int
+    smoke: bool = False
+    large: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Rounds of a comparison."""
+        return 3 if self.smoke else 15
+
+
+class Check(NamedTuple):
+    """One figure against its bar; `measured` is None where a peer is not installed."""
+
+    what: str
+    measured: float | None
+    sense: str  # ">=" or "<="
+    bar: float
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None where nothing could be measured."""
+        if self.measured is None:
+            return None
+        if not math.isfinite(self.measured):
+            return False
+        return self.measured >= self.bar if self.sense == ">=" else self.measured <= self.bar
+
+
+def result(checks: list[Check], figures: dict[str, Any], skipped: list[str] | None = None) -> dict[str, Any]:
+    """The JSON object of one bar: `met` is None where something it needs is not installed and nothing else failed."""
+    verdicts = [c.met for c in checks]
+    met = False if False in verdicts else None if None in verdicts else True
+    return {"met": met, "checks": [c._asdict() | {"met": c.met} for c in checks], "figures": figures,
+            "skipped": skipped or []}
+
+
+def rows(name: str, measured: dict[str, Any]) -> list[str]:
+    """The lines of one bar: what, measured, bar, met?"""
+    word = {True: "yes", False: "NO", None: "skipped"}
+    lines = []
+    for c in measured["checks"]:
+        value = "-" if c["measured"] is None else f"{c['measured']:.3g}"
+        lines.append(f"{name:4} {c['what']:64} {value:>10}   {c['sense']} {c['bar']:<8g} {word[c['met']]}")
+    return lines
+
+
+def rounded(value: Any) -> Any:
+    """Four digits, NaN and infinities as None, so that the line is JSON."""
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return float(f"{value:.4g}") if math.isfinite(value) else None

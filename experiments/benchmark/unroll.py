@@ -1,0 +1,122 @@
+"""V4, V11: time and memory of differentiating a run of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tasks
+from report import Check, Setting, result
+from timing import interleaved, temporary_megabytes
+
+import hypergrad as hg
+
+
+def training(problem: hg.Problem, optimizer: Any, steps: int) -> Callable[..., Any]:
+    """A scan of gradient steps: training alone, and what plain reverse mode goes through."""
+    def train(params: Any, hparams: Any, batch: Any) -> Any:
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            w, state = carry
+            updates, state = optimizer.update(jax.grad(problem.inner_loss)(w, hparams, batch), state, w)  # type: ignore[arg-type]
+            return (optax.apply_updates(w, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)
+        return params
+
+    return train
+
+
+def plain(problem: hg.Problem, optimizer: Any, steps: int) -> Callable[..., Any]:
+    """Scan and `jax.grad`, nothing recomputed."""
+    train = training(problem, optimizer, steps)
+    return jax.grad(lambda hparams, params, batch, valid: problem.outer_loss(train(params, hparams, batch), hparams, valid))
+
+
+def _ours(problem: hg.Problem, optimizer: Any, steps: int, params: Any, hparams: Any, **options: Any) -> tuple[Any, Any]:
+    solver = hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=steps), **options)
+    return (lambda *args: solver.hypergrad(*args)[0].grad), solver.init(params, hparams)
+
+
+def _gap(a: Any, b: Any) -> float:
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+def v4(setting: Setting) -> dict[str, Any]:
+    """Hyper-cleaning: 2000 weights, softmax regression, plain gradient steps."""
+    params, hparams, train, valid = tasks.cleaning(seed=setting.seed, n=100 if setting.smoke else 2000)
+    train, valid = jax.tree.map(jnp.asarray, (train, valid))
+    optimizer = optax.sgd(0.5)
+    checks, figures = [], {}
+    lengths = {50: (2.0, 3, 2.8)} if setting.smoke else {1000: (2.0, 3, 2.8), 10_000: (2.0, 26, None)}
+    for steps, (auto_bar, memory_bar, sqrt_bar) in lengths.items():
+        alone = training(tasks.CLEANING, optimizer, steps)
+        base = temporary_megabytes(alone, params, hparams, train)
+        compiled = jax.jit(alone)
+        candidates: dict[str, Callable[[], Any]] = {"training": lambda f=compiled: f(params, hparams, train)}
+        memory, grads = {}, {}
+        for remat in ("auto", "sqrt"):
+            call, state = _ours(tasks.CLEANING, optimizer, steps, params, hparams, remat=remat)
+            memory[remat] = temporary_megabytes(call, state, hparams, train, valid) - base
+            candidates[remat] = lambda f=jax.jit(call), s=state: f(s, hparams, train, valid)
+            grads[remat] = candidates[remat]()
+        if steps <= 1000:
+            whole = plain(tasks.CLEANING, optimizer, steps)
+            memory["plain"] = temporary_megabytes(whole, hparams, params, train, valid) - base
+            candidates["plain"] = lambda f=jax.jit(whole): f(hparams, params, train, valid)
+            grads["plain"] = candidates["plain"]()
+        times = interleaved(candidates, samples=setting.samples if steps <= 1000 else 3, seconds=20)
+        figures[f"T={steps}"] = {"ms": {k: times.ms(k) for k in candidates}, "extra MB": memory,
+                                 "sqrt against auto": _gap(grads["sqrt"], grads["auto"]),
+                                 "sqrt / training": times.ratio("sqrt", "training"),
+                                 "auto against plain": _gap(grads["auto"], grads["plain"]) if "plain" in grads else None}
+        checks += [Check(f"T2, T={steps}: auto / training alone", times.ratio("auto", "training"), "<=", auto_bar),
+                   Check(f"T2, T={steps}: extra memory of auto, MB", memory["auto"], "<=", memory_bar)]
+        if sqrt_bar:
+            checks += [Check(f"T2, T={steps}: sqrt / training alone", times.ratio("sqrt", "training"), "<=", sqrt_bar),
+                       Check(f"T2, T={steps}: extra memory of sqrt, MB", memory["sqrt"], "<=", 1)]
+    return result(checks, figures)
+
+
+def v11(setting: Setting) -> dict[str, Any]:
+    """A transformer, eight steps of Adam; `mode="reverse"` with its defaults against plain scan and grad."""
+    shape: dict[str, int] = dict(layers=1, width=16, heads=2, sequences=2, length=8) if setting.smoke else {}
+    make, params, hparams, train, valid = tasks.transformer(seed=setting.seed, **shape)
+    train, valid = jnp.asarray(train), jnp.asarray(valid)
+    optimizer, steps = optax.adam(1e-3, eps_root=1e-8), 8
+    whole = plain(make(False), optimizer, steps)
+    memory = {"training": temporary_megabytes(training(make(False), optimizer, steps), params, hparams, train),
+              "plain": temporary_megabytes(whole, hparams, params, train, valid)}
+    candidates: dict[str, Callable[[], Any]] = {
+        "training": lambda f=jax.jit(training(make(False), optimizer, steps)): f(params, hparams, train),
+        "plain": lambda f=jax.jit(whole): f(hparams, params, train, valid)}
+    for name, remat in (("hypergrad", False), ("hypergrad, blocks checkpointed", True)):
+        call, state = _ours(make(remat), optimizer, steps, params, hparams, mode="reverse")
+        memory[name] = temporary_megabytes(call, state, hparams, train, valid)
+        candidates[name] = lambda f=jax.jit(call), s=state: f(s, hparams, train, valid)
+    gaps = {k: _gap(f(), candidates["plain"]()) for k, f in candidates.items() if k.startswith("hypergrad")}
+    times = interleaved(candidates, samples=3, seconds=60)
+    growth = tree_memory(setting)
+    lengths = sorted(growth)
+    # ∝ log T: from 64 to 512 steps it grows by as much as from 8 to 64, where ∝ √T would give 2.8 and ∝ T 8 times as much.
+    steepness = (growth[lengths[2]] - growth[lengths[1]]) / max(growth[lengths[1]] - growth[lengths[0]], 1e-9)
+    checks = [Check("transformer: memory of plain / hypergrad", memory["plain"] / memory["hypergrad"], ">=", 12),
+              Check("transformer: time of plain / hypergrad", times.ratio("plain", "hypergrad"), ">=", 1.5),
+              Check("remat='tree': growth 64->512 steps over growth 8->64", steepness, "<=", 1.6)]
+    name = "hypergrad, blocks checkpointed"
+    return result(checks, {
+        "MB": memory, "ms": {k: times.ms(k) for k in candidates}, "against plain": gaps,
+        "blocks checkpointed": {"memory": memory["plain"] / memory[name], "time": times.ratio("plain", name)},
+        "MB of remat='tree' at T": growth})
+
+
+def tree_memory(setting: Setting) -> dict[int, float]:
+    """Temporary memory in MB at growing T, from the compiler alone: nothing is run. Adam on T3, whose states dominate."""
+    params, hparams, train, valid = tasks.mlp(seed=setting.seed, widths=(64, 64, 10) if setting.smoke else (64, 256, 256, 10), batch=32)
+    found = {}
+    for steps in (8, 64, 512):
+        call, state = _ours(tasks.MLP, optax.adam(1e-3, eps_root=1e-8), steps, params, hparams, mode="reverse", remat="tree")
+        found[steps] = temporary_megabytes(call, state, hparams, train, valid)
+    return found

@@ -1,0 +1,81 @@
+"""Two small data sets inside scikit-learn, split in three."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+WRONG = 0.5  # share of the training labels that are replaced by another class
+
+
+class Digits(NamedTuple):
+    """Handwritten digits, 8×8 pixels, centred per pixel; half of the training labels are wrong.
+
+    Attributes:
+        train: `(x, y)`, `[600, 64]` and `[600]`, with the labels as given.
+        valid: `(x, y)` of 600 others, all labels right.
+        test: `(x, y)` of the remaining 597.
+        images: the training images as scanned, `[600, 8, 8]`, 0 to 16.
+        true: right labels of the training images, `[600]`.
+        wrong: whether the given label is wrong, boolean `[600]`.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    images: np.ndarray
+    true: np.ndarray
+    wrong: np.ndarray
+
+
+class Tumours(NamedTuple):
+    """Breast cancer (Wisconsin, diagnostic): 30 measurements of a cell nucleus, standardised on the training rows.
+
+    Attributes:
+        train: `(x, y)`, `[190, 30]` and `[190]` of 0 (malignant) and 1 (benign).
+        valid: `(x, y)`, 190 rows.
+        test: `(x, y)`, the remaining 189.
+        names: of the measurements.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    names: list[str]
+
+
+def digits(seed: int) -> Digits:
+    """Load, split by class and corrupt; the same for the same seed."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, valid, test = _split(labels, (600, 600), seed)
+    rng = np.random.default_rng(seed)
+    wrong = rng.permutation(len(train)) < WRONG * len(train)
+    given = np.where(wrong, labels[train] + rng.integers(1, 10, len(train)), labels[train]) % 10
+    x = ((pixels - pixels[train].mean(0)) / 16).astype(np.float32)
+    return Digits((x[train], given), (x[valid], labels[valid]), (x[test], labels[test]),
+                  pixels[train].reshape(-1, 8, 8), labels[train], wrong)
+
+
+def tumours(seed: int) -> Tumours:
+    """Load, split by class and standardise; the same for the same seed."""
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    train, valid, test = _split(data.target, (190, 190), seed)
+    mean, spread = data.data[train].mean(0), data.data[train].std(0)
+    x = ((data.data - mean) / spread).astype(np.float32)
+    parts = ((x[rows], data.target[rows]) for rows in (train, valid, test))
+    return Tumours(*parts, names=[str(name) for name in data.feature_names])
+
+
+def _split(labels: np.ndarray, sizes: tuple[int, int], seed: int) -> list[np.ndarray]:
+    """Rows of training, validation and test set, each with the same share of every class."""
+    from sklearn.model_selection import train_test_split
+
+    rows = np.arange(len(labels))
+    rest, test = train_test_split(rows, train_size=sum(sizes), random_state=seed, stratify=labels)
+    train, valid = train_test_split(rest, train_size=sizes[0], random_state=seed, stratify=labels[rest])
+    return [train, valid, test]

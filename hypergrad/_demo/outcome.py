@@ -1,0 +1,48 @@
+"""What a task hands to the terminal: a table, sentences, numbers, and a figure still to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import hypergrad as hg
+
+
+class Outcome(NamedTuple):
+    """A finished task.
+
+    Attributes:
+        table: rows of cells, the head first.
+        notes: sentences below the table.
+        numbers: what `--json` prints; holds `plain`, `tuned`, `oracle` and `f1`, None where a task has no such thing.
+        draw: `draw(path)` saves the figure.
+    """
+
+    table: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    numbers: dict[str, Any]
+    draw: Callable[[str], None]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Columns padded to one width: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  " + "   ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+    return "\n".join([lines[0], "  " + "─" * (len(lines[0]) - 2), *lines[1:]])
+
+
+def verdict(result: hg.Result) -> str:
+    """One sentence on how the run ended and whether its hypergradients can be trusted."""
+    history = result.history
+    taken = int(np.sum(history.usable))
+    errors = history.error_estimate[history.usable]
+    seconds = f"{history.seconds[-1]:.1f} s, {history.seconds[0]:.1f} s of them the first step with its compilation"
+    if not taken:
+        return f"No hypergradient was usable ({result.status}, {seconds}): {hg.Status(int(history.status[-1])).advice}"
+    middle = float(np.median(errors))
+    trust = (f"estimated relative error of a hypergradient {middle:.1e} (median)" if np.isfinite(middle)
+             else "this method gives no estimate of its error")
+    return f"{taken} of {len(history.value)} hypergradients usable, {trust}; tuning {result.status} after {seconds}."

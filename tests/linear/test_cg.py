@@ -1,0 +1,153 @@
+"""Conjugate gradients: optimal on the Krylov space, and named outcomes where A is not positive definite."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad.linear._linear import solve
+from tests._helpers import tol
+from tests.linear._systems import EPS, N, error, rotation, run, singular, spd, vector
+
+
+def krylov(matrix, rhs, count):
+    basis = [rhs]
+    for _ in range(count - 1):
+        w = matrix @ basis[-1]
+        basis.append(w / np.linalg.norm(w))
+    return np.linalg.qr(np.stack(basis, axis=1))[0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_iterate_has_the_least_energy_error_on_the_krylov_space(steps):
+    matrix, rhs = spd(30.0), vector()
+    v = krylov(matrix, rhs, steps)
+    best = v @ np.linalg.solve(v.T @ matrix @ v, v.T @ rhs)
+    assert error(run("cg budget", matrix, rhs, max_steps=steps).x, best) <= tol(1e-12, 1e-4)
+
+
+def test_an_eigenvector_takes_one_step():
+    q = rotation(0)
+    out = run("cg", spd(30.0), q[:, 3])
+    assert (out.status, out.steps) == (hg.Status.OK, 1)
+    assert out.true_residual <= 100 * EPS
+
+
+def test_a_miss_is_a_status_only_where_convergence_is_claimed():
+    matrix, rhs = spd(1e3), vector()
+    assert run("cg", matrix, rhs, max_steps=5).status == hg.Status.LINEAR_MAX_STEPS
+    assert run("cg budget", matrix, rhs, max_steps=5).status == hg.Status.OK
+    assert run("cg budget", matrix, rhs, max_steps=5).residual > 1e-2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_negative_curvature_is_named_and_leaves_a_finite_iterate(seed):
+    for shift in (0.9, 0.3, 0.1):
+        out = run("cg", spd(20.0, seed) - shift * np.eye(N), vector(seed), max_steps=10_000)
+        assert out.status == hg.Status.NEG_CURVATURE
+        assert np.isfinite(out.x).all()
+
+
+def test_a_direction_without_curvature_but_with_a_product_is_a_saddle():
+    signs = np.where(np.arange(N) % 2, 1.0, -1.0)
+    out = run("cg", np.diag(signs), np.ones(N))
+    assert (out.status, out.steps) == (hg.Status.NEG_CURVATURE, 1)
+    np.testing.assert_array_equal(out.x, 0)
+
+
+def test_small_negative_eigenvalues_are_no_null_space():
+    values = np.ones(N)
+    values[0] = -tol(1e-6, 1e-3)
+    q = rotation(2)
+    assert run("cg", (q * values) @ q.T, vector()).status == hg.Status.NEG_CURVATURE
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_singular_and_consistent_gives_the_shortest_solution(seed):
+    matrix = singular(seed=seed)
+    rhs = matrix @ vector(seed)
+    out = run("cg", matrix, rhs)
+    assert out.status == hg.Status.OK
+    assert error(out.x, np.linalg.pinv(matrix, rcond=1e-6) @ rhs) <= tol(1e-8, 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_singular_and_inconsistent_is_named(seed, preconditioned):
+    matrix, rhs = singular(seed=seed), vector(seed)
+    if not preconditioned:
+        assert run("cg", matrix, rhs).status == hg.Status.SINGULAR
+        return
+    a, scale = jnp.asarray(matrix, float), jnp.asarray(1 / np.diag(matrix), float)
+    result = solve(hg.linear.cg(), lambda v: a @ v, jnp.asarray(rhs, float), precondition=lambda v: scale * v)
+    assert hg.Status(int(result.status)) == hg.Status.SINGULAR
+
+
+def test_the_zero_operator_is_singular():
+    out = run("cg", np.zeros((N, N)), vector())
+    assert out.status == hg.Status.SINGULAR
+    np.testing.assert_array_equal(out.x, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e6])
+def test_tiny_rayleigh_quotients_are_no_breakdown_in_low_precision(dtype, size):
+    """An absolute floor on curvature, 200·eps·n, would be 0.24 here in float32 and 15,600 in bfloat16."""
+    n = 10_000
+    scales = (size * (1 + jnp.arange(n) / n)).astype(dtype)
+    rhs = jax.random.normal(jax.random.key(0), (n,)).astype(dtype)
+    linear = hg.linear.cg(tol=1e-2, preconditioner=None)
+    result = solve(linear, lambda v: scales * v, rhs)
+    assert hg.Status(int(result.status)).usable
+    exact = np.asarray(rhs, np.float64) / np.asarray(scales, np.float64)
+    assert error(np.asarray(result.solution, np.float64), exact) <= (0.02 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_scaling_a_large_system_in_float32_changes_nothing(size):
+    n = 100_000
+    rng = np.random.default_rng(0)
+    scales, rhs = (jnp.asarray(x, jnp.float32) for x in (np.geomspace(1e-2, 1, n), rng.normal(size=n)))
+    f = jax.jit(lambda s, b: solve(hg.linear.cg(tol=1e-5, preconditioner=None), lambda v: s * v, b)[:4])
+    plain, scaled = f(scales, rhs), f(jnp.float32(size) * scales, jnp.float32(size) * rhs)
+    assert int(plain.status if hasattr(plain, "status") else plain[3]) == int(scaled[3]) == hg.Status.OK
+    assert error(np.asarray(scaled[0]), np.asarray(plain[0])) <= 1e-3
+
+
+def test_a_preconditioner_with_the_exact_diagonal_takes_as_many_steps_as_the_scaled_system():
+    scales = np.geomspace(1, 1e4, N)
+    matrix = np.sqrt(scales)[:, None] * (np.eye(N) + 0.3 * spd(10.0)) * np.sqrt(scales)[None, :]
+    a, b, d = (jnp.asarray(x, float) for x in (matrix, vector(), np.diag(matrix)))
+    linear = hg.linear.cg(preconditioner=hg.linear.precondition(lambda v, params, hparams: v / hparams))
+    assert linear.preconditioner is not None
+    apply = linear.preconditioner(lambda v: a @ v, b, d, jax.random.key(0))
+    result = solve(linear, lambda v: a @ v, b, precondition=apply)
+    plain = run("cg", matrix, vector())
+    assert hg.Status(int(result.status)).usable
+    assert int(result.steps) < plain.steps / 2
+    assert error(np.asarray(result.solution), np.linalg.solve(matrix, vector())) <= tol(1e-9, 1e-3)
+
+
+def test_a_preconditioner_that_is_not_positive_definite_is_a_breakdown():
+    a, b = jnp.asarray(spd(10.0), float), jnp.asarray(vector(), float)
+    result = solve(hg.linear.cg(), lambda v: a @ v, b, precondition=lambda v: -v)
+    assert hg.Status(int(result.status)) == hg.Status.LINEAR_BREAKDOWN
+    assert np.isfinite(np.asarray(result.solution)).all()
+
+
+def test_an_operator_that_is_not_symmetric_never_counts_as_solved_when_it_is_not():
+    skew = np.triu(np.random.default_rng(0).normal(size=(N, N)), 1)
+    for size in (0.01, 0.3, 3.0):
+        out = run("cg", np.eye(N) + size * (skew - skew.T), vector())
+        assert not out.status.usable or out.true_residual <= tol(1e-8, 1e-4)
+
+
+def test_curvature_is_known_even_where_the_start_needed_no_step():
+    matrix, rhs = 1e-4 * spd(10.0), vector()
+    out = run("cg", matrix, rhs, start=np.linalg.solve(matrix, rhs) + vector(3), tol=1e-1)
+    assert out.steps == 1
+    ratio = np.linalg.norm(out.inverse_of_gap) / np.linalg.norm(out.x - np.linalg.solve(matrix, rhs))
+    assert 0.1 < ratio < 10
