@@ -2,10 +2,11 @@ r"""Any map iterated to its fixed point: proximal steps, equilibria, solvers of 
 
     wₜ₊₁ = Φ(wₜ, λ),     F(w, λ) = w − Φ(w, λ) = 0 at the solution
 
-Differentiating F rather than the steps makes L1 penalties exact: the derivative of a proximal step knows which coordinates are
-zero, where that of a subgradient step does not.
-Source: Bertrand et al. 2020, arXiv:2002.08943 (the lasso); Bai et al. 2019, arXiv:1909.01377 (equilibria). Differs: Φ need be
-neither symmetric nor a contraction as long as the iteration converges; the adjoint system is solved, not iterated.
+Differentiating F rather than the steps makes L1 penalties exact: the derivative of a proximal step knows which
+coordinates are zero, where that of a subgradient step does not.
+Source: Bertrand et al. 2020, arXiv:2002.08943 (the lasso); Bai et al. 2019, arXiv:1909.01377 (equilibria). Differs:
+Φ need be neither symmetric nor a contraction as long as the iteration converges; the adjoint system is solved, not
+iterated.
 Cost: an evaluation of Φ a step. Memory: two points.
 """
 
@@ -53,23 +54,24 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
     """Iterate a map until it leaves the parameters where they are.
 
     Args:
-        map: `(params, hparams, batch) -> params` or `(params, hparams, batch, key) -> params`, the same structure, shapes and
-            dtypes as it is given. To a tolerance, every step sees the same batch and key; an unrolled step its own.
-        tol: tolerance on ‖w − Φ(w)‖, relative to its natural scale (dimensionless). Default: what the precision supports,
-            1e-6 in float32 and 1e-10 in float64.
+        map: `(params, hparams, batch) -> params` or `(params, hparams, batch, key) -> params`, the same structure,
+            shapes and dtypes as it is given. To a tolerance, every step sees the same batch and key; an unrolled
+            step its own.
+        tol: tolerance on ‖w − Φ(w)‖, relative to its natural scale (dimensionless). Default: what the precision
+            supports, 1e-6 in float32 and 1e-10 in float64.
         max_steps: most steps. Default 10,000, or `steps`.
-        steps: makes `hg.unrolled` possible, which takes and differentiates this many steps, a Python integer. Without `tol`,
-            other solvers take as many and claim nothing.
+        steps: makes `hg.unrolled` possible, which takes and differentiates this many steps, a Python integer.
+            Without `tol`, other solvers take as many and claim nothing.
 
     Returns:
-        An `Inner` whose status is INNER_MAX_STEPS where the tolerance was missed, INNER_DIVERGED where the residual grew
-        instead, INNER_STALLED where it had not fallen for 1000 steps, PRECISION_LIMITED where it fell to rounding level, and
-        NONFINITE_GRAD where the map gave NaN at once. Where it diverged or is not finite, the parameters are those the
-        call started from.
+        An `Inner` whose status is INNER_MAX_STEPS where the tolerance was missed, INNER_DIVERGED where the residual
+        grew instead, INNER_STALLED where it had not fallen for 1000 steps, PRECISION_LIMITED where it fell to
+        rounding level, and NONFINITE_GRAD where the map gave NaN at once. Where it diverged or is not finite, the
+        parameters are those the call started from.
 
     Raises:
-        InputError: for a result of another structure or shape than the parameters, naming the path; for a negative tolerance
-            or step count.
+        InputError: for a result of another structure or shape than the parameters, naming the path; for a negative
+            tolerance or step count.
         InputTypeError: for a map with another number of arguments; for a result of another dtype.
 
     >>> import hypergrad as hg, jax.numpy as jnp
@@ -80,8 +82,8 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
     """
     check_options("fixed_point", tol=tol, max_steps=max_steps, steps=steps)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer))):
-        raise InputTypeError(f"fixed_point: steps must be a Python integer, found {steps!r}: the number of unrolled steps is part "
-                             "of the compiled program; max_steps= may be traced.")
+        raise InputTypeError(f"fixed_point: steps must be a Python integer, found {steps!r}: the number of unrolled "
+                             "steps is part of the compiled program; max_steps= may be traced.")
     if not callable(map):
         raise InputTypeError("fixed_point: map must be a function (params, hparams, batch[, key]) -> params, found "
                              f"{type(map).__name__}.")
@@ -89,8 +91,8 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
 
     def apply(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
         if use == "required" and key is None:
-            raise InputError("fixed_point: map takes a key, but none was given: pass key=jax.random.key(0) to hypergrad or "
-                             "tune, or give the map's key a default.")
+            raise InputError("fixed_point: map takes a key, but none was given: pass key=jax.random.key(0) to "
+                             "hypergrad or tune, or give the map's key a default.")
         keys = () if key is None or use == "none" else (key,)
         result = map(params, hparams, batch, *keys)
         _check_result(result, params)
@@ -134,15 +136,15 @@ def _iterate(step: Callable[[PyTree], PyTree], params: PyTree, target: Array | N
         if target is not None:
             met = residual <= target
             rounding = residual <= _ROUNDING * eps * _tree.norm(c.params)
-            ended = jnp.where(rounding, int(Status.PRECISION_LIMITED),
-                              jnp.where(since >= _PATIENCE, int(Status.INNER_STALLED), int(Status.OK))).astype(jnp.int32)
+            stalled = jnp.where(since >= _PATIENCE, int(Status.INNER_STALLED), int(Status.OK))
+            ended = jnp.where(rounding, int(Status.PRECISION_LIMITED), stalled).astype(jnp.int32)
             status = jnp.where((status == int(Status.OK)) & ~met, ended, status)
             moved = _tree.where(met | (ended != int(Status.OK)) | (c.steps >= max_steps), c.params, moved)
         return _Carry(moved, residual, first, jnp.fmin(c.best, residual), since, c.steps + 1, met, status)
 
     zero, inf = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-    c = jax.lax.while_loop(proceed, body, _Carry(params, zero, zero, inf, jnp.int32(0), jnp.int32(0), jnp.asarray(False),
-                                                 jnp.int32(Status.OK)))
+    start = _Carry(params, zero, zero, inf, jnp.int32(0), jnp.int32(0), jnp.asarray(False), jnp.int32(Status.OK))
+    c = jax.lax.while_loop(proceed, body, start)
     grown = c.residual > _GROWTH * c.first
     missed = jnp.where(grown, int(Status.INNER_DIVERGED), int(Status.OK if target is None else Status.INNER_MAX_STEPS))
     missed = jnp.where(_tree.all_finite(c.params), missed, int(Status.NONFINITE_GRAD))
@@ -153,7 +155,7 @@ def _iterate(step: Callable[[PyTree], PyTree], params: PyTree, target: Array | N
 
 
 def _broken(residual: Array, last: Array, first: Array, eps: float) -> Array:
-    """Overflow after growth, or growth beyond what the precision can bring back, is divergence; NaN out of nowhere is not."""
+    """Overflow after growth, or growth beyond what the precision can bring back, is divergence; sudden NaN is not."""
     finite = jnp.isfinite(residual)
     growing = (last > _GROWTH * first) | ((residual == jnp.inf) & jnp.isfinite(first))
     kind = jnp.where(growing, int(Status.INNER_DIVERGED), int(Status.NONFINITE_GRAD))
@@ -167,6 +169,6 @@ def _check_result(result: PyTree, params: PyTree) -> None:
     pairs = zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(params), strict=True)
     for (path, found), expected in pairs:
         if jnp.result_type(found) != jnp.result_type(expected):
-            raise InputTypeError(f"fixed_point: the map's result{_tree.keystr(path)} has dtype {jnp.result_type(found)}, expected "
-                                 f"{jnp.result_type(expected)}: cast it with .astype, or give parameters and hyperparameters "
-                                 "one dtype.")
+            raise InputTypeError(f"fixed_point: the map's result{_tree.keystr(path)} has dtype "
+                                 f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with .astype, or give parameters and "
+                                 "hyperparameters one dtype.")

@@ -3,8 +3,8 @@ r"""Any optax optimizer, for a number of steps: what `hg.unrolled` differentiate
     wₜ₊₁, sₜ₊₁ = update(∂_w h(wₜ, λ; batchₜ), wₜ, sₜ; λ),    t = 0 … T − 1
 
 The optimizer may itself depend on λ (learning rate, momentum, betas, a rate per step or layer): give a function
-`hparams -> optimizer`. Its update is differentiable even where a gradient is exactly zero (see `_differentiable`), as optax's
-own is not for Adam and twelve others.
+`hparams -> optimizer`. Its update is differentiable even where a gradient is exactly zero (see `_differentiable`),
+as optax's own is not for Adam and twelve others.
 Cost: a gradient a step, of a fresh batch where the data are minibatches.
 """
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
@@ -61,27 +62,29 @@ class _Carry(NamedTuple):
 def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) -> Inner:
     """Take `steps` steps of an optax optimizer on the inner loss.
 
-    The optimizer's state (momenta, step count, and so the position in a schedule) is carried to the next call. Each step draws
-    its own batch and key, and passes on the model state.
+    The optimizer's state (momenta, step count, and so the position in a schedule) is carried to the next call. Each
+    step draws its own batch and key, and passes on the model state.
 
-    Without `tol` the steps are a budget that claims nothing, and the residual is the gradient norm before the last step.
-    With `tol` the solve stops at the tolerance, and a miss is INNER_MAX_STEPS. Either way the status is INNER_DIVERGED if
-    the loss overflowed, or every value of the last quarter of the steps is far above every one of the first quarter
-    (from 16 steps on, where there is no `tol`), and NONFINITE_LOSS or NONFINITE_GRAD where a number turned NaN from one
-    step to the next. After these failures the parameters and states are those the call started from.
+    Without `tol` the steps are a budget that claims nothing, and the residual is the gradient norm before the last
+    step. With `tol` the solve stops at the tolerance, and a miss is INNER_MAX_STEPS. Either way the status is
+    INNER_DIVERGED if the loss overflowed, or every value of the last quarter of the steps is far above every one of
+    the first quarter (from 16 steps on, where there is no `tol`), and NONFINITE_LOSS or NONFINITE_GRAD where a
+    number turned NaN from one step to the next. After these failures the parameters and states are those the call
+    started from.
 
     Args:
-        optimizer: an optax optimizer, or a function `hparams -> optimizer` that builds it from traced hyperparameters:
-            `lambda h: optax.adam(h['lr'], b1=h['b1'])`, a rate per step `lambda h: optax.sgd(lambda t: h['lr'][t])`, or a rate
-            per layer `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear, polynomial and
-            join schedules compute in float32 even in float64; a lambda schedule has the precision of its hyperparameters.
-            `optax.lion` and `optax.sign_sgd` see only the sign of the momentum, so their betas have derivative zero.
+        optimizer: an optax optimizer, or a function `hparams -> optimizer` that builds it from traced
+            hyperparameters: `lambda h: optax.adam(h['lr'], b1=h['b1'])`; a rate per step,
+            `lambda h: optax.sgd(lambda t: h['lr'][t])`; a rate per layer,
+            `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear, polynomial and join schedules compute in float32 even in float64; a lambda
+            schedule has the precision of its hyperparameters. `optax.lion` and `optax.sign_sgd` see only the sign of
+            the momentum, so their betas have derivative zero.
         steps: number of steps, a Python integer. With `tol`, the most steps.
         tol: tolerance on the gradient norm, relative to its natural scale (dimensionless).
 
     Raises:
-        InputError: for a negative step count or tolerance; from `init`, for an optimizer whose update changes the structure
-            of the parameters, needs the loss function itself, or cannot be differentiated by its setting.
+        InputError: for a negative step count or tolerance; from `init`, for an optimizer whose update changes the
+            structure of the parameters, needs the loss function itself, or cannot be differentiated by its setting.
         InputTypeError: for anything but an optimizer or a function that returns one.
 
     >>> import hypergrad as hg, optax
@@ -90,19 +93,21 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
     """
     check_options("gradient", tol=tol)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise InputTypeError(f"gradient: steps must be a Python integer, found {steps!r}: the number of steps is part of the "
-                             "compiled program; use tol= to stop earlier.")
+        raise InputTypeError(f"gradient: steps must be a Python integer, found {steps!r}: the number of steps is part "
+                             "of the compiled program; use tol= to stop earlier.")
     check_options("gradient", steps=steps)
     if not _is_optimizer(optimizer) and not callable(optimizer):
-        raise InputTypeError(f"gradient: optimizer must be an optax optimizer or a function hparams -> optimizer, found "
-                             f"{_describe(optimizer)}: write optax.sgd(0.1), or lambda hparams: optax.sgd(hparams['lr']).")
+        raise InputTypeError("gradient: optimizer must be an optax optimizer or a function hparams -> optimizer, found "
+                             f"{_describe(optimizer)}: write optax.sgd(0.1), or "
+                             "lambda hparams: optax.sgd(hparams['lr']).")
 
     def init(params: PyTree, hparams: PyTree) -> PyTree:
         _check(optimizer, params, hparams)
         state = _build(optimizer, hparams).init(params)
         return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), state)
 
-    def step(grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None) -> tuple[PyTree, PyTree]:
+    def step(grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None
+             ) -> tuple[PyTree, PyTree]:
         return _apply(_build(optimizer, hparams), grads, params, state, value)
 
     def update(grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None = None
@@ -117,8 +122,8 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
                       max_steps=jnp.asarray(options["max_steps"], jnp.int32))
 
     options: dict[str, Any] = {"max_steps": int(steps)} | ({} if tol is None else {"tol": tol})
-    return Inner(init, solve, options, claims=tol is not None, symmetric=True, residual=gradient_residual, steps=int(steps),
-                 update=update)
+    return Inner(init, solve, options, claims=tol is not None, symmetric=True, residual=gradient_residual,
+                 steps=int(steps), update=update)
 
 
 def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
@@ -145,28 +150,30 @@ def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hpa
         met = jnp.asarray(False) if target is None else residual <= target
         if target is not None:
             stay = met | (c.steps >= max_steps)
-            moved, moved_state, fresh = _tree.where(stay, (c.params, c.state, c.model_state), (moved, moved_state, fresh))
+            kept = c.params, c.state, c.model_state
+            moved, moved_state, fresh = _tree.where(stay, kept, (moved, moved_state, fresh))
         return _Carry(moved, moved_state, fresh, residual, losses, c.steps + 1, met, status)
 
     zero = jnp.zeros((), dtype)
-    start = _Carry(params, state, model_state, zero, _Losses(zero, zero, zero + jnp.inf, zero - jnp.inf, zero + jnp.inf),
-                   jnp.int32(0), jnp.asarray(False), jnp.int32(Status.OK))
+    inf = jnp.full((), jnp.inf, dtype)
+    start = _Carry(params, state, model_state, zero, _Losses(zero, zero, inf, -inf, inf), jnp.int32(0),
+                   jnp.asarray(False), jnp.int32(Status.OK))
     c = jax.lax.while_loop(proceed, body, start)
     rise = c.losses.late - c.losses.early
     grown = ~c.met & (rise > jnp.abs(c.losses.early)) & (rise > _RISE * (c.losses.early - c.losses.low))
     if target is None:
         steps, missed, grown = c.steps, Status.OK, grown & (max_steps >= _ENOUGH)
-    else:
-        steps, missed = c.steps - 1, jnp.where(c.met, int(Status.OK), int(Status.INNER_MAX_STEPS))  # the last look is no step
+    else:  # the last look was no step
+        steps, missed = c.steps - 1, jnp.where(c.met, int(Status.OK), int(Status.INNER_MAX_STEPS))
     ended = jnp.where(grown | ~_tree.all_finite(c.params), int(Status.INNER_DIVERGED), missed)
     status = jnp.where(c.status == int(Status.OK), ended, c.status).astype(jnp.int32)
     failed = (status != int(Status.OK)) & (status != int(Status.INNER_MAX_STEPS))
-    result, result_state, result_model = _tree.where(failed, (params, state, model_state), (c.params, c.state, c.model_state))
-    return InnerResult(result, result_state, result_model, c.residual, steps, status)
+    kept = _tree.where(failed, (params, state, model_state), (c.params, c.state, c.model_state))
+    return InnerResult(*kept, residual=c.residual, steps=steps, status=status)
 
 
 def _broken(value: Array, residual: Array, first: Array, last: Array, steps: Array) -> Array:
-    """What a loss or gradient that is not finite means: a loss that had been growing overflowed, any other turned NaN."""
+    """What a number that is not finite means: a loss that had been growing overflowed, any other turned NaN."""
     growing = (steps > 0) & ((last > _GROWTH * jnp.abs(first)) | (value == jnp.inf))
     kind = jnp.where(growing, int(Status.INNER_DIVERGED),
                      jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)))
@@ -197,11 +204,12 @@ def _apply(optimizer: optax.GradientTransformationExtraArgs, grads: PyTree, para
     except TypeError as error:
         if value is None and "'value'" in str(error):
             raise InputError("gradient: the optimizer needs the value of the loss at each step (optax.polyak_sgd, "
-                             "reduce_on_plateau), which an unrolled step does not carry: use one that needs only the gradient, "
-                             "or hg.implicit.") from error
+                             "reduce_on_plateau), which an unrolled step does not carry: use one that needs only the "
+                             "gradient, or hg.implicit.") from error
         raise
     # Dtypes are kept: some optimizers promote their state on the way.
-    fresh = jax.tree.map(lambda new, old: new if _tree.is_key(old) else jnp.asarray(new, jnp.result_type(old)), fresh, state)
+    keep = lambda new, old: new if _tree.is_key(old) else jnp.asarray(new, jnp.result_type(old))
+    fresh = jax.tree.map(keep, fresh, state)
     return optax.apply_updates(params, updates), fresh
 
 
@@ -222,8 +230,8 @@ def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
             jax.errors.TracerIntegerConversionError) as error:
         raise InputError(
-            f"gradient: {_frame(error)} needs the value of a hyperparameter while tracing, so it cannot be differentiated in it "
-            f"({_culprits(params, hparams, once)}): write schedules as functions of the step, such as "
+            f"gradient: {_frame(error)} needs the value of a hyperparameter while tracing, so it cannot be "
+            f"differentiated in it ({_culprits(params, hparams, once)}): write schedules as functions of the step, such as "
             "optax.sgd(lambda step: hparams['lr'] * hparams['rate'] ** (step / 100)), or keep that setting fixed."
         ) from error
     except (TypeError, ValueError) as error:
@@ -239,14 +247,15 @@ def _translated(optimizer: Optimizer, hparams: PyTree, error: Exception) -> Exce
     text = str(error)
     for need in ("value_fn", "obj_fn"):
         if need in text:
-            return InputError(f"gradient: the optimizer needs the loss function itself ({need}), as line searches and Hessian "
-                              "probes do: use hg.inner.lbfgs() or hg.inner.newton(), or switch the line search off "
-                              "(optax.lbfgs(learning_rate, linesearch=None)).")
+            return InputError(f"gradient: the optimizer needs the loss function itself ({need}), as line searches and "
+                              "Hessian probes do: use hg.inner.lbfgs() or hg.inner.newton(), or switch the line search "
+                              "off (optax.lbfgs(learning_rate, linesearch=None)).")
     module = getattr(optimizer, "__module__", "") or ""
     if not _is_optimizer(optimizer) and module.startswith("optax") and not hasattr(hparams, "shape"):
         name = getattr(optimizer, "__name__", "sgd")
-        return InputTypeError(f"gradient: optimizer is the function optax.{name} itself, so that all of hparams became its learning "
-                              f"rate: write optax.{name}(0.1), or lambda hparams: optax.{name}(hparams['lr']).")
+        return InputTypeError(f"gradient: optimizer is the function optax.{name} itself, so that all of hparams became "
+                              f"its learning rate: write optax.{name}(0.1), or "
+                              f"lambda hparams: optax.{name}(hparams['lr']).")
     return error
 
 
@@ -254,7 +263,7 @@ def _culprits(params: PyTree, hparams: PyTree, once: Callable[..., Any]) -> str:
     """The hyperparameters that cannot be traced, found one by one where the others are known."""
     leaves, treedef = jax.tree.flatten(hparams)
     paths = [f"hparams{_tree.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(hparams)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return "one of " + ", ".join(paths)
     found, fixed = [], [np.asarray(leaf) for leaf in leaves]  # NumPy's values stay values while tracing
     for i, path in enumerate(paths):
