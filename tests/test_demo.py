@@ -41,8 +41,8 @@ def test_the_first_command_finds_the_wrong_labels(tmp_path, x64):
         pytest.skip("runs in a process of its own, in float32 whatever this run is in: once is enough")
     path = tmp_path / "picture.png"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-m", "hypergrad", "--json", "--out", str(path)], capture_output=True, text=True,
-                         env=environment, check=False)
+    run = subprocess.run([sys.executable, "-m", "hypergrad", "--json", "--out", str(path)], env=environment,
+                         capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     *text, last = run.stdout.splitlines()
@@ -132,17 +132,18 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 def test_without_a_cache_folder_it_runs_all_the_same(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = jax.config.jax_compilation_cache_dir
     assert "not kept" in cli._keep_compiled_code()
-    assert jax.config.read("jax_compilation_cache_dir") == before
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_lowers_the_outer_loss_of_a_small_problem(method, key):
     x = random_like(key, jnp.zeros((12, 3)))
     target = x @ jnp.asarray([1.0, -2.0, 0.5])
-    problem = hg.Problem(lambda w, log_l2, batch: jnp.mean((x @ w - target) ** 2) / 2 + jnp.exp(log_l2) * jnp.sum(w**2) / 2,
-                         lambda w, log_l2, batch: jnp.mean((x @ w - target) ** 2))
+    error = lambda w: jnp.mean((x @ w - target) ** 2)
+    problem = hg.Problem(lambda w, log_l2, batch: error(w) / 2 + jnp.exp(log_l2) * jnp.sum(w**2) / 2,
+                         lambda w, log_l2, batch: error(w))
     solver = METHODS[method][1](problem, 0.5, 100)
     result = hg.tune(solver, jnp.zeros(3), 0.3, outer=optax.sgd(0.05), steps=3, progress=False)
     assert np.all(result.history.usable)
@@ -156,7 +157,7 @@ def test_half_of_the_labels_are_wrong_and_nothing_leaks(seed):
     np.testing.assert_array_equal(found.train[1] != found.true, found.wrong)
     assert np.sum(found.wrong) == 300
     assert set(found.train[1]) == set(range(10))
-    rows = {part[0].tobytes() for block in (found.train, found.valid, found.test) for part in zip(block[0], strict=True)}
+    rows = {row.tobytes() for images, _ in (found.train, found.valid, found.test) for row in images}
     assert len(rows) == 1797, "the splits share images"
     again = data.digits(seed)
     np.testing.assert_array_equal(found.train[0], again.train[0])

@@ -85,13 +85,14 @@ def _report(data: datasets.Digits, result: hg.Result) -> Outcome:
              ("validation set alone", "", f"{valid_only:.3f}")]
     notes = [
         f"Wrong labels found (weight below {THRESHOLD:g}): {hits} of {int(np.sum(data.wrong))}, and "
-        f"{int(np.sum(found)) - hits} right ones suspected: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}.",
+        f"{int(np.sum(found)) - hits} right ones suspected: precision {precision:.3f}, recall {recall:.3f}, "
+        f"F1 {f1:.3f}.",
         f"Best validation loss {result.best.value:.4f} at step {result.best.step}, where the parameters of that step "
         f"have test accuracy {_accuracy(result.best.params, data.test):.3f}.",
         verdict(result)]
-    numbers = {"plain": full["plain"], "tuned": full["tuned"], "oracle": full["oracle"], "f1": f1, "precision": precision,
-               "recall": recall, "validation_only": valid_only, "plain_training_only": small["plain"],
-               "tuned_training_only": small["tuned"], "oracle_training_only": small["oracle"]}
+    numbers = {"plain": full["plain"], "tuned": full["tuned"], "oracle": full["oracle"], "f1": f1,
+               "precision": precision, "recall": recall, "validation_only": valid_only}
+    numbers |= {f"{name}_training_only": value for name, value in small.items()}
     return Outcome(table, notes, numbers, functools.partial(_draw, data, weights, result))
 
 

@@ -21,10 +21,10 @@ from hypergrad._demo.outcome import aligned
 
 TASKS = {"cleaning": cleaning, "l2": l2}
 ABOUT = {
-    "cleaning": "600 handwritten digits, half of the labels wrong: one weight per example, tuned by hypergradient so that\n"
-                "training on the weighted examples does well on 600 others.",
-    "l2": "190 patients, 30 measurements each: one regularization strength per measurement, tuned by hypergradient\n"
-          "on 190 others, against grid and random search of equal cost.",
+    "cleaning": "600 handwritten digits, half of the labels wrong: one weight per example,\n"
+                "tuned by hypergradient so that training on the weighted examples does well on 600 others.",
+    "l2": "190 patients, 30 measurements each: one regularization strength per measurement,\n"
+          "tuned by hypergradient on 190 others, against grid and random search of equal cost.",
 }
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -72,15 +72,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="tasks:\n" + "\n".join(f"  {name:<11}{text.replace(chr(10), chr(10) + ' ' * 13)}" for name, text in
                                       ABOUT.items()) + f"\n\nmethods:\n{methods}")
     parser.add_argument("--task", choices=TASKS, default="cleaning", help="what to tune (default: %(default)s)")
-    parser.add_argument("--method", choices=METHODS, help="how to get the hypergradient (default: unrolled for cleaning, "
-                                                          "implicit for l2)")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="outer steps (default: 100 for cleaning, 60 for l2)")
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the split and of the wrong labels "
-                                                                              "(default: %(default)s)")
+    parser.add_argument("--method", choices=METHODS,
+                        help=f"how to get the hypergradient (default: {_defaults('DEFAULT_METHOD')})")
+    parser.add_argument("--steps", type=_positive, metavar="N", help=f"outer steps (default: {_defaults('STEPS')})")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N",
+                        help="of the split and of the wrong labels (default: %(default)s)")
     parser.add_argument("--out", type=_picture, default="hypergrad-demo.png", metavar="FILE",
                         help="where the picture goes: .png, .pdf or .svg (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     return parser
+
+
+def _defaults(name: str) -> str:
+    return ", ".join(f"{getattr(task, name)} for {word}" for word, task in TASKS.items())
 
 
 def _natural(text: str) -> int:

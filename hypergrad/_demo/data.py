@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,8 @@ def digits(seed: int) -> Digits:
     """Load, split by class and corrupt; the same for the same seed."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    bunch: Any = load_digits()
+    pixels, labels = np.asarray(bunch.data), np.asarray(bunch.target)
     train, valid, test = _split(labels, (600, 600), seed)
     rng = np.random.default_rng(seed)
     wrong = rng.permutation(len(train)) < WRONG * len(train)
@@ -63,12 +64,12 @@ def tumours(seed: int) -> Tumours:
     """Load, split by class and standardise; the same for the same seed."""
     from sklearn.datasets import load_breast_cancer
 
-    data = load_breast_cancer()
-    train, valid, test = _split(data.target, (190, 190), seed)
-    mean, spread = data.data[train].mean(0), data.data[train].std(0)
-    x = ((data.data - mean) / spread).astype(np.float32)
-    parts = ((x[rows], data.target[rows]) for rows in (train, valid, test))
-    return Tumours(*parts, names=[str(name) for name in data.feature_names])
+    bunch: Any = load_breast_cancer()
+    values, labels = np.asarray(bunch.data), np.asarray(bunch.target)
+    train, valid, test = _split(labels, (190, 190), seed)
+    x = ((values - values[train].mean(0)) / values[train].std(0)).astype(np.float32)
+    parts = ((x[rows], labels[rows]) for rows in (train, valid, test))
+    return Tumours(*parts, names=[str(name) for name in bunch.feature_names])
 
 
 def _split(labels: np.ndarray, sizes: tuple[int, int], seed: int) -> list[np.ndarray]:
@@ -78,4 +79,4 @@ def _split(labels: np.ndarray, sizes: tuple[int, int], seed: int) -> list[np.nda
     rows = np.arange(len(labels))
     rest, test = train_test_split(rows, train_size=sum(sizes), random_state=seed, stratify=labels)
     train, valid = train_test_split(rest, train_size=sizes[0], random_state=seed, stratify=labels[rest])
-    return [train, valid, test]
+    return [np.asarray(part) for part in (train, valid, test)]

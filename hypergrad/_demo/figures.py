@@ -47,7 +47,8 @@ def draw_cleaning(data: Digits, weights: np.ndarray, result: hg.Result, threshol
     worst = np.argsort(weights, kind="stable")[:ROWS * COLUMNS]
     caught = int(np.sum(data.wrong[worst]))
     edges = grid[1].get_position(figure)
-    figure.text(edges.x0, 0.936, f"The {len(worst)} lowest weights: {caught} of the “given” labels are wrong", color=INK, **TITLE)
+    figure.text(edges.x0, 0.936, f"The {len(worst)} lowest weights: {caught} of the “given” labels are wrong",
+                color=INK, **TITLE)
     images = figure.add_gridspec(ROWS, COLUMNS, wspace=0.1, hspace=0.34, left=edges.x0, right=edges.x1, top=0.885,
                                  bottom=0.05)
     for slot, i in zip(images, worst, strict=False):
@@ -68,8 +69,9 @@ def draw_l2(data: Tumours, searches: list[Search], path: str) -> None:
     axes = figure.add_subplot(grid[0])
     for search, color in zip(searches, (BLUE, ORANGE, PINK, GREEN), strict=True):
         best = np.fmin.accumulate(search.losses)
-        axes.step(np.arange(1, len(best) + 1), best, where="post", color=color, label=f"{search.label} ({search.test_loss:.3f})",
-                  linewidth=2.6 if color == BLUE else 1.6, linestyle=DASHED if color == GREEN else "-")
+        axes.step(np.arange(1, len(best) + 1), best, where="post", color=color,
+                  label=f"{search.label} ({search.test_loss:.3f})", linewidth=2.6 if color == BLUE else 1.6,
+                  linestyle=DASHED if color == GREEN else "-")
     axes.set(xlabel="inner solves", ylabel="lowest validation loss so far")
     axes.legend(frameon=False, fontsize=9, title="search (test loss of its choice)", title_fontsize=9, alignment="left")
     _title(axes, "30 strengths for the price of one")

@@ -8,11 +8,6 @@ import optax
 
 import hypergrad as hg
 
-
-def _descent(rate: float, steps: int) -> hg.inner.Inner:
-    return hg.inner.gradient(optax.sgd(rate), steps=steps)
-
-
 # name: (what it does, (problem, learning rate, training steps) -> solver)
 METHODS: dict[str, tuple[str, Callable[[hg.Problem, float, int], hg.Solver]]] = {
     "implicit": (
@@ -20,11 +15,12 @@ METHODS: dict[str, tuple[str, Callable[[hg.Problem, float, int], hg.Solver]]] = 
         lambda problem, rate, steps: hg.implicit(problem)),
     "unrolled": (
         "differentiate every step of gradient descent, in reverse",
-        lambda problem, rate, steps: hg.unrolled(problem, inner=_descent(rate, steps), mode="reverse")),
+        lambda problem, rate, steps: hg.unrolled(
+            problem, inner=hg.inner.gradient(optax.sgd(rate), steps=steps), mode="reverse")),
     "truncated": (
         "the same, through the last tenth of the steps",
-        lambda problem, rate, steps: hg.unrolled(problem, inner=_descent(rate, steps), mode="reverse",
-                                                 truncate=max(steps // 10, 1))),
+        lambda problem, rate, steps: hg.unrolled(
+            problem, inner=hg.inner.gradient(optax.sgd(rate), steps=steps), mode="reverse", truncate=steps // 10)),
     "neumann": (
         "as implicit, with 20 terms of a Neumann series for the inverse Hessian",
         lambda problem, rate, steps: hg.implicit(problem, linear=hg.linear.neumann(max_steps=20))),
