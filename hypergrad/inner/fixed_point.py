@@ -170,5 +170,5 @@ def _check_result(result: PyTree, params: PyTree) -> None:
     for (path, found), expected in pairs:
         if jnp.result_type(found) != jnp.result_type(expected):
             raise InputTypeError(f"fixed_point: the map's result{_tree.keystr(path)} has dtype "
-                                 f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with .astype, or give parameters and "
-                                 "hyperparameters one dtype.")
+                                 f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with "
+                                 ".astype, or give parameters and hyperparameters one dtype.")

@@ -27,7 +27,7 @@ from hypergrad._checks import check_options, check_same_structure, suggest_names
 from hypergrad._differentiable import differentiable
 from hypergrad._options import default_tol
 from hypergrad._problem import Objective
-from hypergrad._solver import InputError, InputTypeError, Status
+from hypergrad._solver import HypergradError, InputError, InputTypeError, Status
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner, InnerResult, gradient_residual
 
@@ -76,9 +76,10 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
         optimizer: an optax optimizer, or a function `hparams -> optimizer` that builds it from traced
             hyperparameters: `lambda h: optax.adam(h['lr'], b1=h['b1'])`; a rate per step,
             `lambda h: optax.sgd(lambda t: h['lr'][t])`; a rate per layer,
-            `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear, polynomial and join schedules compute in float32 even in float64; a lambda
-            schedule has the precision of its hyperparameters. `optax.lion` and `optax.sign_sgd` see only the sign of
-            the momentum, so their betas have derivative zero.
+            `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear,
+            polynomial and join schedules compute in float32 even in float64; a lambda schedule has the precision of its
+            hyperparameters. `optax.lion` and `optax.sign_sgd` see only the sign of the momentum, so their betas have
+            derivative zero.
         steps: number of steps, a Python integer. With `tol`, the most steps.
         tol: tolerance on the gradient norm, relative to its natural scale (dimensionless).
 
@@ -231,20 +232,24 @@ def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
             jax.errors.TracerIntegerConversionError) as error:
         raise InputError(
             f"gradient: {_frame(error)} needs the value of a hyperparameter while tracing, so it cannot be "
-            f"differentiated in it ({_culprits(params, hparams, once)}): write schedules as functions of the step, such as "
-            "optax.sgd(lambda step: hparams['lr'] * hparams['rate'] ** (step / 100)), or keep that setting fixed."
+            f"differentiated in it ({_culprits(params, hparams, once)}): write schedules as functions of the step, "
+            "such as optax.sgd(lambda step: hparams['lr'] * hparams['rate'] ** (step / 100)), or keep that setting fixed."
         ) from error
+    except HypergradError:
+        raise
     except (TypeError, ValueError) as error:
-        raise _translated(optimizer, hparams, error) from error
+        known = _translated(optimizer, hparams, str(error))
+        if known is None:
+            raise
+        raise known from error
     check_same_structure("gradient: the parameters after an update", moved, like,
                          "an update must keep the structure and shapes of the parameters.")
     check_same_structure("gradient: the optimizer's state after an update", fresh, state,
                          "an update must keep the structure and shapes of the state.")
 
 
-def _translated(optimizer: Optimizer, hparams: PyTree, error: Exception) -> Exception:
-    """An error of optax's in the caller's terms, where its cause is known; else itself."""
-    text = str(error)
+def _translated(optimizer: Optimizer, hparams: PyTree, text: str) -> Exception | None:
+    """An error of optax's in the caller's terms, where its cause is known."""
     for need in ("value_fn", "obj_fn"):
         if need in text:
             return InputError(f"gradient: the optimizer needs the loss function itself ({need}), as line searches and "
@@ -256,7 +261,7 @@ def _translated(optimizer: Optimizer, hparams: PyTree, error: Exception) -> Exce
         return InputTypeError(f"gradient: optimizer is the function optax.{name} itself, so that all of hparams became "
                               f"its learning rate: write optax.{name}(0.1), or "
                               f"lambda hparams: optax.{name}(hparams['lr']).")
-    return error
+    return None
 
 
 def _culprits(params: PyTree, hparams: PyTree, once: Callable[..., Any]) -> str:

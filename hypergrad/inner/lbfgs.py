@@ -5,8 +5,8 @@ r"""L-BFGS with a weak-Wolfe line search: the default inner solver for smooth lo
 Source: Liu & Nocedal 1989, "On the limited memory BFGS method"; Nocedal & Wright 2006, algorithms 7.4 and 3.5; Hager
 & Zhang 2005 for the decrease test near the solution, where the loss no longer resolves a step. Differs from
 `optax.lbfgs`:
-1. one loop, an evaluation of the loss a turn, traced once: it compiles in three quarters of the time, and under vmap no problem
-   waits for another's line search;
+1. one loop, an evaluation of the loss a turn, traced once: it compiles in three quarters of the time, and under vmap
+   no problem waits for another's line search;
 2. everything is relative to the natural size of F, so that a loss scaled by 1e±20 takes the same steps;
 3. the pairs are kept for the next call: after a small change of the hyperparameters they save 15 to 50 % of the
    evaluations, measured on logistic regression over 40 outer steps;
