@@ -144,4 +144,4 @@ def _as_float(name: str, path: Any, leaf: Any) -> jax.Array:
         raise InputTypeError(
             f"{where} has dtype {jnp.result_type(leaf)}; leaves must be real floating point: write it as a float "
             "(1.0, or x.astype(jnp.float32)), or keep it out of the tree and let the loss close over it.")
-    return jnp.asarray(leaf)
+    return jnp.asarray(leaf, jnp.result_type(leaf))  # not weakly typed, so that a second call fits the first's trace

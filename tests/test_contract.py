@@ -6,7 +6,7 @@ A new method adds one line to `SOLVERS` and passes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -85,145 +85,155 @@ def _setting(seed: int = 0) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     return params, hparams, data(24), data(16)
 
 
-@pytest.fixture(params=list(SOLVERS))
-def solver(request: pytest.FixtureRequest) -> hg.Solver:
-    return SOLVERS[request.param](PROBLEM)
+class Case(NamedTuple):
+    """A solver with its compiled functions, shared by the tests of this file: compiling is most of what they cost."""
+
+    solver: hg.Solver
+    step: Any
+    batched: Any
+    traces: list[int]
+    state: Any
+    setting: tuple[PyTree, PyTree, PyTree, PyTree]
 
 
-def test_hypergradient_has_the_structure_shapes_and_dtypes_of_hparams(solver):
+@pytest.fixture(scope="module", params=list(SOLVERS))
+def case(request: pytest.FixtureRequest) -> Case:
+    solver = SOLVERS[request.param](PROBLEM)
+    traces: list[int] = []
+
+    def counted(state: Any, hparams: PyTree, train: PyTree, valid: PyTree) -> Any:
+        traces.append(1)
+        return solver.hypergrad(state, hparams, train, valid)
+
     params, hparams, train, valid = _setting()
-    out, state = solver.hypergrad(solver.init(params, hparams), hparams, train, valid)
+
+    def run(hparams: PyTree, train: PyTree) -> PyTree:
+        return solver.hypergrad(solver.init(params, hparams), hparams, train, valid)[0]
+
+    return Case(solver, jax.jit(counted), jax.jit(jax.vmap(run)), traces, solver.init(params, hparams), _setting())
+
+
+def _stack(trees: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _member(tree: PyTree, i: int) -> PyTree:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def test_two_calls_trace_once_and_keep_the_structure_and_dtypes_of_the_state(case):
+    _, hparams, train, valid = case.setting
+    before = len(case.traces)
+    _, after = case.step(case.state, hparams, train, valid)
+    chex.assert_trees_all_equal_shapes_and_dtypes(case.state, after)
+    out, again = case.step(after, jax.tree.map(lambda x: x + 0.1, hparams), train, valid)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, again)
+    assert np.isfinite(out.value)
+    assert len(case.traces) - before <= 1 and len(case.traces) == 1
+
+
+def test_hypergradient_has_the_structure_shapes_and_dtypes_of_hparams(case):
+    params, hparams, train, valid = case.setting
+    out, state = case.step(case.state, hparams, train, valid)
     chex.assert_trees_all_equal_shapes_and_dtypes(out.grad, hparams)
-    chex.assert_trees_all_equal_shapes_and_dtypes(solver.response(state, hparams), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(case.solver.response(state, hparams), params)
     chex.assert_shape([out.value, *jax.tree.leaves(out.info)], ())
     assert out.info.status.dtype == jnp.int32
     assert set(out.metrics) == {"mae"}
     hg.raise_if_failed(out)
 
 
-def test_two_calls_trace_once_and_keep_the_structure_and_dtypes_of_the_state(solver):
-    params, hparams, train, valid = _setting()
-    step = jax.jit(chex.assert_max_traces(solver.hypergrad, n=1))
-    state = solver.init(params, hparams)
-    _, after = step(state, hparams, train, valid)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
-    other = jax.tree.map(lambda x: x + 0.1, hparams)
-    out, again = step(after, other, train, valid)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, again)
-    assert np.isfinite(out.value)
-    chex.clear_trace_counter()
+def test_same_call_gives_the_same_bits(case):
+    _, *arguments = case.setting
+    assert_trees_equal(case.step(case.state, *arguments), case.step(case.state, *arguments))
 
 
-def test_jit_equals_eager(solver):
-    params, hparams, train, valid = _setting()
-    state = solver.init(params, hparams)
-    eager, _ = solver.hypergrad(state, hparams, train, valid)
-    jitted, _ = jax.jit(solver.hypergrad)(state, hparams, train, valid)
-    assert_trees_close(jitted.grad, eager.grad, tol(1e-8, 1e-3))
-    assert_trees_close(jitted.value, eager.value, tol(1e-10, 1e-4))
-
-
-def test_vmap_equals_a_loop(solver):
-    params, _, train, valid = _setting()
-    grid = [_setting(seed)[1] for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grid)
-
-    def run(hparams: PyTree) -> PyTree:
-        return solver.hypergrad(solver.init(params, hparams), hparams, train, valid)[0]
-
-    batched = jax.jit(jax.vmap(run))(stacked)
-    single = jax.jit(run)
-    for i, hparams in enumerate(grid):
-        one = single(hparams)
-        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], batched.grad), one.grad, tol(1e-7, 2e-3))
-        assert batched.info.status[i] == one.info.status
-
-
-def test_sharded_data_give_the_unsharded_result_and_a_stable_state(solver, devices):
-    params, hparams, train, valid = _setting()
-    state = solver.init(params, hparams)
-    step = jax.jit(solver.hypergrad)
-    expected, _ = step(state, hparams, train, valid)
-    split_train, split_valid = shard_rows(train, devices), shard_rows(valid, devices)
-    found, after = step(state, hparams, split_train, split_valid)
-    assert_trees_close(found.grad, expected.grad, tol(1e-8, 1e-3))
-    _, again = step(after, hparams, split_train, split_valid)
-    assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, again)
-
-
-def test_same_call_gives_the_same_bits(solver):
-    params, hparams, train, valid = _setting()
-    step = jax.jit(solver.hypergrad)
-    state = solver.init(params, hparams)
-    assert_trees_equal(step(state, hparams, train, valid), step(state, hparams, train, valid))
-
-
-def test_nan_in_the_loss_is_a_status_and_leaves_the_state_finite(solver):
-    params, hparams, train, valid = _setting()
-    step = jax.jit(solver.hypergrad)
-    state = solver.init(params, hparams)
-    _, state = step(state, hparams, train, valid)
-    broken = (train[0].at[0, 0].set(jnp.nan), train[1])
-    out, after = step(state, hparams, broken, valid)
+def test_nan_in_the_loss_is_a_status_and_leaves_the_state_finite(case):
+    _, hparams, train, valid = case.setting
+    _, state = case.step(case.state, hparams, train, valid)
+    out, after = case.step(state, hparams, (train[0].at[0, 0].set(jnp.nan), train[1]), valid)
     status = hg.Status(int(out.info.status))
     assert status in (hg.Status.NONFINITE_LOSS, hg.Status.NONFINITE_GRAD)
-    assert not status.usable
     for leaf in jax.tree.leaves(after):
         assert np.all(np.isfinite(np.asarray(leaf, np.float64)))
-    recovered, _ = step(after, hparams, train, valid)
+    recovered, _ = case.step(after, hparams, train, valid)
     assert hg.Status(int(recovered.info.status)).usable
     with pytest.raises(hg.FailedHypergradientError, match=status.name):
         hg.raise_if_failed(out)
 
 
-def test_nan_in_the_validation_loss_is_a_status(solver):
-    params, hparams, train, valid = _setting()
-    out, _ = solver.hypergrad(solver.init(params, hparams), hparams, train, (valid[0], valid[1].at[0].set(jnp.nan)))
+def test_nan_in_the_validation_loss_is_a_status(case):
+    _, hparams, train, valid = case.setting
+    out, _ = case.step(case.state, hparams, train, (valid[0], valid[1].at[0].set(jnp.nan)))
     assert hg.Status(int(out.info.status)) in (hg.Status.NONFINITE_LOSS, hg.Status.NONFINITE_GRAD)
 
 
-def test_one_bad_member_of_a_batch_leaves_the_bits_of_the_others(solver):
-    params, hparams, train, valid = _setting()
-    good = jax.tree.map(lambda x: jnp.stack([x, x, x]), train)
-    bad = (good[0].at[1].set(jnp.nan), good[1])
+def test_vmap_equals_a_loop(case):
+    params, _, train, valid = case.setting
+    grid = [_setting(seed)[1] for seed in range(3)]
+    batched = case.batched(_stack(grid), _stack([train] * 3))
+    for i, hparams in enumerate(grid):
+        one, _ = case.step(case.solver.init(params, hparams), hparams, train, valid)
+        assert_trees_close(_member(batched.grad, i), one.grad, tol(1e-7, 2e-3))
+        assert batched.info.status[i] == one.info.status
 
-    @jax.jit
-    def run(train: PyTree) -> PyTree:
-        def one(train: PyTree) -> PyTree:
-            return solver.hypergrad(solver.init(params, hparams), hparams, train, valid)[0]
 
-        return jax.vmap(one)(train)
-
-    clean, dirty = run(good), run(bad)
+def test_one_bad_member_of_a_batch_leaves_the_bits_of_the_others(case):
+    _, hparams, train, _ = case.setting
+    good = _stack([train] * 3)
+    clean, dirty = (case.batched(_stack([hparams] * 3), data) for data in (good, (good[0].at[1].set(jnp.nan), good[1])))
     for i in (0, 2):
-        assert_trees_equal(jax.tree.map(lambda x, i=i: x[i], clean.grad), jax.tree.map(lambda x, i=i: x[i], dirty.grad))
+        assert_trees_equal(_member(clean.grad, i), _member(dirty.grad, i))
         assert dirty.info.status[i] == clean.info.status[i]
     assert not hg.Status(int(dirty.info.status[1])).usable
 
 
-@pytest.mark.parametrize("name", [n for n in SOLVERS if not n.endswith("fixed point")])  # there the map sees the batch
+def test_sharded_data_give_the_unsharded_result_and_a_stable_state(case, devices):
+    _, hparams, train, valid = case.setting
+    expected, _ = case.step(case.state, hparams, train, valid)
+    # The jitted function itself, since the tracing of a new sharding would be counted.
+    step = jax.jit(case.solver.hypergrad)
+    split = shard_rows(train, devices), shard_rows(valid, devices)
+    found, after = step(case.state, hparams, *split)
+    assert_trees_close(found.grad, expected.grad, tol(1e-8, 1e-3))
+    _, again = step(after, hparams, *split)
+    assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, again)
+
+
+def test_integer_hyperparameters_are_refused_by_path(case):
+    params, hparams, train, valid = case.setting
+    wrong = {**hparams, "l2": jnp.zeros(4, jnp.int32)}
+    with pytest.raises(TypeError, match=r"hparams\['l2'\].*int32.*float"):
+        case.solver.init(params, wrong)
+    with pytest.raises(TypeError, match=r"hparams\['l2'\].*int32.*float"):
+        case.solver.hypergrad(case.state, wrong, train, valid)
+
+
+def test_empty_data_are_refused_by_name(case):
+    _, hparams, train, valid = case.setting
+    for name, data in (("train", ((train[0][:0], train[1][:0]), valid)), ("valid", (train, (valid[0][:0], valid[1][:0])))):
+        with pytest.raises(ValueError, match=rf"{name}\[0\] is empty"):
+            case.solver.hypergrad(case.state, hparams, *data)
+
+
+# Running without jit compiles every operation by itself: one solver of each kind.
+@pytest.mark.parametrize("name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, forward", "direct"])
+def test_jit_equals_eager(name):
+    solver = SOLVERS[name](PROBLEM)
+    params, *arguments = _setting()
+    state = solver.init(params, arguments[0])
+    eager, _ = solver.hypergrad(state, *arguments)
+    jitted, _ = jax.jit(solver.hypergrad)(state, *arguments)
+    assert_trees_close(jitted.grad, eager.grad, tol(1e-8, 1e-3))
+    assert_trees_close(jitted.value, eager.value, tol(1e-10, 1e-4))
+
+
+@pytest.mark.parametrize("name", ["implicit", "unrolled", "direct"])
 def test_losses_that_close_over_their_data_take_none(name):
     params, hparams, train, valid = _setting()
     solver = SOLVERS[name](PROBLEM)
-    expected, _ = solver.hypergrad(solver.init(params, hparams), hparams, train, valid)
-    closed = SOLVERS[name](hg.Problem(lambda w, h, _: _inner_loss(w, h, train), lambda w, h, _: _outer_loss(w, h, valid)))
-    out, _ = closed.hypergrad(closed.init(params, hparams), hparams)
+    expected, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
+    problem = hg.Problem(lambda w, h, _: _inner_loss(w, h, train), lambda w, h, _: _outer_loss(w, h, valid))
+    closed = SOLVERS[name](problem)
+    out, _ = jax.jit(closed.hypergrad)(closed.init(params, hparams), hparams)
     assert_trees_close(out.grad, expected.grad, tol(1e-9, 1e-3))
-
-
-def test_integer_hyperparameters_are_refused_by_path(solver):
-    params, hparams, train, valid = _setting()
-    wrong = {**hparams, "l2": jnp.zeros(4, jnp.int32)}
-    with pytest.raises(TypeError, match=r"hparams\['l2'\].*int32.*float"):
-        solver.init(params, wrong)
-    with pytest.raises(TypeError, match=r"hparams\['l2'\].*int32.*float"):
-        solver.hypergrad(solver.init(params, hparams), wrong, train, valid)
-
-
-def test_empty_data_are_refused_by_name(solver):
-    params, hparams, train, valid = _setting()
-    state = solver.init(params, hparams)
-    with pytest.raises(ValueError, match=r"train\[0\] is empty"):
-        solver.hypergrad(state, hparams, (train[0][:0], train[1][:0]), valid)
-    with pytest.raises(ValueError, match=r"valid\[0\] is empty"):
-        solver.hypergrad(state, hparams, train, (valid[0][:0], valid[1][:0]))

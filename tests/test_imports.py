@@ -15,11 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Low to high; an import may point to its own level or to a lower one.
 LEVELS = (
-    ("_tree",),
-    ("_solver",),
-    ("_checks", "_data"),
-    ("_dataflow", "_labels", "_options", "_problem", "_sensitivity"),
-    ("_curvature", "_domain"),
+    tuple(file.stem for file in PACKAGE.glob("_*.py") if not file.stem.startswith("__")),  # _tree, _solver, _data, ...
     ("linear",),
     ("inner", "domains", "responses"),
     ("objectives",),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import hypergrad as hg
 from hypergrad._demo.data import Digits, Tumours
-
-if TYPE_CHECKING:
-    from hypergrad._demo.l2 import Search
+from hypergrad._demo.outcome import Search
 
 # Okabe & Ito (2008), as in `hg.diagnostics.plots`: told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +20,13 @@ import optax
 import hypergrad as hg
 from hypergrad._demo import data as datasets
 from hypergrad._demo.methods import METHODS
-from hypergrad._demo.outcome import Outcome, verdict
+from hypergrad._demo.outcome import Outcome, Search, verdict
 
 DEFAULT_METHOD = "implicit"
 STEPS = 60
 LOWEST, HIGHEST = 1e-3, 10.0  # strengths that every search may choose
 RATE = 0.2  # learning rate of the training, for methods that unroll it
 TRAINING = 500
-
-
-class Search(NamedTuple):
-    """One way to choose the strengths.
-
-    Attributes:
-        label: for people.
-        losses: validation loss of each candidate, in the order in which they were tried, `[steps]`.
-        log_l2: logarithm of the strengths chosen, `[30]`.
-        test_loss: of the parameters solved for afresh at the strengths chosen.
-        test_accuracy: of the same.
-    """
-
-    label: str
-    losses: np.ndarray
-    log_l2: np.ndarray
-    test_loss: float
-    test_accuracy: float
 
 
 def train_loss(params: dict[str, Any], log_l2: Any, batch: Any) -> jax.Array:

@@ -26,6 +26,24 @@ class Outcome(NamedTuple):
     draw: Callable[[str], None]
 
 
+class Search(NamedTuple):
+    """One way to choose the strengths.
+
+    Attributes:
+        label: for people.
+        losses: validation loss of each candidate, in the order in which they were tried, `[steps]`.
+        log_l2: logarithm of the strengths chosen, `[30]`.
+        test_loss: of the parameters solved for afresh at the strengths chosen.
+        test_accuracy: of the same.
+    """
+
+    label: str
+    losses: np.ndarray
+    log_l2: np.ndarray
+    test_loss: float
+    test_accuracy: float
+
+
 def aligned(table: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -1,11 +1,13 @@
 r"""Finite differences of the problem solved again at other hyperparameters, with their own error.
 
-    D(h) = (F(λ + h v) − F(λ − h v)) / 2h,    D = (4 D(h/2) − D(h)) / 3,    |D − dF(v)| ≲ |D(h/2) − D(h)| / 3
+    D(h) = (F(λ + h v) − F(λ − h v)) / 2h,    D = (4 D(h/2) − D(h)) / 3,    |D − dF(v)| ≲ |D − D(h/2)|
+
+and the same once more with h/4 where that is not accurate enough.
 
 Source: Richardson 1911, "The approximate arithmetical solution by finite differences". Differs: the step size is
-changed by factors of ten until both step sizes agree; slopes that differ on the two sides by as much at h/2 as at h are
+changed by factors of ten until the step sizes agree; slopes that differ on the two sides by as much at h/2 as at h are
 a kink. F is a solver's own outer loss, from a fresh start, after as many calls as it takes until it stops changing.
-Cost: four evaluations of F a direction and step size.
+Cost: four to six evaluations of F a direction and step size.
 """
 
 from __future__ import annotations
@@ -175,28 +177,46 @@ def slopes(resolve: Callable[[np.ndarray], Solution], at: np.ndarray, direction:
     found: list[tuple[float, Slope, Slope]] = []
     pair: list[Slope] = []
     for size in (h, 0.1 * h, *(s for s in (10 * h, 100 * h) if s < _LARGEST)):
-        wide, near = [[resolve(at + sign * step * direction) for sign in (1, -1)] for step in (size, size / 2)]
-        found.append((size, _slope([s.settled for s in wide], [s.settled for s in near], center.settled, size, eps),
-                      _slope([s.first for s in wide], [s.first for s in near], center.first, size, eps)))
-        # What the smallest steps show is noise, and no smaller at the others. To choose the smallest error without it
-        # would be to choose the step size where noise happened to cancel.
-        smallest, *_ = sorted(found)
-        noise = 2 * smallest[1].error * smallest[0] if len(found) > 1 else 0.0
-        best = min(found, key=lambda f: np.nan_to_num(f[1].error + noise / f[0], nan=np.inf, posinf=np.inf))
-        pair = [slope._replace(error=slope.error + noise / best[0]) for slope in best[1:]]
+        sides: list[tuple[Solution, Solution]] = []
+        for step in (size, size / 2, size / 4):
+            sides.append((resolve(at + step * direction), resolve(at - step * direction)))
+            if len(sides) == 1:
+                continue
+            settled_slope = _slope(size, [(a.settled, b.settled) for a, b in sides], center.settled, eps)
+            if settled_slope.error <= 0.1 * tol * abs(settled_slope.value):
+                break
+        found.append((size, settled_slope, _slope(size, [(a.first, b.first) for a, b in sides], center.first, eps)))
+        pair = min((_with_noise(entry, found) for entry in found),
+                   key=lambda pair: np.nan_to_num(pair[0].error, nan=np.inf, posinf=np.inf))
         if pair[0].error <= 0.1 * tol * abs(pair[0].value):
             break
     return pair[0], pair[1]
 
 
-def _slope(wide: list[float], near: list[float], center: float, size: float, eps: float) -> Slope:
+def _with_noise(entry: tuple[float, Slope, Slope], found: list[tuple[float, Slope, Slope]]) -> list[Slope]:
+    """The slopes at one step size, whose errors count the noise seen at smaller ones.
+
+    Noise in F is as large at every step size. To choose the smallest error without it would be to choose the step size
+    where noise happened to cancel.
+    """
+    size = entry[0]
+    return [slope._replace(error=max([slope.error, *(2 * other[i].error * other[0] / size for other in found
+                                                     if other[0] < size)])) for i, slope in enumerate(entry[1:], 1)]
+
+
+def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: float) -> Slope:
+    """From values on both sides at two or three step sizes, each half of the one before."""
+    steps = size / 2 ** np.arange(len(sides))
+    right, left = np.asarray(sides).T
     with np.errstate(all="ignore"):
-        outer, inner = (wide[0] - wide[1]) / (2 * size), (near[0] - near[1]) / size
-        rounding = 2 * eps * max(map(abs, (*wide, *near))) / size
-        error = abs(inner - outer) / 3 + rounding
-        bend_wide = (wide[0] - 2 * center + wide[1]) / size
-        bend_near = (near[0] - 2 * center + near[1]) / (size / 2)
-        kinked = abs(bend_near) > 0.75 * abs(bend_wide) and abs(bend_near) > 10 * error + 100 * rounding
-        if not kinked:  # zero for a smooth F; shows noise that happened to cancel in the differences
-            error = max(error, abs(bend_wide - 2 * bend_near) / 4)
-    return Slope((4 * inner - outer) / 3, error, bend_near if kinked else 0.0)
+        rounding = 2 * eps * np.max(np.abs(sides)) / steps[-1]
+        table = [(right - left) / (2 * steps)]
+        for order in range(1, len(sides)):
+            table.append((4**order * table[-1][1:] - table[-1][:-1]) / (4**order - 1))
+        error = abs(table[-1][-1] - table[-2][-1]) + rounding
+        bend = (right - 2 * center + left) / steps
+        kinked = abs(bend[-1]) > 0.75 * abs(bend[-2]) and abs(bend[-1]) > 10 * error + 100 * rounding
+        if not kinked:  # a smooth F has none of this; it shows noise that happened to cancel in the differences
+            error = max(error, abs(bend[0] - 2 * bend[1]) / 4, abs(bend[0] - 10 * bend[1] + 16 * bend[-1]) / 30
+                        if len(sides) > 2 else 0)
+    return Slope(float(table[-1][-1]), float(error), float(bend[-1]) if kinked else 0.0)

@@ -1,5 +1,6 @@
 """How the dependence of the solution on the hyperparameters is differentiated: each function returns a `Solver`."""
 
 from hypergrad.solvers.best_response import best_response as best_response
+from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.unrolled import unrolled as unrolled

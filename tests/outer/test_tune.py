@@ -41,13 +41,13 @@ def test_the_tuned_strength_is_the_closed_form_optimum():
 
 
 def test_the_best_step_is_kept_apart_from_the_last():
-    result = run(outer=optax.sign_sgd(1.0), steps=16)  # jumps back and forth over the optimum
+    result = run(outer=optax.sign_sgd(1.0), steps=17)  # jumps back and forth over the optimum
     history = result.history
-    assert result.best.step == np.argmin(history.value) != 15
+    assert result.best.step == np.argmin(history.value) != 16
     assert result.best.value == np.min(history.value)
     np.testing.assert_array_equal(result.best.hparams["l2"], history.hparams["l2"][result.best.step])
     assert_trees_close(result.best.params, weights(result.best.hparams, TRAIN), tol(1e-12, 1e-4))
-    assert relative_error(result.hparams, result.best.hparams) > 0.1
+    assert relative_error(result.params, result.best.params) > 0.05
     np.testing.assert_allclose(outer_loss(result.best.params, VALID), result.best.value, rtol=tol(1e-12, 1e-5))
     # The last parameters belong to the last hyperparameters that were evaluated.
     assert_trees_close(result.params, weights({"l2": history.hparams["l2"][-1]}, TRAIN), tol(1e-12, 1e-4))
@@ -69,6 +69,20 @@ def test_a_thousand_steps_trace_once():
     result = run(solver, steps=1000, outer=optax.adam(0.05), key=jax.random.key(3),
                  callbacks=lambda step, metrics: None, train=minibatches(TRAIN, 20))
     assert len(result.history.value) == 1000
+    assert len(traces) == 1
+
+
+def test_weak_types_of_a_solver_do_not_trace_again():
+    solver, traces = counted(ridge())
+
+    def init(params, hparams, *, key=None, model_state=None):
+        return {"params": params, "calls": 0.0}
+
+    def hypergrad(state, *args, **kwargs):
+        out, new = solver.hypergrad(state, *args, **kwargs)
+        return out, new | {"calls": jnp.asarray(1.0)}
+
+    run(solver._replace(init=init, hypergrad=hypergrad), steps=4)
     assert len(traces) == 1
 
 
@@ -135,6 +149,9 @@ def test_a_huge_gradient_leaves_no_domain(x64):
         result = run(ridge(spoil), hparams, steps=30, domain=domain, outer=optax.sgd(1.0))
         path = result.history.hparams["l2"]
         assert np.all((path >= low) & (path <= high) & np.isfinite(path)) and path.dtype == np.float32
+    # Nor does it end where no later step could lead away from.
+    result = run(ridge(spoil), hparams, steps=2, domain=domains.interval(0, 1), outer=optax.sgd(1.0))
+    assert result.history.hparams["l2"][1] > 0
 
 
 def test_five_failures_in_a_row_stop_with_the_best_so_far():
