@@ -200,8 +200,13 @@ def _with_noise(entry: tuple[float, Slope, Slope], found: list[tuple[float, Slop
     where noise happened to cancel.
     """
     size = entry[0]
-    return [slope._replace(error=max([slope.error, *(2 * other[i].error * other[0] / size for other in found
-                                                     if other[0] < size)])) for i, slope in enumerate(entry[1:], 1)]
+    smaller = [other for other in found if other[0] < size]
+
+    def with_noise(slope: Slope, others: list[tuple[float, Slope]]) -> Slope:
+        return slope._replace(error=max([slope.error, *(2 * s.error * step / size for step, s in others)]))
+
+    return [with_noise(entry[1], [(step, s) for step, s, _ in smaller]),
+            with_noise(entry[2], [(step, s) for step, _, s in smaller])]
 
 
 def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: float) -> Slope:
@@ -215,7 +220,8 @@ def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: fl
             table.append((4**order * table[-1][1:] - table[-1][:-1]) / (4**order - 1))
         error = abs(table[-1][-1] - table[-2][-1]) + rounding
         bend = (right - 2 * center + left) / steps
-        kinked = abs(bend[-1]) > 0.75 * abs(bend[-2]) and abs(bend[-1]) > 10 * error + 100 * rounding
+        alike = bool(np.all(np.abs(bend / bend[-1] - 1) < 0.3))  # the bend of a smooth F halves, noise doubles
+        kinked = len(sides) > 2 and alike and abs(bend[-1]) > 10 * error + 100 * rounding
         if not kinked:  # a smooth F has none of this; it shows noise that happened to cancel in the differences
             error = max(error, abs(bend[0] - 2 * bend[1]) / 4, abs(bend[0] - 10 * bend[1] + 16 * bend[-1]) / 30
                         if len(sides) > 2 else 0)

@@ -7,8 +7,8 @@ outer loss once that stops changing, so that any solver can be checked, one's ow
 Differs from a plain difference quotient: F is computed in float64 wherever the losses allow it, whatever the precision
 of the hypergradient; the differences carry an error of their own, and where it is too large nothing is confirmed; the
 causes of a difference that can be seen from outside are named.
-Cost: four solutions of the problem a direction where all is well, up to 24 where it is not. The random directions measure
-the error of many entries by that of a few of their sums, in which each leaf counts in units of its own size.
+Cost: four solutions of the problem a direction where all is well, up to 24 where it is not. The random directions
+measure the error of many entries by that of a few of their sums, in which each leaf counts in units of its own size.
 """
 
 from __future__ import annotations
