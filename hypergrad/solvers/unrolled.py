@@ -26,6 +26,7 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
+from hypergrad._curvature import joint_product
 from hypergrad._options import as_options
 from hypergrad._problem import Problem, bind_inner, bind_outer
 from hypergrad._sensitivity import check_unrolled_sensitivity
@@ -36,7 +37,10 @@ from hypergrad.solvers import _backprop, _pushforward
 from hypergrad.solvers._steps import Moving, Point, Record, Step, make_step, new_record, strong, training_status
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
-_MEANINGLESS = 0.1
+_MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
+_ROUNDING = 1.3  # calibrated in float32 against float64
+_TRUNCATION = 6.0  # calibrated on ridge and logistic regression, condition numbers 1 to 100
+_SHORT = 16  # steps below which the sensitivity of the outer gradient is not worth its price
 
 
 class UnrolledState(NamedTuple):
@@ -68,7 +72,7 @@ class _Pass(NamedTuple):
     rhs: PyTree  # ∂_w f
     indirect: PyTree
     growth: Array
-    dropped: Array  # estimate of what truncation left out, relative to the indirect part
+    dropped: Array  # estimate of what truncation left out, as a share of the whole indirect part
 
 
 @suggest_names
@@ -149,7 +153,8 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
             point, record = _backprop.train(step, point, 0, skip, record)
         # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
-        finish = lambda end: _outer(problem, valid, outer_key, end, hparams)
+        outer = lambda end: bind_outer(problem, valid, outer_key, end.model_state)
+        finish = lambda end: jax.value_and_grad(outer(end), argnums=(0, 1), has_aux=True)(end.params, hparams)
         forward = mode == "forward" or (mode == "auto" and _tree.size(hparams) <= _FORWARD_AT_MOST)
         if forward:
             done = _forward(step, hparams, point, skip, length, record, floats, finish)
@@ -160,8 +165,14 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
             done = _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
 
         grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
-        rounding = _tree.eps((params, hparams)) * math.sqrt(max(length, 1)) * done.growth
-        error = _error_estimate(grad, done, rounding)
+        rounding = _ROUNDING * _tree.eps((params, hparams)) * (1 + math.sqrt(length)) * done.growth
+        if length >= _SHORT:
+            # What an error of one unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
+            moved, _ = joint_product(lambda w, h: outer(done.point)(w, h)[0], done.point.params, hparams, done.point.params)
+            cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs))
+        else:
+            cancelled = jnp.ones_like(rounding)
+        error = _error_estimate(grad, done, rounding * cancelled)
         silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(done.rhs) > 0)
         status = first_failure(
             training_status(inner, done.record, done.point.params),
@@ -187,12 +198,6 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
     return Solver(init, hypergrad, response)
 
 
-def _outer(problem: Problem, valid: PyTree, key: Array | None, end: Point, hparams: PyTree
-           ) -> tuple[tuple[Array, dict[str, Any]], tuple[PyTree, PyTree]]:
-    """`(value, metrics), (∂_w f, ∂_λ f)` at the end of training."""
-    return jax.value_and_grad(bind_outer(problem, valid, key, end.model_state), argnums=(0, 1), has_aux=True)(end.params, hparams)
-
-
 def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
              floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
     units, count = _pushforward.basis(hparams), _tree.size(hparams)
@@ -211,7 +216,7 @@ def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int,
         flat = jnp.concatenate([jnp.abs(leaf).ravel().astype(growth.dtype) for leaf in jax.tree.leaves(indirect)])
         end = jax.vmap(_tree.max_abs)(result.tangent.params)
         tails = jax.vmap(lambda s: _tail(s, begin), in_axes=1)(result.sizes)
-        shares = jnp.where(end > 0, tails / jnp.where(end > 0, end, 1), 0)
+        shares = jax.vmap(_left_out)(tails, end)
         dropped = _ratio(_tree.norm(shares * flat), _tree.norm(flat))
     return _Pass(result.point, result.record, value, metrics, direct, rhs, indirect, growth, dropped)
 
@@ -232,7 +237,7 @@ def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, 
     total = back.total
     if floats is not None:
         total = _tree.add(total, jax.vjp(floats, hparams)[1](back.adjoint.floats)[0])
-    dropped = jnp.zeros((), dtype) if back.sizes is None else _ratio(_tail(back.sizes, begin), _tree.norm(total))
+    dropped = jnp.zeros((), dtype) if back.sizes is None else _left_out(_tail(back.sizes, begin), _tree.norm(total))
     return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total), back.growth, dropped)
 
 
@@ -257,7 +262,7 @@ def _reverse_whole(step: Step, hparams: PyTree, point: Point, begin: int, length
     if floats is not None:
         total = _tree.add(total, jax.vjp(floats, hparams)[1](first_floats)[0])
     decay = jnp.sqrt(_tree.vdot(first, first)).astype(_tree.dtype(rhs))
-    dropped = jnp.where(decay < 1, decay / (1 - jnp.minimum(decay, 0.999)), jnp.inf) if begin else jnp.zeros_like(decay)
+    dropped = jnp.where(decay < 1, decay, jnp.inf) if begin else jnp.zeros_like(decay)
     growth = jnp.where(decay > 1, decay, jnp.ones_like(decay))
     return _Pass(end, seen, value, metrics, direct, rhs, _tree.scale(size, total), growth, dropped)
 
@@ -280,6 +285,11 @@ def _tail(sizes: Array, more: int) -> Array:
     return jnp.where(ratio < 1, tail, jnp.inf)
 
 
+def _left_out(tail: Array, kept: Array) -> Array:
+    """The share of the whole that is in the tail, if both point the same way; inf for an infinite tail."""
+    return jnp.where(jnp.isinf(tail), jnp.inf, _ratio(tail, kept + tail))
+
+
 def _ratio(x: Array, y: Array) -> Array:
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), jnp.where(x > 0, jnp.inf, 0))
 
@@ -287,5 +297,5 @@ def _ratio(x: Array, y: Array) -> Array:
 def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
     through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
-    estimate = rounding + done.dropped * through
+    estimate = rounding + _TRUNCATION * jnp.where(done.dropped > 0, done.dropped * through, 0)
     return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
