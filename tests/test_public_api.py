@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
@@ -20,17 +21,23 @@ MAX_LINES = 400
 
 
 def public(module: types.ModuleType) -> dict[str, Any]:
-    """Public names by path: what a module exports, and what its public submodules export."""
+    """Public names by path: what a package exports as `name as name`, and what an exported module defines."""
     names: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or name == "annotations":
-            continue
+    for name in exported(module):
+        value = getattr(module, name)
         if isinstance(value, types.ModuleType):
-            if value.__name__ == f"{module.__name__}.{name}":
-                names |= public(value)
-        elif str(getattr(value, "__module__", "")).startswith("hypergrad"):
+            names |= public(value)
+        else:
             names[f"{module.__name__}.{name}"] = value
     return names
+
+
+def exported(module: types.ModuleType) -> list[str]:
+    tree = ast.parse(inspect.getsource(module))
+    names = [alias.asname for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+             for alias in node.names if alias.asname == alias.name]
+    names += [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in names if not name.startswith("_")]
 
 
 def distinct(names: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +125,16 @@ def test_the_version_is_in_one_place():
 
 def test_the_package_is_marked_as_typed():
     assert (ROOT / "hypergrad" / "py.typed").exists()
+
+
+def test_the_names_of_the_design_are_public():
+    expected = """Problem Solver Hypergradient Info Status Result implicit unrolled direct best_response minibatches
+        stream tune check constrain raise_if_failed compose inner.gradient inner.lbfgs inner.newton inner.fixed_point linear.cg
+        linear.neumann linear.gmres linear.nystrom linear.dense linear.identity linear.jacobi linear.precondition
+        domains.positive domains.interval domains.log domains.simplex domains.integer diagnostics.plots.losses
+        diagnostics.plots.hyperparameters diagnostics.plots.hypergradient diagnostics.plots.landscape"""
+    missing = [name for name in expected.split() if f"hypergrad.{name}" not in public(hg)]
+    assert missing == []
 
 
 def test_documentation_is_read_rightly():
