@@ -58,6 +58,9 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         is left out, unless the outer loss has no gradient with respect to the parameters; `info.extra["outer_grad_norm"]`
         is the norm of that gradient.
 
+    Raises:
+        InputTypeError: for an unknown option; from `init` and `hypergrad`, for leaves that are no real numbers.
+
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((w - 1.0)**2) + l2 * jnp.sum(w**2),
     ...                      lambda w, l2, batch: jnp.sum((w - 1.0)**2) + l2 * jnp.sum(w**2))

@@ -54,6 +54,7 @@ def drawn(fig):
 
 
 def test_every_plot_draws_on_the_axes_given_and_opens_no_figure(result):
+    plt.close("all")
     grid = Landscape(("shift",), (4,), (np.linspace(0, 1, 5),), np.linspace(0, 1, 5))
     over_grid = lambda result, ax: plots.landscape(grid, result, ax=ax)
     for draw in (plots.losses, plots.hyperparameters, plots.hypergradient, over_grid):
