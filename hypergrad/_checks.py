@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_float, is_key, keystr
@@ -62,14 +63,15 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
 def check_options(function: str, **options: Any) -> None:
     """Raise for an option outside its range; None and traced values pass."""
     for name, value in options.items():
-        if value is None or isinstance(value, jax.core.Tracer):
+        if value is None or isinstance(value, Tracer):
             continue
         low, closed, integer = _RULES[name]
         if isinstance(value, bool) or not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or np.ndim(value):
             raise InputTypeError(f"{function}: {name} must be a number, found {value!r}.")
         if integer and not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise InputTypeError(f"{function}: {name} must be an integer, found {value!r}.")
-        if not (value >= low if closed else value > low):
+        number = float(value)  # pyright: ignore[reportArgumentType]
+        if not (number >= low if closed else number > low):
             raise InputError(f"{function}: {name} must be {'at least' if closed else 'greater than'} {low:g}, found {value!r}.")
 
 
@@ -97,7 +99,7 @@ def check_params(params: PyTree) -> PyTree:
 def check_finite(name: str, tree: PyTree) -> None:
     """Raise if a concrete floating leaf holds NaN or infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not is_float(leaf):
+        if isinstance(leaf, Tracer) or not is_float(leaf):
             continue
         with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
             bad = int(jnp.sum(~jnp.isfinite(leaf)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad._tree import PyTree
@@ -233,7 +234,7 @@ def raise_if_failed(info: Info | Hypergradient) -> None:
     """
     if isinstance(info, Hypergradient):
         info = info.info
-    if isinstance(info.status, jax.core.Tracer):
+    if isinstance(info.status, Tracer):
         raise InputTypeError("raise_if_failed works on the host: call it on the result of the jitted function, not inside it; "
                              "under jit read info.status instead.")
     codes = np.atleast_1d(np.asarray(info.status))

@@ -80,7 +80,8 @@ def _setting(seed: int = 0) -> tuple[PyTree, PyTree, PyTree, PyTree]:
         x = rng.normal(size=(rows, 4))
         return jnp.asarray(x), jnp.asarray(x @ weights + 0.5 + 0.3 * rng.normal(size=rows))
 
-    params = {"w": jnp.asarray(0.1 * rng.normal(size=4)), "odd": (jnp.asarray(0.2), None), "deep": {"scale": jnp.asarray(-0.1), "none": None}}
+    params = {"w": jnp.asarray(0.1 * rng.normal(size=4)), "odd": (jnp.asarray(0.2), None),
+              "deep": {"scale": jnp.asarray(-0.1), "none": None}}
     hparams = {"l2": jnp.asarray(-1.5 + 0.3 * rng.normal(size=4)), "pair": (jnp.asarray(-0.7), None)}
     return params, hparams, data(24), data(16)
 

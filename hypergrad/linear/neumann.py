@@ -39,7 +39,8 @@ class _Carry(NamedTuple):
     norm: Array  # of the term
     move: Array  # of its difference to the one before, α ‖A t‖
     ratio: Array  # of the term's norm to that of the one before
-    grows: Array
+    halfway: tuple[Array, Array]  # norm and move in the middle of the sum
+    grows: Array  # whether the last term did
     products: Array
 
 
@@ -99,7 +100,8 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
     x, term, used = jax.lax.cond((_tree.max_abs(start) > 0) & (max_steps > 0), warm, cold, None)
     norm = _tree.norm(term).astype(dtype)
     nan = jnp.asarray(jnp.nan, dtype)
-    first = _Carry(term, term, norm, jnp.asarray(jnp.inf, dtype), nan, jnp.asarray(False), used)
+    inf = jnp.asarray(jnp.inf, dtype)
+    first = _Carry(term, term, norm, inf, nan, (norm, inf), jnp.asarray(False), used)
 
     def proceed(c: _Carry) -> Array:
         # A sum that is past saving is left while it is still finite.
@@ -109,9 +111,15 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
         product = _tree.scale(step_size, matvec(c.term))
         term = _tree.sub(c.term, product)
         move, after = _tree.norm(product).astype(dtype), _tree.norm(term).astype(dtype)
-        # Products weigh the large eigenvalues more, and so show growth there long before the terms do.
-        grows = (after > c.norm + _GROWTH * eps * c.norm) | (move > c.move + _GROWTH * eps * c.norm)
-        return _Carry(_tree.add(c.total, term), term, after, move, after / c.norm, grows, c.products + 1)
+        noise = _GROWTH * eps * c.norm
+        # Where A is not normal terms may rise and fall for a while: what lasts shows over half of the sum as well. It
+        # shows in the products, which weigh the large eigenvalues more, long before it does in the terms.
+        larger = (after > c.norm + noise) | (after > norm)
+        grows = (larger & (after > c.halfway[0])) | ((move > c.move + noise) & (move > c.halfway[1]))
+        taken, total = c.products + 1 - used, max_steps - used
+        halfway = (jnp.where(taken == total // 2, after, c.halfway[0]),
+                   jnp.where(taken == (total + 1) // 2, move, c.halfway[1]))
+        return _Carry(_tree.add(c.total, term), term, after, move, after / c.norm, halfway, grows, c.products + 1)
 
     c = jax.lax.while_loop(proceed, step, first)
     residual = jnp.where(jnp.isnan(c.ratio), jnp.where(used > 0, c.norm, nan), c.norm * c.ratio)

@@ -103,6 +103,10 @@ def hutchinson_diagonal(matvec: Matvec, like: PyTree, key: Array, probes: int, f
     batched = probes * _tree.size(like) <= _BATCHED_ENTRIES
     samples = jax.vmap(one)(numbers) if batched else jax.lax.map(one, numbers)
     mean = jax.tree.map(lambda s: jnp.mean(s, axis=0), samples)
-    scale = (max(probes - 1, 1) * probes) ** -0.5
-    error = jax.tree.map(lambda s, m: jnp.sqrt(jnp.sum((s - m[None]) ** 2, axis=0)) * scale, samples, mean)
-    return mean, error
+
+    def standard_error(s: Array, m: Array) -> Array:
+        peak = jnp.max(jnp.abs(s), axis=0)  # squares of the entries themselves might leave the range of the dtype
+        gaps = (s - m[None]) / jnp.where(peak > 0, peak, 1)[None]
+        return peak * jnp.sqrt(jnp.sum(gaps**2, axis=0) / (max(probes - 1, 1) * probes))
+
+    return mean, jax.tree.map(standard_error, samples, mean)

@@ -2,13 +2,13 @@ r"""Reverse mode through training, written out, within a budget of stored points
 
     a_T = ∂_w f,     (a_t, c_t) = (∂Ψ_t/∂(w, s))ᵀ a_{t+1}, (∂Ψ_t/∂λ)ᵀ a_{t+1},     g = ∂_λ f + Σ_t c_t
 
-What to store is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯ k_1 steps stores where each of its k_d children
-starts, and each child, when its turn comes, is run again from there in the same manner. (T) stores every step; (√T, √T) is the
-classical checkpointing; (k, ..., k) holds k log_k T points at a time.
+What to store is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯ k_1 steps stores where each of its k_d
+children starts, and each child, when its turn comes, is run again from there in the same manner. (T) stores every step;
+(√T, √T) is the classical checkpointing; (k, ..., k) holds k log_k T points at a time.
 
 Source: Franceschi et al. 2017, arXiv:1703.01785 (the recursion); Griewank 1992 and Engstrom et al. 2025 (REPLAY),
-arXiv:2503.13751 (the tree). Differs: mixed-mode steps (see `_steps.py`); contributions are summed block by block, so that
-rounding grows with the square root of what one running sum would give; the adjoint starts with unit norm.
+arXiv:2503.13751 (the tree). Differs: mixed-mode steps (see `_steps.py`); contributions are summed block by block, so
+that rounding grows with the square root of what one running sum would give; the adjoint starts with unit norm.
 Cost for T steps: training once, once more for each level below the first, and about two gradients a step.
 Memory: (k_1 + ... + k_d) points.
 """
@@ -133,8 +133,8 @@ def sweep(step: Step, layout: Plan, stored: Stored, begin: Any, length: Any, las
         here = jax.tree.map(lambda x: x[i], stored)
         if size == 1:
             return _pull(step, here, at, last, back)
-        inner_length = _length(layout, i, length)
-        return sweep(step, layout[1:], _store(step, layout[1:], here.point, at, inner_length), at, inner_length, last, back)
+        part = _length(layout, i, length)
+        return sweep(step, layout[1:], _store(step, layout[1:], here.point, at, part), at, part, last, back)
 
     return _sum_down(_count(layout, length), layout[0], child, back)
 
@@ -146,7 +146,8 @@ def _pull(step: Step, here: Stored, t: Any, last: int, back: Backward) -> Backwa
     if sizes is not None:
         sizes = sizes.at[last - 1 - t].set(_tree.norm(contribution).astype(sizes.dtype))
     # A comparison with NaN is false: the growth before the overflow is what says why.
-    return Backward(adjoint, _tree.add(back.total, contribution), jnp.where(size > back.growth, size, back.growth), sizes)
+    growth = jnp.where(size > back.growth, size, back.growth)
+    return Backward(adjoint, _tree.add(back.total, contribution), growth, sizes)
 
 
 def _store(step: Step, layout: Plan, point: Point, begin: Any, length: Any) -> Stored:

@@ -67,8 +67,7 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
     With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares
-        the
-    residual. `scale` is 0 at the very first call.
+    the residual. `scale` is 0 at the very first call.
     """
     if inner.claims:
         begin = _tree.norm(inner.residual(objective, params, hparams)).astype(scale.dtype)

@@ -2,10 +2,10 @@ r"""Forward mode through training: one tangent for each scalar hyperparameter, c
 
     Z_{t+1} = ∂Ψ_t/∂(w, s) Z_t + ∂Ψ_t/∂λ,     g = ∂_λ f + Z_Tᵀ ∂_w f
 
-Source: Franceschi et al. 2017, arXiv:1703.01785. Differs: the tangents share one evaluation of the step; they are compared with
-what one step injects, which says when they are noise.
-Cost: training, and a third to a half of it for each scalar hyperparameter. Memory: as many points as there are of those,
-whatever the number of steps.
+Source: Franceschi et al. 2017, arXiv:1703.01785. Differs: the tangents share one evaluation of the step; they are
+compared with what one step injects, which says when they are noise.
+Cost: training, and a third to a half of it for each scalar hyperparameter. Memory: as many points as there are of
+those, whatever the number of steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def push(step: Step, hparams: PyTree, point: Point, tangent: Moving, begin: int,
         moving = Moving(point.params, _tree.partition(point.state)[0])
 
         def along(z: Moving, unit: PyTree) -> tuple[Moving, Taken]:
-            _, moved, taken = jax.jvp(lambda m, h: step.through(m, h, point, t), (moving, hparams), (z, unit), has_aux=True)
+            through = lambda m, h: step.through(m, h, point, t)
+            _, moved, taken = jax.jvp(through, (moving, hparams), (z, unit), has_aux=True)
             return moved, taken
 
         return jax.vmap(along, out_axes=(0, None))(tangent, units)
@@ -69,7 +70,8 @@ def push(step: Step, hparams: PyTree, point: Point, tangent: Moving, begin: int,
         if sizes is not None:
             change = jax.vmap(_tree.max_abs)(_tree.sub(tangent.params, carry.tangent.params))
             sizes = sizes.at[i].set(change.astype(sizes.dtype))
-        return Forward(taken.point, step.watch(carry.record, taken, begin + i), tangent, jnp.where(i == 0, size, carry.first),
+        record = step.watch(carry.record, taken, begin + i)
+        return Forward(taken.point, record, tangent, jnp.where(i == 0, size, carry.first),
                        jnp.where(size > carry.peak, size, carry.peak), sizes)
 
     count, dtype = _tree.size(hparams), _tree.dtype(point.params)

@@ -2,13 +2,15 @@ r"""One training step as unrolling needs it: taken, pulled back, pushed forward.
 
     (w, s) ↦ Ψ_t(w, s, λ),     w: parameters,   s: the floating-point part of the optimizer's state
 
-Counters, keys and the model's state are carried along and never differentiated. The gradient inside a step is differentiated in
-mixed mode: along the cotangent ḡ of the gradient, one forward-mode product of the joint gradient (∂_w h, ∂_λ h) gives
-H ḡ and the cross term together, where reverse mode over reverse mode would store every intermediate of both passes.
+Counters, keys and the model's state are carried along and never differentiated. The gradient inside a step is
+differentiated in mixed mode: along the cotangent ḡ of the gradient, one forward-mode product of the joint gradient
+(∂_w h, ∂_λ h) gives H ḡ and the cross term together, where reverse mode over reverse mode would store every
+intermediate of both passes.
 
-Source: Kemaev et al. 2025 (MixFlow-MG), arXiv:2505.00793. Differs: the recursion over steps is written out, so that nothing but
-what it names is ever stored, and no custom derivative rule is involved.
-Cost: a step pulled back is about two gradients of the inner loss, a step pushed forward about a half for each direction.
+Source: Kemaev et al. 2025 (MixFlow-MG), arXiv:2505.00793. Differs: the recursion over steps is written out, so that
+nothing but what it names is ever stored, and no custom derivative rule is involved.
+Cost: a step pulled back is about two gradients of the inner loss, a step pushed forward about a half for each
+direction.
 """
 
 from __future__ import annotations
@@ -90,8 +92,8 @@ class Step(NamedTuple):
 
     Attributes:
         take: `(point, t) -> Taken`.
-        pull: `(point, grads, t, cotangent) -> (cotangent, contribution)`, the second a pytree like the hyperparameters; `grads` as
-            in `Taken`.
+        pull: `(point, grads, t, cotangent) -> (cotangent, contribution)`, the second a pytree like the hyperparameters;
+            `grads` as in `Taken`.
         through: `(moving, hparams, point, t) -> (moving, Taken)`, differentiable in the first two.
         watch: `(record, taken, t) -> record`, with the step entered.
     """
@@ -104,8 +106,8 @@ class Step(NamedTuple):
 
 def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point) -> Step:
     """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`)."""
-    made = _descent(inner.update, objective, start, hparams) if inner.update is not None else _map(inner.move, objective)
-    through, pull = made
+    descends = inner.update is not None
+    through, pull = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
 
     def take(point: Point, t: Any) -> Taken:
         return through(_moving(point), hparams, point, t)[1]
@@ -150,10 +152,11 @@ def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
     def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         _, combine = _tree.partition(point.state)
         params, state = move(objective, moving.params, combine(moving.floats), hparams, t)
-        check_same_structure("the map's result", params, point.params, "a fixed-point map returns parameters like those it is given.")
+        check_same_structure("the map's result", params, point.params, "a map returns parameters like those it is given.")
         params, state = like(params, point.params), like(state, point.state)
         size = _tree.max_abs(_tree.sub(params, point.params))
-        return Moving(params, _tree.partition(state)[0]), Taken(Point(params, state, point.model_state), size, size, None)
+        after = Point(params, state, point.model_state)
+        return _moving(after), Taken(after, size, size, None)
 
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         del grads
@@ -183,7 +186,7 @@ def like(new: PyTree, old: PyTree) -> PyTree:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Leaves as arrays with dtypes of their own (not those of Python numbers), so that a second call fits the first's trace."""
+    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's trace."""
     return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x).astype(jnp.result_type(x)), tree)
 
 
@@ -213,8 +216,8 @@ def _watch(record: Record, taken: Taken, t: Any, steps: int) -> Record:
 def training_status(inner: Inner, record: Record, end: PyTree) -> Array:
     """Whether the run diverged or met a number that is not finite; int32.
 
-    As in `hg.inner.gradient`, a loss diverged if every value of the last quarter of the run is far above every one of the first
-    quarter. A map has no loss, and may wander; it diverged if it overflowed after its steps had grown.
+    As in `hg.inner.gradient`, a loss diverged if every value of the last quarter of the run is far above every one of
+    the first quarter. A map has no loss, and may wander; it diverged if it overflowed after its steps had grown.
     """
     rise = record.late - record.early
     grown = (rise > jnp.abs(record.early)) & (rise > _RISE * (record.early - record.low))

@@ -121,7 +121,7 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> ImplicitState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
-        options = {"inner": as_options(chosen.options, params), "linear": as_options(method.options, params)}
+        options: dict[str, Any] = {"inner": as_options(chosen.options, params), "linear": as_options(method.options, params)}
         if damping is not None:
             options["damping"] = jnp.asarray(damping, _tree.dtype(params))
         return ImplicitState(params, chosen.init(params, hparams), model_state, _tree.zeros_like(params),

@@ -2,16 +2,16 @@ r"""Unrolled hypergradient: differentiate training itself, step by step.
 
     g = d/dλ f(w_T(λ), λ),     (w_{t+1}, s_{t+1}) = Ψ_t(w_t, s_t, λ),     t = 0, ..., T − 1
 
-Exact for the T steps that were taken, converged or not, and the only solver here that sees learning rates, momenta, schedules
-and initialisations.
+Exact for the T steps that were taken, converged or not, and the only solver here that sees learning rates, momenta,
+schedules and initialisations.
 
-Source: Domke 2012, "Generic methods for optimization-based modeling"; Maclaurin et al. 2015, arXiv:1502.03492; Franceschi et al.
-2017, arXiv:1703.01785 (forward mode); Shaban et al. 2019, arXiv:1810.10667 (truncation); Kemaev et al. 2025, arXiv:2505.00793
-(mixed mode); Engstrom et al. 2025, arXiv:2503.13751 (the tree of checkpoints).
+Source: Domke 2012, "Generic methods for optimization-based modeling"; Maclaurin et al. 2015, arXiv:1502.03492;
+Franceschi et al. 2017, arXiv:1703.01785 (forward mode); Shaban et al. 2019, arXiv:1810.10667 (truncation); Kemaev et
+al. 2025, arXiv:2505.00793 (mixed mode); Engstrom et al. 2025, arXiv:2503.13751 (the tree of checkpoints).
 Differs: the recursions are written out rather than left to nested automatic differentiation; they measure how much
 they amplify rounding, and a run that amplifies it beyond meaning says so.
-Cost: reverse about three gradients of the inner loss a step, whatever the number of hyperparameters; forward one and a half with
-one hyperparameter, and a third to a half more for each further one. Memory: see `remat`.
+Cost: reverse about three gradients of the inner loss a step, whatever the number of hyperparameters; forward one and a
+half with one hyperparameter, and a third to a half more for each further one. Memory: see `remat`.
 """
 
 from __future__ import annotations
@@ -83,28 +83,32 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
     Args:
         problem: the two losses.
         inner: what is unrolled, and how many steps of it: `hg.inner.gradient(optimizer, steps=100)`, or
-            `hg.inner.fixed_point(map, steps=100)`. An optimizer given as a function of `hparams` is tuned too. To tune the
-            starting point, train an offset from it: `lambda offset, hparams, batch: loss(hparams["start"] + offset, batch)`.
-        mode: `"forward"` costs a third to a half of a training run for each scalar hyperparameter and stores nothing; `"reverse"`
-            costs about two training runs for any number of them; `"auto"` is forward for at most three.
-        truncate: only the last so many steps are differentiated; the ones before run as they are, and the parameters they reach
-            count as constant. Biased; `error_estimate` says by how much, judged by how fast the contributions of the steps decay.
-        remat: what reverse mode stores. `"step"`: parameters and optimizer state at each of T steps. `"sqrt"`: 2√T of them, for
-            one more training run. `"tree"`: k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: everything, as plain
-            automatic differentiation does; only useful for comparison. `"auto"`: the first of step, sqrt and tree whose
-            storage fits `memory`.
+            `hg.inner.fixed_point(map, steps=100)`. An optimizer given as a function of `hparams` is tuned too. To tune
+            the starting point, train an offset from it:
+            `lambda offset, hparams, batch: loss(hparams["start"] + offset, batch)`.
+        mode: `"forward"` costs a third to a half of a training run for each scalar hyperparameter and stores nothing;
+            `"reverse"` costs one or two training runs for any number of them; `"auto"` is forward for at most three.
+        truncate: only the last so many steps are differentiated; the ones before run as they are, and the parameters
+            they reach count as constant. Biased; `error_estimate` says by how much, judged by how fast the
+            contributions of the steps decay.
+        remat: what reverse mode stores. `"step"`: parameters and optimizer state at each of T steps, and the gradient
+            where pulling back the optimizer needs it. `"sqrt"`: about 2√T of them, for one more training run. `"tree"`:
+            k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: every intermediate, as plain
+            automatic differentiation does; for comparison. `"auto"`: the first of step, sqrt and tree whose storage
+            fits `memory`. What one step needs inside a deep model is the model's to reduce: wrap its blocks in
+            `jax.checkpoint`, and its layers in `jax.lax.scan`.
         memory: bytes that `remat="auto"` may store. Default: 2³⁰ (1 GiB), or 16 times one state where that is more.
-        warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result is
-            the exact derivative of that run. True: each call goes on from where the last one ended, and the derivative
-            is that of this call's steps alone.
+        warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result
+            is the exact derivative of that run. True: each call goes on from where the last one ended, and the
+            derivative is that of this call's steps alone.
 
     Returns:
-        A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless): reverse,
-        max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in. Where it
-        leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of the last step over the
-        largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against the exact derivative of the run of
-        T steps (with `warm_start`, of this call's steps). Model state (batch-norm statistics) follows the steps and counts as
-        constant in the derivative.
+        A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless):
+        reverse, max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in.
+        Where it leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of
+        the last step over the largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against
+        the exact derivative of the run of T steps (with `warm_start`, of this call's steps). Model state (batch-norm
+        statistics) follows the steps and counts as constant in the derivative.
 
     Raises:
         InputError: for an unknown option, or an inner solver without a number of steps.
@@ -121,8 +125,9 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
     check_choice("unrolled", "mode", mode, ("auto", "reverse", "forward"))
     check_choice("unrolled", "remat", remat, ("auto", "none", "step", "sqrt", "tree"))
     if inner.steps is None or (inner.update is None and inner.move is None):
-        raise InputError("unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: write "
-                         "hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), or use hg.implicit.")
+        raise InputError("unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: "
+                         "write hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), "
+                         "or use hg.implicit.")
     steps = inner.steps
     length = steps if truncate is None else min(int(truncate), steps)
     skip = steps - length
@@ -132,7 +137,8 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
         params, hparams = check_params(params), check_hparams(hparams)
         model_state = strong(model_state)
         return UnrolledState(params, strong(inner.init(params, hparams)), model_state,
-                             None if warm_start else (params, model_state), {"inner": as_options(inner.options, params)})
+                             start=None if warm_start else (params, model_state),
+                             options={"inner": as_options(inner.options, params)})
 
     def hypergrad(state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
                   key: Array | None = None) -> tuple[Hypergradient, UnrolledState]:
@@ -167,8 +173,9 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
         grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
         rounding = _ROUNDING * _tree.eps((params, hparams)) * (1 + math.sqrt(length)) * done.growth
         if length >= _SHORT:
-            # What an error of one unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
-            moved, _ = joint_product(lambda w, h: outer(done.point)(w, h)[0], done.point.params, hparams, done.point.params)
+            # What a unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
+            end = done.point.params
+            moved, _ = joint_product(lambda w, h: outer(done.point)(w, h)[0], end, hparams, end)
             cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs))
         else:
             cancelled = jnp.ones_like(rounding)
@@ -223,28 +230,29 @@ def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int,
 
 def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
              floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
-    stored = None
+    sweep = lambda back: back
     if length:
         point, stored, record = _backprop.train_and_store(step, layout, point, begin, length, record)
+        sweep = lambda back: _backprop.sweep(step, layout, stored, begin, length, begin + length, back)
     (value, metrics), (rhs, direct) = finish(point)
     size, unit = _unit(rhs)
     dtype = _tree.dtype(rhs)
     still = [jnp.zeros_like(x) for x in _tree.partition(point.state)[0]]
-    back = _backprop.Backward(Moving(unit, still), _tree.zeros_like(hparams), jnp.ones((), dtype),
-                              jnp.zeros((length,), dtype) if begin else None)
-    if length:
-        back = _backprop.sweep(step, layout, stored, begin, length, begin + length, back)
+    back = sweep(_backprop.Backward(Moving(unit, still), _tree.zeros_like(hparams), jnp.ones((), dtype),
+                                    jnp.zeros((length,), dtype) if begin else None))
     total = back.total
     if floats is not None:
         total = _tree.add(total, jax.vjp(floats, hparams)[1](back.adjoint.floats)[0])
-    dropped = jnp.zeros((), dtype) if back.sizes is None else _left_out(_tail(back.sizes, begin), _tree.norm(total))
+    dropped = jnp.zeros((), dtype)
+    if back.sizes is not None:
+        dropped = _left_out(_tail(back.sizes, begin), _tree.norm(total))
     return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total), back.growth, dropped)
 
 
 def _reverse_whole(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
                    floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
     """Plain reverse mode over a scan: stores every intermediate, and only sees the adjoint at the beginning."""
-    from_state, combine = _tree.partition(point.state)
+    from_state, _ = _tree.partition(point.state)
 
     def run(params: PyTree, initial: list[Array], hparams: PyTree) -> tuple[PyTree, tuple[Point, Record]]:
         def body(carry: tuple[Moving, Point, Record], t: Array) -> tuple[tuple[Moving, Point, Record], None]:
@@ -252,7 +260,8 @@ def _reverse_whole(step: Step, hparams: PyTree, point: Point, begin: int, length
             moving, taken = step.through(moving, hparams, point, t)
             return (moving, *jax.lax.stop_gradient((taken.point, step.watch(record, taken, t)))), None
 
-        (moving, end, seen), _ = jax.lax.scan(body, (Moving(params, initial), point, record), begin + jnp.arange(length))
+        start = (Moving(params, initial), point, record)
+        (moving, end, seen), _ = jax.lax.scan(body, start, begin + jnp.arange(length))
         return moving.params, (end, seen)
 
     _, back, (end, seen) = jax.vjp(run, point.params, from_state, hparams, has_aux=True)
@@ -274,7 +283,7 @@ def _unit(rhs: PyTree) -> tuple[Array, PyTree]:
 
 
 def _tail(sizes: Array, more: int) -> Array:
-    """Σ of `more` further terms of a sequence that goes on decaying as it did over its second half; inf if it does not decay."""
+    """Σ of `more` further terms of a sequence that goes on decaying as in its second half; inf if it did not decay."""
     window = sizes.shape[0] // 4 or sizes.shape[0] // 2
     if not window:
         return jnp.full((), jnp.inf, sizes.dtype)

@@ -49,9 +49,11 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def compiled(name: str) -> Any:
-    """`(matrix, rhs, start, options) -> (result fields, inverse of the true gap)`, one compilation a solver and shape."""
-    def run(matrix, rhs, start, options):
-        result = solve(SOLVERS[name], lambda v: matrix @ v, rhs, start=start, options=options, key=jax.random.key(7))
+    """`(matrix, rhs, start, options, scales) -> (result fields, inverse of the true gap)`, compiled once a shape."""
+    def run(matrix, rhs, start, options, scales=None):
+        apply = None if scales is None else lambda v: scales * v
+        result = solve(SOLVERS[name], lambda v: matrix @ v, rhs, start=start, precondition=apply, options=options,
+                       key=jax.random.key(7))
         gap = rhs - matrix @ result.solution
         return result.solution, result.residual, result.steps, result.status, gap, result.inverse(gap)
 
@@ -65,11 +67,12 @@ def all_options(name: str, **changed: float) -> dict[str, Any]:
     return as_options({**own, **changed}, jnp.zeros((), float))
 
 
-def run(name: str, matrix: Any, rhs: Any, start: Any = None, **options: float) -> Outcome:
-    """Solve with one of `SOLVERS`; `options` replace its own."""
+def run(name: str, matrix: Any, rhs: Any, start: Any = None, scales: Any = None, **options: float) -> Outcome:
+    """Solve with one of `SOLVERS`; `scales` are the diagonal of M⁻¹, and `options` replace those of the solver."""
     a, b = jnp.asarray(matrix, float), jnp.asarray(rhs, float)
     x0 = jnp.zeros_like(b) if start is None else jnp.asarray(start, float)
-    x, residual, steps, status, gap, inverse = compiled(name)(a, b, x0, all_options(name, **options))
+    d = () if scales is None else (jnp.asarray(scales, float),)
+    x, residual, steps, status, gap, inverse = compiled(name)(a, b, x0, all_options(name, **options), *d)
     size = float(jnp.linalg.norm(b)) or 1.0
     return Outcome(np.asarray(x), float(residual), float(jnp.linalg.norm(gap)) / size, int(steps),
                    hg.Status(int(status)), np.asarray(inverse))

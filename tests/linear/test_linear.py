@@ -109,7 +109,7 @@ def test_scaling_the_operator_divides_the_solution(name, scale):
 def test_scaling_system_and_right_hand_side_together_changes_nothing(name, scale):
     matrix, rhs = spd(30.0), vector()
     out, scaled = run(name, matrix, rhs), run(name, scale * matrix, scale * rhs)
-    assert (scaled.status, scaled.steps) == (out.status, out.steps)
+    assert scaled.status == out.status and abs(scaled.steps - out.steps) <= 1
     assert error(scaled.x, out.x) <= 100 * EPS + 2 * PRECISE
 
 
@@ -139,15 +139,15 @@ def test_start_at_the_solution_at_any_length_takes_one_product(name):
 
 
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_warm_start_is_never_worse_than_one_product_lost(name):
+def test_a_start_near_the_solution_saves_products_and_a_far_one_costs_two_at_most(name):
     matrix, rhs = spd(100.0), vector()
     solution = np.linalg.solve(matrix, rhs)
     cold = run(name, matrix, rhs, tol=1e-4)
-    for far in (1e-6, 1e-2, 0.3):
+    for far, slack in [(1e-6, 0), (1e-2, 0), (0.3, 2)]:
         near = solution + far * np.linalg.norm(solution) / N**0.5 * vector(4)
         warm = run(name, matrix, rhs, start=-3 * near, tol=1e-4)
         assert warm.status == hg.Status.OK
-        assert warm.steps <= cold.steps + 1, far
+        assert warm.steps <= cold.steps + slack, far
     assert warm.steps > run(name, matrix, rhs, start=solution + 1e-8 * vector(4), tol=1e-4).steps
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.linear._linear import solve
 from hypergrad.linear.neumann import largest_growth
 from tests._helpers import tol
 from tests.linear._systems import EPS, N, contraction, error, general, run, singular, spd, vector
@@ -94,10 +93,12 @@ def test_step_size_of_the_power_iteration_always_converges(seed):
 
 
 def test_contractions_are_not_called_diverging():
-    for seed in range(10):
-        for terms in (3, 10, 30):
-            out = run("neumann budget", contraction(0.8, seed), vector(seed), max_steps=terms, step_size=1.0)
-            assert out.status == hg.Status.OK, (seed, terms)
+    """Where A is not normal, terms grow for a while now and then although the series converges."""
+    for seed in range(40):
+        out = run("neumann budget", contraction(0.8, seed), vector(seed), max_steps=30, step_size=1.0)
+        assert out.status == hg.Status.OK, seed
+        out = run("neumann budget", contraction(1.1, seed), vector(seed), max_steps=60, step_size=1.0)
+        assert out.status == hg.Status.NEUMANN_DIVERGING, seed
 
 
 def test_too_few_terms_for_the_tolerance_is_a_status():
@@ -106,11 +107,10 @@ def test_too_few_terms_for_the_tolerance_is_a_status():
 
 def test_curvature_is_the_smallest_eigenvalue_in_the_long_run():
     for size in (1.0, 1e-3):
-        out = run("neumann budget", size * spd(20.0), vector(), max_steps=200, step_size=0.9 / size)
-        matrix = jnp.asarray(size * spd(20.0), float)
-        result = solve(hg.linear.neumann(200, step_size=0.9 / size), lambda v: matrix @ v, jnp.asarray(vector(), float))
-        np.testing.assert_allclose(result.inverse(jnp.ones(N)) * size, 20.0, rtol=tol(1e-2, 5e-2))
-        assert error(out.x, np.asarray(result.solution)) <= 10 * EPS
+        matrix = size * spd(20.0)
+        out = run("neumann budget", matrix, vector(), max_steps=60, step_size=0.9 / size)
+        gap = vector() - matrix @ out.x
+        np.testing.assert_allclose(out.inverse_of_gap * size, 20 * gap, rtol=0.1, atol=0.1 * np.abs(gap).max())
 
 
 def test_singular_and_consistent_gives_the_shortest_solution():

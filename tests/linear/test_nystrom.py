@@ -71,7 +71,7 @@ def test_the_zero_operator_is_singular():
 def test_gaussian_test_vectors_are_orthonormal_in_any_tree():
     like = {"a": jnp.zeros((3, 4)), "b": (jnp.zeros(()), None, jnp.zeros(7))}
     for rank in (5, 19):
-        tests = jax.jit(lambda key: _gaussian(key, like, rank))(jax.random.key(0))  # noqa: B023
+        tests = jax.jit(lambda key: _gaussian(key, like, rank))(jax.random.key(0))
         rows = np.concatenate([np.asarray(x, np.float64).reshape(rank, -1) for x in jax.tree.leaves(tests)], axis=1)
         np.testing.assert_allclose(rows @ rows.T, np.eye(rank), atol=100 * EPS)
 

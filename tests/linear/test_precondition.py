@@ -107,3 +107,13 @@ def test_probes_that_would_not_fit_run_one_by_one(monkeypatch):
     monkeypatch.setattr(module, "_BATCHED_ENTRIES", 0)
     alone = jax.jit(lambda m: positive_diagonal(lambda v: m @ v, jnp.zeros(N), jax.random.key(0), 8))(matrix)
     np.testing.assert_allclose(alone, batched, rtol=100 * EPS)
+
+
+def test_a_preconditioner_of_ones_own_sees_parameters_and_hyperparameters():
+    build = hg.linear.precondition(lambda v, params, hparams: v * params / hparams)
+    apply = build(lambda v: v, jnp.asarray([1.0, 2.0]), jnp.asarray(4.0), jax.random.key(0))
+    np.testing.assert_array_equal(apply(jnp.asarray([8.0, 8.0])), [2.0, 4.0])
+    assert hg.linear.cg(preconditioner=build).preconditioner is build
+    assert hg.linear.gmres(preconditioner=build).preconditioner is build
+    assert hg.linear.cg().preconditioner is not None  # Jacobi, where convergence is claimed
+    assert hg.linear.cg(max_steps=5).preconditioner is None
