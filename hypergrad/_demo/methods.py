@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[str, Callable[[hg.Problem, float, int], hg.Solver]]] = 
         lambda problem, rate, steps: hg.implicit(problem, linear=hg.linear.neumann(max_steps=20))),
     "nystrom": (
         "as implicit, with a Nyström approximation of the inverse Hessian",
-        lambda problem, rate, steps: hg.implicit(problem, linear=hg.linear.nystrom(rank=20, damping=1e-3))),
+        lambda problem, rate, steps: hg.implicit(problem, linear=hg.linear.nystrom(rank=50, damping=1e-3))),
     "identity": (
         "as implicit, with the learning rate for the inverse Hessian (T1-T2)",
         lambda problem, rate, steps: hg.implicit(problem, linear=hg.linear.identity(step_size=rate))),
