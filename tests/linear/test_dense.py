@@ -51,7 +51,8 @@ def test_inverse_is_exact():
     matrix = jnp.asarray(general(100.0), float)
     result = solve(hg.linear.dense(), lambda v: matrix @ v, jnp.asarray(vector(), float))
     other = vector(9)
-    assert error(np.asarray(result.inverse(jnp.asarray(other, float))), np.linalg.solve(matrix, other)) <= tol(1e-11, 1e-3)
+    found = np.asarray(result.inverse(jnp.asarray(other, float)))
+    assert error(found, np.linalg.solve(matrix, other)) <= tol(1e-11, 1e-3)
 
 
 def test_rounding_is_not_mistaken_for_a_null_space():
