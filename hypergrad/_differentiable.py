@@ -75,8 +75,8 @@ def _power_ok(params: dict[str, Any], x: Array, y: Array) -> Array:
     return in_base & (x >= 0) & _finite(jnp.log(jnp.where(x > 0, x, 1)) * x**y)
 
 
-# Where the derivatives of a primitive, as JAX computes them, are finite. Products are among them: in a branch that was not
-# chosen, a factor that is NaN times a cotangent of 0 is NaN.
+# Where the derivatives of a primitive, as JAX computes them, are finite. Products are among them: in a branch that was
+# not chosen, a factor that is NaN times a cotangent of 0 is NaN.
 _OK: dict[str, Callable[..., Array]] = {
     "mul": lambda p, x, y: _finite(x, y),
     "div": lambda p, x, y: _finite(x, y, 1 / (y * y)),
@@ -124,7 +124,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
 def _apply(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in _NESTED:
-        return _NESTED[name](params, inputs)
+        return _NESTED[name](eqn, inputs)
     floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
     if name in _OK and floating and not _linear(name, eqn.invars):
         return [_guarded(eqn, inputs)]
@@ -140,40 +140,46 @@ def _linear(name: str, inputs: Sequence[Any]) -> bool:
     return (name == "mul" and any(constant)) or (name == "div" and constant[1])
 
 
-def _call(params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-    return _evaluate(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], inputs)
+def _call(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    return _evaluate(eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"], inputs)
 
 
-def _remat(params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-    run = lambda *xs: _run(params["jaxpr"], (), xs)
-    return jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*inputs)
+def _remat(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    run = lambda *xs: _run(eqn.params["jaxpr"], (), xs)
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*inputs)
 
 
-def _cond(params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-    branches = [lambda *xs, branch=branch: _evaluate(branch, xs) for branch in params["branches"]]
+def _cond(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    branches = [lambda *xs, branch=branch: _evaluate(branch, xs) for branch in eqn.params["branches"]]
     return lax.switch(inputs[0], branches, *inputs[1:])
 
 
-def _scan(params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    # Inputs are constants, carry, rows; outputs are carry, rows; rows have one axis more outside than inside. How the
+    # parameters say so differs between versions of JAX.
+    body_jaxpr = eqn.params["jaxpr"]
+    same = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
+    last, carried = same(eqn.invars, body_jaxpr.jaxpr.invars), same(eqn.outvars, body_jaxpr.jaxpr.outvars)
+    constants, carry, rows = inputs[:last - carried], inputs[last - carried:last], inputs[last:]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = _evaluate(params["jaxpr"], [*inputs[:first], *carry, *xs])
-        return results[:last - first], results[last - first:]
+    def body(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = _evaluate(body_jaxpr, [*constants, *carry, *row])
+        return results[:carried], results[carried:]
 
-    carry, ys = lax.scan(body, inputs[first:last], inputs[last:], length=params["length"], reverse=params["reverse"],
-                         unroll=params["unroll"])
-    return [*carry, *ys]
-
-
-def _while(params: dict[str, Any], inputs: list[Any]) -> Sequence[Any]:
-    first = params["cond_nconsts"]
-    last = first + params["body_nconsts"]
-    return lax.while_loop(lambda carry: _evaluate(params["cond_jaxpr"], [*inputs[:first], *carry])[0],
-                          lambda carry: _evaluate(params["body_jaxpr"], [*inputs[first:last], *carry]), inputs[last:])
+    end, stacked = lax.scan(body, carry, rows, length=eqn.params["length"], reverse=eqn.params["reverse"],
+                            unroll=eqn.params["unroll"])
+    return [*end, *stacked]
 
 
-_NESTED: dict[str, Callable[[dict[str, Any], list[Any]], Sequence[Any]]] = {
+def _while(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    first = eqn.params["cond_nconsts"]
+    last = first + eqn.params["body_nconsts"]
+    proceed = lambda carry: _evaluate(eqn.params["cond_jaxpr"], [*inputs[:first], *carry])[0]
+    body = lambda carry: _evaluate(eqn.params["body_jaxpr"], [*inputs[first:last], *carry])
+    return lax.while_loop(proceed, body, inputs[last:])
+
+
+_NESTED: dict[str, Callable[[Any, list[Any]], Sequence[Any]]] = {
     "jit": _call, "pjit": _call, "closed_call": _call, "core_call": _call,
     "checkpoint": _remat, "remat2": _remat, "cond": _cond, "scan": _scan, "while": _while,
 }
