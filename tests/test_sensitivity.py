@@ -102,6 +102,11 @@ def test_a_while_loop_carries_a_value_but_no_derivative_of_its_length():
     assert found == {"['a']": Influence(True, False), "['b']": Influence(True, True)}
 
 
+def test_a_condition_carries_a_value_but_no_derivative():
+    chosen = lambda h: jax.lax.cond(h["a"] > 0, lambda: h["b"], lambda: 2 * h["b"])
+    assert influence(chosen, H) == {"['a']": Influence(True, False), "['b']": Influence(True, True)}
+
+
 def test_references_carry_influence():
     if not hasattr(jax, "new_ref"):
         pytest.skip("this JAX has no references")

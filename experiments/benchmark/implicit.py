@@ -166,6 +166,8 @@ def v5(setting: Setting) -> dict[str, Any]:
         "warm, adjoint to 1e-2": hg.implicit(tasks.LOGISTIC, linear=hg.linear.cg(tol=1e-2)),
         "cold": hg.implicit(tasks.LOGISTIC, warm_start=False),
         "cold, plain": hg.implicit(tasks.LOGISTIC, warm_start=False, linear=hg.linear.cg(preconditioner=None))}
+    if setting.smoke:
+        solvers = {k: solvers[k] for k in ("warm", "cold, plain")}
     runs = {k: _path(s, hparams, train, valid, steps, 0.1) for k, s in solvers.items()}
     finals, info = {}, {}
     for name, run in runs.items():
@@ -173,13 +175,12 @@ def v5(setting: Setting) -> dict[str, Any]:
         finals[name] = float(values[-1])
         counts = np.asarray(infos)
         info[name] = {"inner steps": int(counts[:, 0].sum()), "cg steps": int(counts[:, 1].sum()), "worst status": int(counts[:, 2].max())}
-    times = interleaved(runs, samples=3 if setting.smoke else 5)
+    times = interleaved(runs, samples=3 if setting.smoke else 7, seconds=40)
     drift = {k: abs(finals[k] / finals["cold, plain"] - 1) for k in finals}
     checks = [Check("40 outer steps: cold and plain / warm", times.ratio("cold, plain", "warm"), ">=", 3),
               Check("40 outer steps: relative gap of the final losses", drift["warm"], "<=", 1e-5)]
     return result(checks, {"ms": {k: times.ms(k) for k in runs}, "final loss": finals, "gap": drift, "totals": info,
-                           "cold / warm": times.ratio("cold", "warm"),
-                           "cold, plain / warm, adjoint to 1e-2": times.ratio("cold, plain", "warm, adjoint to 1e-2")})
+                           "time over warm": {k: times.ratio(k, "warm") for k in runs}})
 
 
 def v9(setting: Setting) -> dict[str, Any]:

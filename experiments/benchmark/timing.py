@@ -78,9 +78,8 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, samples: int, se
     return Times({name: np.asarray(values) for name, values in taken.items()})
 
 
-def temporary_megabytes(function: Callable[..., Any], *args: Any) -> float:
-    """What the compiled function allocates beside its inputs and outputs, in MB (10⁶ bytes)."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    if analysis is None:
-        return float("nan")
-    return analysis.temp_size_in_bytes / 1e6
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
+    """The function compiled and bound to its arguments, and what it allocates beside inputs and outputs, in MB (10⁶ bytes)."""
+    program = jax.jit(function).lower(*args).compile()
+    analysis = program.memory_analysis()
+    return lambda: program(*args), float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6

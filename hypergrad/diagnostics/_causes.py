@@ -67,6 +67,10 @@ def is_unrolled(info: Info) -> bool:
     return "adjoint_growth" in info.extra
 
 
+def _is_direct(info: Info) -> bool:
+    return "outer_grad_norm" in info.extra
+
+
 def _status(e: Evidence) -> Iterator[str]:
     if not isinstance(e.status, Status):
         if e.status > Status.INSENSITIVE:
@@ -88,7 +92,7 @@ def _unconverged(e: Evidence) -> Iterator[str]:
         if linear > e.tol:
             yield (f"unconverged: the relative residual of the adjoint system is {linear:.1g}, after "
                    f"{int(e.info.linear_steps)} products. Raise max_steps, or give the linear solver a tol.")
-        elif math.isnan(linear) and math.isinf(float(e.info.error_estimate)):
+        elif math.isnan(linear) and math.isinf(float(e.info.error_estimate)) and not _is_direct(e.info):
             yield ("unconverged: the adjoint system was not solved, only replaced (error_estimate is inf). Use "
                    "hg.linear.cg for an exact hypergradient.")
     if not e.ok and not e.trains_on and e.settled_error < 0.1 * e.error:
@@ -115,6 +119,11 @@ def _approximate(e: Evidence) -> Iterator[str]:
                    f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=.")
 
 
+    if _is_direct(e.info) and not e.ok:
+        yield ("direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
+               f"{e.error:.1g}. hg.implicit has both parts.")
+
+
 def _stochastic(e: Evidence) -> Iterator[str]:
     if e.key_spread > e.tol or (math.isnan(e.key_spread) and e.batches):
         drawn = "minibatches" if e.batches else "random numbers in the losses"
@@ -135,9 +144,10 @@ def _kinked(e: Evidence) -> Iterator[str]:
 def _insensitive(e: Evidence) -> Iterator[str]:
     for path, slope in e.silent.items():
         if abs(slope.value) > 10 * slope.error:
+            where = ("through the parameters, which hg.direct leaves out" if _is_direct(e.info) else
+                     "on the path of training, which hg.unrolled sees, or through an operation without derivative")
             yield (f"insensitive: hparams{path} has a hypergradient of exactly zero, but the outer loss moves with it "
-                   f"(slope {slope.value:.3g}): it acts on the path of training or through an operation without "
-                   "derivative. hg.unrolled sees the path.")
+                   f"(slope {slope.value:.3g}): it acts {where}.")
         else:
             yield (f"insensitive: hparams{path} moves nothing, neither parameters nor outer loss: a misspelt key, or a "
                    "term that is switched off.")
@@ -182,5 +192,5 @@ def _wrong(e: Evidence) -> Iterator[str]:
                "a sign, or a mean that should be a sum.")
     else:
         yield ("wrong: nothing that can be seen from outside explains the difference. Either the method approximates "
-               "on purpose (hg.direct), or there is a mistake in the solver, or in a derivative rule of the losses "
-               "(custom_jvp, custom_vjp, stop_gradient).")
+               "on purpose (curvature='gauss_newton'), or there is a mistake in the solver, or in a derivative rule of "
+               "the losses (custom_jvp, custom_vjp, stop_gradient).")

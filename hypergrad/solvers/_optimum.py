@@ -93,16 +93,19 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
         return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status)
     norm = _tree.norm(system.residual)
     size = jnp.maximum(_tree.norm(system.matvec(solution)), norm).astype(scale.dtype)
-    residual = norm / jnp.maximum(size, scale)
-    status = _verdict(result.status, residual, tol, _tree.eps(params))
+    largest = jnp.maximum(size, scale)
+    residual = norm / jnp.where(largest > 0, largest, 1)  # F may vanish at the start, with w = 0
+    status = _verdict(result.status, residual, tol, _tree.eps(params), polished=polish_steps > 0)
     return Optimum(solution, result.state, result.model_state, system, precondition, residual,
                    jnp.maximum(size, _FORGET * scale), steps, status)
 
 
-def _verdict(status: Array, residual: Array, tol: Array, eps: float) -> Array:
+def _verdict(status: Array, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:
     """What the residual at the end says: meeting the tolerance settles it, whatever the solver thought on the way."""
+    # A solver that handed over as agreed did its part: too few polish steps are too few steps.
+    short = Status.INNER_MAX_STEPS if polished else Status.INNER_STALLED
     met = residual <= tol
     hard = (status == int(Status.NONFINITE_LOSS)) | (status == int(Status.NONFINITE_GRAD)) | (status == int(Status.INNER_DIVERGED))
     missed = jnp.where(residual <= _ROUNDING * eps, int(Status.PRECISION_LIMITED),
-                       jnp.where(status == int(Status.OK), int(Status.INNER_STALLED), status))
+                       jnp.where(status == int(Status.OK), int(short), status))
     return jnp.where(hard, status, jnp.where(met, int(Status.OK), missed)).astype(jnp.int32)

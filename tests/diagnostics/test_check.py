@@ -201,6 +201,14 @@ def test_the_reference_is_solved_to_rounding_whatever_the_tolerance_asked_for():
         assert row.reference == pytest.approx(size * float(gradient), rel=1e-4, abs=1e-6)
 
 
+def test_direct_is_named():
+    report = run(hg.direct(hg.Problem(ridge_inner, ridge.outer_loss), inner=hg.inner.lbfgs()))
+    assert not report.ok and words(report) == {"direct"}
+    no_direct_part = hg.Problem(ridge_inner, lambda w, h, batch: jnp.sum(w) + h["shift"])
+    report = run(hg.direct(no_direct_part, inner=hg.inner.lbfgs()))
+    assert words(report) == {"direct", "insensitive"} and "hg.direct leaves out" in " ".join(report.causes)
+
+
 def unrolled(**options):
     inner = hg.inner.gradient(optax.sgd(0.05), steps=12)
     return hg.unrolled(hg.Problem(ridge_inner, ridge.outer_loss), inner=inner, **options)

@@ -68,7 +68,7 @@ FLAT = np.diag([1.0, 2.0, 0.0])
 FAULTS: dict[str, Member] = {
     "inner steps": Member(Status.INNER_MAX_STEPS, quartic=50.0, b=(7.0, -4.0, 11.0), inner={"max_steps": 1}),
     "linear steps": Member(Status.LINEAR_MAX_STEPS, linear={"max_steps": 1}),
-    "inner tolerance below rounding": Member(Status.PRECISION_LIMITED, inner={"tol": 1e-30}),
+    "inner tolerance below rounding": Member(Status.PRECISION_LIMITED, quartic=0.7, inner={"tol": 1e-30}),
     "linear tolerance below rounding": Member(Status.PRECISION_LIMITED, linear={"tol": 1e-30}),
     "inner loss is NaN": Member(Status.NONFINITE_LOSS, b=(NAN, 0.0, 1.0)),
     "outer loss is NaN": Member(Status.NONFINITE_LOSS, c=(NAN, 0.0, 1.0)),

@@ -1,0 +1,30 @@
+"""One inner solve, as the solvers call it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+import hypergrad as hg
+from hypergrad._problem import bind_inner
+
+
+def problem(loss, model_state=False):
+    return hg.Problem(loss, lambda *_: jnp.zeros(()), model_state=model_state)
+
+
+def solve(inner, loss, params, hparams=0.0, data=None, *, state=None, key=None, model_state=None, scale=1.0, options=None):
+    """The result of one solve, from the state of `inner.init` unless another is given."""
+    state = inner.init(params, hparams) if state is None else state
+    options = {name: value for name, value in {**inner.options, **(options or {})}.items()}
+
+    @jax.jit
+    def run(params, state, hparams, data, key, model_state, scale, options):
+        objective = bind_inner(problem(loss, model_state is not None), data, key, model_state)
+        return inner.solve(objective, params, state, hparams, model_state, scale=scale, options=options)
+
+    return run(params, state, hparams, data, key, model_state, jnp.asarray(scale, jnp.result_type(float)), options)
+
+
+def status(result):
+    return hg.Status(int(result.status)).name
