@@ -24,10 +24,21 @@ R = TypeVar("R")
 
 # option: (smallest value allowed, whether that value itself is allowed, whether it must be an integer)
 _RULES: dict[str, tuple[float, bool, bool]] = {
-    "tol": (0, False, False), "damping": (0, True, False), "step_size": (0, False, False), "memory": (0, False, False),
-    "max_steps": (1, True, True), "steps": (0, True, True), "rank": (1, True, True), "probes": (1, True, True),
-    "restart": (1, True, True), "polish": (0, True, True), "truncate": (1, True, True), "history": (1, True, True),
-    "power_steps": (1, True, True), "max_failures": (1, True, True), "patience": (1, True, True),
+    "tol": (0, False, False),
+    "damping": (0, True, False),
+    "step_size": (0, False, False),
+    "memory": (0, False, False),
+    "max_steps": (1, True, True),
+    "steps": (0, True, True),
+    "rank": (1, True, True),
+    "probes": (1, True, True),
+    "restart": (1, True, True),
+    "polish": (0, True, True),
+    "truncate": (1, True, True),
+    "history": (1, True, True),
+    "power_steps": (1, True, True),
+    "max_failures": (1, True, True),
+    "patience": (1, True, True),
     "directions": (1, True, True),
 }
 
@@ -40,8 +51,10 @@ def suggest_names(factory: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                raise InputTypeError(f"{factory.__name__}: unknown option {name!r}{nearest(name, known)}; "
-                                     f"the options are {', '.join(known)}.")
+                raise InputTypeError(
+                    f"{factory.__name__}: unknown option {name!r}{nearest(name, known)}; "
+                    f"the options are {', '.join(known)}."
+                )
         return factory(*args, **kwargs)
 
     return checked
@@ -57,7 +70,9 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
     """Raise unless `value` is one of the strings allowed."""
     if value not in allowed:
         hint = nearest(value, allowed) if isinstance(value, str) else ""
-        raise InputError(f"{function}: {argument} must be one of {', '.join(map(repr, allowed))}, found {value!r}{hint}")
+        raise InputError(
+            f"{function}: {argument} must be one of {', '.join(map(repr, allowed))}, found {value!r}{hint}"
+        )
 
 
 def check_options(function: str, **options: Any) -> None:
@@ -66,13 +81,19 @@ def check_options(function: str, **options: Any) -> None:
         if value is None or isinstance(value, Tracer):
             continue
         low, closed, integer = _RULES[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) or np.ndim(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+            or np.ndim(value)
+        ):
             raise InputTypeError(f"{function}: {name} must be a number, found {value!r}.")
         if integer and not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise InputTypeError(f"{function}: {name} must be an integer, found {value!r}.")
         number = float(value)  # pyright: ignore[reportArgumentType]
         if not (number >= low if closed else number > low):
-            raise InputError(f"{function}: {name} must be {'at least' if closed else 'greater than'} {low:g}, found {value!r}.")
+            raise InputError(
+                f"{function}: {name} must be {'at least' if closed else 'greater than'} {low:g}, found {value!r}."
+            )
 
 
 def check_hparams(hparams: PyTree) -> PyTree:
@@ -83,7 +104,9 @@ def check_hparams(hparams: PyTree) -> PyTree:
         InputTypeError: for integer, boolean, complex, key or non-numeric leaves, with path and remedy.
     """
     if not jax.tree.leaves(hparams):
-        raise InputError("hparams has no leaves, so there is nothing to tune: pass a pytree of floats such as {'l2': 0.1}.")
+        raise InputError(
+            "hparams has no leaves, so there is nothing to tune: pass a pytree of floats such as {'l2': 0.1}."
+        )
     return jax.tree_util.tree_map_with_path(functools.partial(_as_float, "hparams"), hparams)
 
 
@@ -104,12 +127,15 @@ def check_finite(name: str, tree: PyTree) -> None:
         with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
             bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if bad:
-            raise InputError(f"{name}{keystr(path)} holds {bad} NaN or infinite of {np.size(leaf)} values; start from finite ones.")
+            raise InputError(
+                f"{name}{keystr(path)} holds {bad} NaN or infinite of {np.size(leaf)} values; start from finite ones."
+            )
 
 
 def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str) -> None:
     """Raise unless two pytrees (of arrays or of shapes) agree in structure and shapes, naming the first path that
-    differs."""
+    differs.
+    """
     left = {keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(found)}
     right = {keystr(p): jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(expected)}
     for path in dict.fromkeys([*right, *left]):
@@ -127,23 +153,31 @@ def check_data(name: str, data: PyTree) -> None:
     """Raise for a batch that holds no example."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if 0 in getattr(leaf, "shape", ()):
-            raise InputError(f"{name}{keystr(path)} is empty (shape {leaf.shape}); the loss of no data is NaN or 0: "
-                             "pass at least one example, or None for a loss that closes over its data.")
+            raise InputError(
+                f"{name}{keystr(path)} is empty (shape {leaf.shape}); the loss of no data is NaN or 0: "
+                "pass at least one example, or None for a loss that closes over its data."
+            )
 
 
 def _as_float(name: str, path: Any, leaf: Any) -> jax.Array:
     where = f"{name}{keystr(path)}"
     if is_key(leaf):
-        raise InputTypeError(f"{where} is a PRNG key; only floating-point numbers can be tuned or trained: pass keys as key=.")
+        raise InputTypeError(
+            f"{where} is a PRNG key; only floating-point numbers can be tuned or trained: pass keys as key=."
+        )
     if not isinstance(leaf, (bool, int, float, complex, np.generic, np.ndarray, jax.Array)):
-        raise InputTypeError(f"{where} is a {type(leaf).__name__}; leaves must be floating-point arrays: "
-                             "bind other settings with functools.partial.")
+        raise InputTypeError(
+            f"{where} is a {type(leaf).__name__}; leaves must be floating-point arrays: "
+            "bind other settings with functools.partial."
+        )
     weak_int = (isinstance(leaf, int) and not isinstance(leaf, bool)) or (
-        getattr(leaf, "weak_type", False) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer))
+        getattr(leaf, "weak_type", False) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+    )
     if weak_int or isinstance(leaf, float):
         return jnp.asarray(leaf, jnp.result_type(float))
     if not is_float(leaf):
         raise InputTypeError(
             f"{where} has dtype {jnp.result_type(leaf)}; leaves must be real floating point: write it as a float "
-            "(1.0, or x.astype(jnp.float32)), or keep it out of the tree and let the loss close over it.")
+            "(1.0, or x.astype(jnp.float32)), or keep it out of the tree and let the loss close over it."
+        )
     return jnp.asarray(leaf, jnp.result_type(leaf))  # not weakly typed, so that a second call fits the first's trace

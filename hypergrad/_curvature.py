@@ -43,8 +43,9 @@ class System(NamedTuple):
     both: Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
-def joint_product(loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, hparams: PyTree,
-                  v: PyTree) -> tuple[PyTree, PyTree]:
+def joint_product(
+    loss: Callable[[PyTree, PyTree], jax.Array], params: PyTree, hparams: PyTree, v: PyTree
+) -> tuple[PyTree, PyTree]:
     """`(∂²_{ww} h v, ∂²_{λw} h v)` in one pass, forward over reverse."""
     return jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]
 
@@ -76,8 +77,10 @@ def gauss_newton(objective: Objective, params: PyTree, hparams: PyTree) -> Calla
     """
     model, loss = objective.outputs, objective.loss_of_outputs
     if model is None or loss is None:
-        raise InputError("curvature='gauss_newton' needs to know where the model ends and the loss begins: "
-                         "write inner_loss as hg.compose(outputs, loss).")
+        raise InputError(
+            "curvature='gauss_newton' needs to know where the model ends and the loss begins: "
+            "write inner_loss as hg.compose(outputs, loss)."
+        )
     outputs, push = jax.linearize(lambda w: (model(w, hparams), w), params)
     pull = jax.linear_transpose(push, params)
     _, curve = jax.linearize(jax.grad(lambda z: loss(z[0], z[1], hparams)), outputs)

@@ -57,8 +57,10 @@ class Stream:
         kinds = [kind(b) for b in batches]
         for found in kinds:
             if found != kinds[0]:
-                raise InputError(f"hg.stream: batches must all have one shape, found {kinds[0]} and {found}: "
-                                 "drop or pad the last, smaller batch of an epoch.")
+                raise InputError(
+                    f"hg.stream: batches must all have one shape, found {kinds[0]} and {found}: "
+                    "drop or pad the last, smaller batch of an epoch."
+                )
         return Stacked(jax.tree.map(_stack, *batches))
 
 
@@ -82,8 +84,10 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
     arrays = prepare("minibatches: arrays", arrays)
     n = rows(arrays, "minibatches")
     if not 1 <= size <= n:
-        raise InputError(f"minibatches: size must be between 1 and the {n} rows of the data, found {size}: "
-                         "pass the arrays themselves to use all rows at every step.")
+        raise InputError(
+            f"minibatches: size must be between 1 and the {n} rows of the data, found {size}: "
+            "pass the arrays themselves to use all rows at every step."
+        )
     return Minibatches(jax.tree.map(jnp.asarray, arrays), int(size))
 
 
@@ -103,11 +107,15 @@ def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
     (3, 4)
     """
     if isinstance(per_step, bool) or not hasattr(per_step, "__index__") or per_step < 1:
-        raise InputError(f"stream: per_step must be a positive integer, found {per_step!r}: "
-                         "write how many batches one outer step uses.")
+        raise InputError(
+            f"stream: per_step must be a positive integer, found {per_step!r}: "
+            "write how many batches one outer step uses."
+        )
     if not isinstance(iterator, Iterable) and not hasattr(iterator, "__getitem__"):
-        raise InputTypeError(f"stream: iterator must be an iterable of batches, found {type(iterator).__name__}: "
-                             "write a list of batches, a data loader or a generator.")
+        raise InputTypeError(
+            f"stream: iterator must be an iterable of batches, found {type(iterator).__name__}: "
+            "write a list of batches, a data loader or a generator."
+        )
     return Stream(_endless(iterator), int(per_step))
 
 
@@ -128,13 +136,16 @@ def prepare(name: str, data: PyTree) -> PyTree:
     """
     if data is None or isinstance(data, (Minibatches, Stacked, Stream)):
         return data
-    arrays = jax.tree_util.tree_map_with_path(lambda path, leaf: _as_array(f"{name}{keystr(path)}", leaf), data,
-                                              is_leaf=lambda x: hasattr(x, "__next__"))
+    arrays = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _as_array(f"{name}{keystr(path)}", leaf), data, is_leaf=lambda x: hasattr(x, "__next__")
+    )
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(x, "shape") and x.shape for x in arrays):
         first, second = arrays[0].shape[0], arrays[1].shape[0]
         if first != second:
-            raise InputError(f"{name}[0] has {first} rows and {name}[1] has {second}: a pair holds the features and "
-                             "the labels of the same examples; write arrays that do not pair up as a dict.")
+            raise InputError(
+                f"{name}[0] has {first} rows and {name}[1] has {second}: a pair holds the features and "
+                "the labels of the same examples; write arrays that do not pair up as a dict."
+            )
     return arrays
 
 
@@ -144,16 +155,21 @@ def _as_array(where: str, leaf: Any) -> Any:
     elif isinstance(leaf, (bool, int, float, complex, np.generic, np.ndarray)) or hasattr(leaf, "__array__"):
         found = np.asarray(leaf)
     elif hasattr(leaf, "__iter__") and not isinstance(leaf, (str, bytes)):
-        raise InputTypeError(f"{where} is a {type(leaf).__name__}, which yields batches: "
-                             "wrap it, as in hg.stream(loader, per_step=10).")
+        raise InputTypeError(
+            f"{where} is a {type(leaf).__name__}, which yields batches: wrap it, as in hg.stream(loader, per_step=10)."
+        )
     else:
-        raise InputTypeError(f"{where} is a {type(leaf).__name__}; the leaves of a batch must be arrays: "
-                             "let the losses close over other settings.")
+        raise InputTypeError(
+            f"{where} is a {type(leaf).__name__}; the leaves of a batch must be arrays: "
+            "let the losses close over other settings."
+        )
     if not is_key(found) and found.dtype.kind in "OUSMm":
         raise InputTypeError(f"{where} has dtype {found.dtype}, which JAX cannot compute with: encode it as numbers.")
     if 0 in found.shape:
-        raise InputError(f"{where} is empty (shape {tuple(found.shape)}); the loss of no data is NaN or 0: "
-                         "pass at least one example, or None for a loss that closes over its data.")
+        raise InputError(
+            f"{where} is empty (shape {tuple(found.shape)}); the loss of no data is NaN or 0: "
+            "pass at least one example, or None for a loss that closes over its data."
+        )
     return found
 
 
@@ -174,13 +190,17 @@ def rows(arrays: PyTree, name: str) -> int:
     lengths = {}
     for path, leaf in leaves:
         if not jnp.shape(leaf):
-            raise InputError(f"{name}: {keystr(path) or 'the data'} is a scalar; every array needs a leading axis of "
-                             "rows: let the losses close over constants.")
+            raise InputError(
+                f"{name}: {keystr(path) or 'the data'} is a scalar; every array needs a leading axis of "
+                "rows: let the losses close over constants."
+            )
         lengths[keystr(path) or "the array"] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) > 1:
-        raise InputError(f"{name}: the leading axes have different lengths: "
-                         + ", ".join(f"{k} has {v}" for k, v in lengths.items())
-                         + "; each row is one example, in every array.")
+        raise InputError(
+            f"{name}: the leading axes have different lengths: "
+            + ", ".join(f"{k} has {v}" for k, v in lengths.items())
+            + "; each row is one example, in every array."
+        )
     return next(iter(lengths.values()))
 
 
@@ -218,4 +238,6 @@ def warn_small_batch(data: PyTree, n_params: int) -> None:
             f"the inverse Hessian is taken from a minibatch of {data.size} rows for {n_params} parameters: the "
             "hypergradient is biased (by ×1.8 at 16 of 512 rows in our measurements). Pass the full arrays to "
             "hg.implicit, or use damping.",
-            UserWarning, stacklevel=3)
+            UserWarning,
+            stacklevel=3,
+        )

@@ -25,11 +25,40 @@ Recipe = Callable[[], np.ndarray]
 
 _COMPARES = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 # Entry by entry.
-_MAPS = _COMPARES | {"convert_element_type", "stop_gradient", "add", "sub", "mul", "neg", "abs", "max", "min", "clamp",
-                     "rem", "select_n", "and", "or", "xor", "not"}
+_MAPS = _COMPARES | {
+    "convert_element_type",
+    "stop_gradient",
+    "add",
+    "sub",
+    "mul",
+    "neg",
+    "abs",
+    "max",
+    "min",
+    "clamp",
+    "rem",
+    "select_n",
+    "and",
+    "or",
+    "xor",
+    "not",
+}
 # Entries move, values stay.
-_MOVES = frozenset({"reshape", "broadcast_in_dim", "squeeze", "expand_dims", "transpose", "slice", "rev", "copy",
-                    "copy_p", "concatenate", "split"})
+_MOVES = frozenset(
+    {
+        "reshape",
+        "broadcast_in_dim",
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "slice",
+        "rev",
+        "copy",
+        "copy_p",
+        "concatenate",
+        "split",
+    }
+)
 _LARGEST_TABLE = 10**6  # entries of a constant that might be 0, …, K − 1 and is looked at
 
 
@@ -158,12 +187,12 @@ def _enter(eqn: Any, ins: list[Known | None], found: Found) -> None:
     if eqn.primitive.name == "scan":
         consts, carries = scan_counts(eqn)
         axis = next(found.loops)
-        rows = [x and dataclasses.replace(x, axes=(*x.axes, axis)) for x in ins[consts + carries:]]
+        rows = [x and dataclasses.replace(x, axes=(*x.axes, axis)) for x in ins[consts + carries :]]
         walk(eqn.params["jaxpr"], [*ins[:consts], *[None] * carries, *rows], found)
     elif eqn.primitive.name == "while":
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = [None] * (len(ins) - n_cond - n_body)
-        walk(eqn.params["body_jaxpr"], [*ins[n_cond:n_cond + n_body], *carry], found)
+        walk(eqn.params["body_jaxpr"], [*ins[n_cond : n_cond + n_body], *carry], found)
     else:
         for branch in eqn.params["branches"]:
             walk(branch, ins[1:], found)
@@ -194,10 +223,23 @@ def _later(eqn: Any, ins: tuple[Known, ...], label: Known | None) -> list[Known 
     wrapped = name in _MOVES and any(x.wrapped for x in ins)
     # `where(mask, label, 0)` is a label; what else is made from a mask is a mask.
     mask = any(x.mask for x in (ins[1:] if name == "select_n" else ins))
-    mask |= name in _COMPARES and label is not None and any(
-        x.places is None and np.size(_before_broadcast(x).values()) == 1 for x in ins)
-    return [Known(functools.partial(_item, values, i), places and functools.partial(_item, places, i), axes, name, ins,
-                  wrapped, mask) for i in range(len(eqn.outvars))]
+    mask |= (
+        name in _COMPARES
+        and label is not None
+        and any(x.places is None and np.size(_before_broadcast(x).values()) == 1 for x in ins)
+    )
+    return [
+        Known(
+            functools.partial(_item, values, i),
+            places and functools.partial(_item, places, i),
+            axes,
+            name,
+            ins,
+            wrapped,
+            mask,
+        )
+        for i in range(len(eqn.outvars))
+    ]
 
 
 def _item(arrays: Callable[[], list[np.ndarray]], i: int) -> np.ndarray:

@@ -52,6 +52,7 @@ def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     >>> print(jax.grad(norm)(jnp.zeros(2)), jax.grad(differentiable(norm))(jnp.zeros(2)))
     [nan nan] [0. 0.]
     """
+
     def evaluated(*args: PyTree) -> PyTree:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         leaves = [x if is_key(x) else jnp.asarray(x) for x in jax.tree.leaves(args)]
@@ -99,8 +100,10 @@ def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
     fixed = [lax.stop_gradient(x) for x in inputs]
     ok = _OK[eqn.primitive.name](eqn.params, *fixed)
     # A constant in the code may have fewer dimensions, and needs no derivative.
-    safe = [x if isinstance(atom, Literal) else jnp.where(ok, x, jnp.ones_like(x))
-            for atom, x in zip(eqn.invars, inputs, strict=True)]
+    safe = [
+        x if isinstance(atom, Literal) else jnp.where(ok, x, jnp.ones_like(x))
+        for atom, x in zip(eqn.invars, inputs, strict=True)
+    ]
     return jnp.where(ok, eqn.primitive.bind(*safe, **eqn.params), eqn.primitive.bind(*fixed, **eqn.params))
 
 
@@ -160,14 +163,15 @@ def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     body_jaxpr = eqn.params["jaxpr"]
     same = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
     last, carried = same(eqn.invars, body_jaxpr.jaxpr.invars), same(eqn.outvars, body_jaxpr.jaxpr.outvars)
-    constants, carry, rows = inputs[:last - carried], inputs[last - carried:last], inputs[last:]
+    constants, carry, rows = inputs[: last - carried], inputs[last - carried : last], inputs[last:]
 
     def body(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
         results = _evaluate(body_jaxpr, [*constants, *carry, *row])
         return results[:carried], results[carried:]
 
-    end, stacked = lax.scan(body, carry, rows, length=eqn.params["length"], reverse=eqn.params["reverse"],
-                            unroll=eqn.params["unroll"])
+    end, stacked = lax.scan(
+        body, carry, rows, length=eqn.params["length"], reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+    )
     return [*end, *stacked]
 
 
@@ -180,6 +184,13 @@ def _while(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 _NESTED: dict[str, Callable[[Any, list[Any]], Sequence[Any]]] = {
-    "jit": _call, "pjit": _call, "closed_call": _call, "core_call": _call,
-    "checkpoint": _remat, "remat2": _remat, "cond": _cond, "scan": _scan, "while": _while,
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "checkpoint": _remat,
+    "remat2": _remat,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
 }

@@ -125,8 +125,10 @@ def constrain(problem: Problem, domain: PyTree) -> Problem:
     3.0
     """
     if not isinstance(problem, Problem):
-        raise InputTypeError(f"constrain: problem must be an hg.Problem, found {type(problem).__name__}: "
-                             "transform the problem before building the solver.")
+        raise InputTypeError(
+            f"constrain: problem must be an hg.Problem, found {type(problem).__name__}: "
+            "transform the problem before building the solver."
+        )
     for path, leaf in _prefix(domain)[0]:
         _check_domain(path, leaf)
 
@@ -140,8 +142,10 @@ def constrain(problem: Problem, domain: PyTree) -> Problem:
     inner = problem.inner_loss
     if isinstance(inner, Composed):
         loss = inner.loss
-        inner = Composed(transform(inner.outputs),
-                         lambda out, params, hparams, batch: loss(out, params, to_constrained(domain, hparams), batch))
+        inner = Composed(
+            transform(inner.outputs),
+            lambda out, params, hparams, batch: loss(out, params, to_constrained(domain, hparams), batch),
+        )
     elif inner is not None:
         inner = transform(inner)
     return Problem(inner, transform(problem.outer_loss), problem.model_state)
@@ -178,21 +182,28 @@ def _mismatch(leaves: list[tuple[Any, Any]], hparams: PyTree) -> str:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(hparams)]
     names = [keystr(path) for path in paths]
     for path, leaf in leaves:
-        if leaf is not None and not any(p[:len(path)] == path for p in paths):
-            return (f"domain{keystr(path)} matches nothing in hparams{nearest(keystr(path), names)}; domain must be a "
-                    f"pytree prefix of hparams, whose leaves are {', '.join(names[:8])}{', ...' * (len(names) > 8)}.")
+        if leaf is not None and not any(p[: len(path)] == path for p in paths):
+            return (
+                f"domain{keystr(path)} matches nothing in hparams{nearest(keystr(path), names)}; domain must be a "
+                f"pytree prefix of hparams, whose leaves are {', '.join(names[:8])}{', ...' * (len(names) > 8)}."
+            )
     for path, name in zip(paths, names, strict=True):
-        if not any(path[:len(p)] == p for p, _ in leaves):
-            return (f"hparams{name} has no domain; domain must be a pytree prefix of hparams: "
-                    "add hg.domains.real() for a hyperparameter that may take any value.")
+        if not any(path[: len(p)] == p for p, _ in leaves):
+            return (
+                f"hparams{name} has no domain; domain must be a pytree prefix of hparams: "
+                "add hg.domains.real() for a hyperparameter that may take any value."
+            )
     return f"domain must be a pytree prefix of hparams, {jax.tree.structure(hparams)}: write one domain for each leaf."
 
 
 def _check_domain(path: Any, leaf: Any) -> None:
     if _is_domain(leaf):
         return
-    hint = ("call it, as in hg.domains.positive()" if callable(leaf) else
-            "write one of hg.domains.real(), positive(), log(), interval(lo, hi), simplex(), integer(lo, hi)")
+    hint = (
+        "call it, as in hg.domains.positive()"
+        if callable(leaf)
+        else "write one of hg.domains.real(), positive(), log(), interval(lo, hi), simplex(), integer(lo, hi)"
+    )
     found = repr(getattr(leaf, "__name__", leaf))
     raise InputTypeError(f"domain{keystr(path)} must be a domain or None, found {found}: {hint}.")
 

@@ -61,8 +61,9 @@ class _Leaf:
     offset: int
 
 
-def check_labels(loss: Callable[[PyTree, PyTree, PyTree], Any], params: PyTree, hparams: PyTree, batch: PyTree,
-                 name: str) -> None:
+def check_labels(
+    loss: Callable[[PyTree, PyTree, PyTree], Any], params: PyTree, hparams: PyTree, batch: PyTree, name: str
+) -> None:
     """Raise for an integer label that lies outside the classes that a loss distinguishes.
 
     Args:
@@ -89,8 +90,9 @@ def check_labels(loss: Callable[[PyTree, PyTree, PyTree], Any], params: PyTree, 
     _check(value, {name: batch})
 
 
-def check_solver_labels(solver: Solver, state: Any, hparams: PyTree, train: PyTree, valid: PyTree,
-                        key: Array | None) -> None:
+def check_solver_labels(
+    solver: Solver, state: Any, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None
+) -> None:
     """Raise for an integer label outside its classes, in the losses that a solver holds.
 
     Args:
@@ -104,6 +106,7 @@ def check_solver_labels(solver: Solver, state: Any, hparams: PyTree, train: PyTr
     Raises:
         InputError: naming path, value, row and the classes there are.
     """
+
     def value(batches: dict[str, PyTree]) -> PyTree:
         return solver.hypergrad(state, hparams, batches["train"], batches["valid"], key=key)[0].value
 
@@ -127,9 +130,12 @@ def check_concrete_data(name: str, data: PyTree) -> None:
             continue
         bad = np.asarray(jnp.isnan(leaf))
         if bad.any():
-            warnings.warn(f"{name}{keystr(path)} holds {int(bad.sum())} NaN of {bad.size} values, the first at "
-                          f"{_where(np.argwhere(bad)[0])}: unless the loss masks them it is NaN; drop or impute them.",
-                          UserWarning, stacklevel=caller_level())
+            warnings.warn(
+                f"{name}{keystr(path)} holds {int(bad.sum())} NaN of {bad.size} values, the first at "
+                f"{_where(np.argwhere(bad)[0])}: unless the loss masks them it is NaN; drop or impute them.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
 
 
 def _arrays(data: PyTree) -> PyTree:
@@ -250,7 +256,8 @@ def _raise_if_it_matters(finding: Finding, leaves: Sequence[_Leaf], sets: dict[s
     raise InputError(
         f"{leaf.data.name}{keystr(leaf.path)}: labels run from 0 to {finding.classes - 1}, found {found}{becomes} at "
         f"{_where(index)}{others}. JAX would take it for another class, or for none, in silence: correct the labels, "
-        "give the model more classes, or mask such rows in the loss.")
+        "give the model more classes, or mask such rows in the loss."
+    )
 
 
 def _where(index: Any) -> str:

@@ -26,6 +26,7 @@ def as_options(options: Mapping[str, ArrayLike | None], like: PyTree) -> dict[st
 
     A tolerance of None becomes the default for the dtype of `like`.
     """
+
     def convert(name: str, value: ArrayLike | None) -> Array:
         if value is None or name == "tol":
             return default_tol(value, like)

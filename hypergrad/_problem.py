@@ -59,7 +59,9 @@ class Problem:
     @property
     def needs_key(self) -> bool:
         """Whether one of the losses takes a key."""
-        losses = [(n, f) for n, f in (("inner_loss", self.inner_loss), ("outer_loss", self.outer_loss)) if f is not None]
+        losses = [
+            (n, f) for n, f in (("inner_loss", self.inner_loss), ("outer_loss", self.outer_loss)) if f is not None
+        ]
         return any(key_use(f, n, self.model_state) == "required" for n, f in losses)
 
 
@@ -70,7 +72,9 @@ def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optiona
         InputTypeError: if the number fits neither form.
     """
     if not callable(loss):
-        raise InputTypeError(f"{name} must be a function f(params, hparams, batch) -> scalar, found {type(loss).__name__}.")
+        raise InputTypeError(
+            f"{name} must be a function f(params, hparams, batch) -> scalar, found {type(loss).__name__}."
+        )
     last = ", model_state" if model_state else ""
     try:
         parameters = inspect.signature(loss).parameters.values()
@@ -88,8 +92,13 @@ def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optiona
     names = ", ".join(p.name for p in positional)
     raise InputTypeError(
         f"{name} must take (params, hparams, batch{last}) or (params, hparams, batch, key{last}), found ({names}). "
-        f"Bind other arguments with functools.partial" + (
-            "." if model_state or len(positional) != 5 else "; for a model with state pass hg.Problem(..., model_state=True)."))
+        f"Bind other arguments with functools.partial"
+        + (
+            "."
+            if model_state or len(positional) != 5
+            else "; for a model with state pass hg.Problem(..., model_state=True)."
+        )
+    )
 
 
 class Objective(NamedTuple):
@@ -172,14 +181,20 @@ def bind_inner(problem: Problem, train: PyTree, key: Array | None, model_state: 
     if isinstance(problem.inner_loss, Composed):
         composed, (data, loss_key) = problem.inner_loss, fixed_batch
         keys = () if loss_key is None or key_use(composed, "inner_loss", False) == "none" else (loss_key,)
-        return Objective(stochastic, fixed, batch, fixed_batch,
-                         outputs=lambda params, hparams: composed.outputs(params, hparams, data, *keys),
-                         loss_of_outputs=lambda out, params, hparams: composed.loss(out, params, hparams, data))
+        return Objective(
+            stochastic,
+            fixed,
+            batch,
+            fixed_batch,
+            outputs=lambda params, hparams: composed.outputs(params, hparams, data, *keys),
+            loss_of_outputs=lambda out, params, hparams: composed.loss(out, params, hparams, data),
+        )
     return Objective(stochastic, fixed, batch, fixed_batch)
 
 
-def bind_outer(problem: Problem, valid: PyTree, key: Array | None, model_state: PyTree
-               ) -> Callable[[PyTree, PyTree], tuple[Array, dict[str, Any]]]:
+def bind_outer(
+    problem: Problem, valid: PyTree, key: Array | None, model_state: PyTree
+) -> Callable[[PyTree, PyTree], tuple[Array, dict[str, Any]]]:
     """`(params, hparams) -> (outer loss, metrics)`, with data, key and frozen model state bound."""
     data_key, loss_key = (None, None) if key is None else jax.random.split(key)
     batch = draw(valid, data_key, 0)
@@ -187,40 +202,61 @@ def bind_outer(problem: Problem, valid: PyTree, key: Array | None, model_state: 
     return lambda params, hparams: outer_value(problem, params, hparams, batch, loss_key, frozen)
 
 
-def inner_value(problem: Problem, params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None,
-                model_state: PyTree) -> tuple[Array, PyTree]:
+def inner_value(
+    problem: Problem, params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None, model_state: PyTree
+) -> tuple[Array, PyTree]:
     """Training loss and the new model state (None without one)."""
     if problem.inner_loss is None:
-        raise InputError("inner_loss is None, which only hg.inner.fixed_point can work with: give hg.Problem an inner_loss.")
+        raise InputError(
+            "inner_loss is None, which only hg.inner.fixed_point can work with: give hg.Problem an inner_loss."
+        )
     result = _call(problem, problem.inner_loss, "inner_loss", params, hparams, batch, key, model_state)
     if problem.model_state:
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise InputTypeError("inner_loss must return (loss, model_state) when hg.Problem(..., model_state=True), "
-                                 f"found {_describe(result)}.")
-        check_same_structure("inner_loss: the model_state that it returns", result[1], model_state,
-                             "return one like the model_state it was given.")
+            raise InputTypeError(
+                "inner_loss must return (loss, model_state) when hg.Problem(..., model_state=True), "
+                f"found {_describe(result)}."
+            )
+        check_same_structure(
+            "inner_loss: the model_state that it returns",
+            result[1],
+            model_state,
+            "return one like the model_state it was given.",
+        )
         # In the given dtypes, so that steps can be repeated in a loop.
-        fresh = jax.tree.map(lambda new, old: new if is_key(old) else jnp.asarray(new, jnp.result_type(old)),
-                             result[1], model_state)
+        fresh = jax.tree.map(
+            lambda new, old: new if is_key(old) else jnp.asarray(new, jnp.result_type(old)), result[1], model_state
+        )
         return _scalar(result[0], "inner_loss"), fresh
     loss, _ = _split(result, "inner_loss")
     return loss, None
 
 
-def outer_value(problem: Problem, params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None,
-                model_state: PyTree) -> tuple[Array, dict[str, Any]]:
+def outer_value(
+    problem: Problem, params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None, model_state: PyTree
+) -> tuple[Array, dict[str, Any]]:
     """Validation loss and its metrics (an empty dict without any)."""
     result = _call(problem, problem.outer_loss, "outer_loss", params, hparams, batch, key, model_state)
     return _split(result, "outer_loss")
 
 
-def _call(problem: Problem, loss: Callable[..., Any], name: str, params: PyTree, hparams: PyTree, batch: PyTree,
-          key: Array | None, model_state: PyTree) -> Any:
+def _call(
+    problem: Problem,
+    loss: Callable[..., Any],
+    name: str,
+    params: PyTree,
+    hparams: PyTree,
+    batch: PyTree,
+    key: Array | None,
+    model_state: PyTree,
+) -> Any:
     args: list[Any] = [params, hparams, batch]
     use = key_use(loss, name, problem.model_state)
     if use == "required" or (use == "optional" and key is not None):
         if key is None:
-            raise InputError(f"{name} takes a key, but none was given: pass key=jax.random.key(0) to init, hypergrad or tune.")
+            raise InputError(
+                f"{name} takes a key, but none was given: pass key=jax.random.key(0) to init, hypergrad or tune."
+            )
         args.append(key)
     if problem.model_state:
         args.append(model_state)
@@ -228,8 +264,10 @@ def _call(problem: Problem, loss: Callable[..., Any], name: str, params: PyTree,
         return loss(*args)
     except Exception as error:
         if not getattr(error, "__notes__", None):
-            shapes = ", ".join(f"{what} {_shapes(value)}" for what, value in
-                               (("params", params), ("hparams", hparams), ("batch", batch)))
+            shapes = ", ".join(
+                f"{what} {_shapes(value)}"
+                for what, value in (("params", params), ("hparams", hparams), ("batch", batch))
+            )
             error.add_note(f"hypergrad: raised while tracing {name}, which was given {shapes}.")
         raise
 
@@ -241,7 +279,10 @@ def _split(result: Any, name: str) -> tuple[Array, dict[str, Any]]:
         raise InputTypeError(f"{name} must return a scalar or (scalar, dict of metrics), found {_describe(result)}.")
     for metric, value in result[1].items():
         if jnp.shape(value) != ():
-            raise InputError(f"{name} returned the metric {metric!r} of shape {jnp.shape(value)}; metrics are scalars: take its mean.")
+            raise InputError(
+                f"{name} returned the metric {metric!r} of shape {jnp.shape(value)}; metrics are scalars: "
+                "take its mean."
+            )
     return _scalar(result[0], name), result[1]
 
 
@@ -249,8 +290,10 @@ def _scalar(value: Any, name: str) -> Array:
     if not hasattr(value, "shape") and not isinstance(value, (int, float)):
         raise InputTypeError(f"{name} must return a scalar, found {_describe(value)}.")
     if jnp.shape(value) != ():
-        raise InputError(f"{name} must return a scalar, found shape {jnp.shape(value)}: "
-                         "return its mean or sum (for shape (1,), squeeze it).")
+        raise InputError(
+            f"{name} must return a scalar, found shape {jnp.shape(value)}: "
+            "return its mean or sum (for shape (1,), squeeze it)."
+        )
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise InputTypeError(f"{name} must return a real floating-point scalar, found {jnp.result_type(value)}.")
     return jnp.asarray(value)

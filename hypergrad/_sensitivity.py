@@ -95,10 +95,15 @@ def influences(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[s
     return {path: found.derivative for path, found in influence(fn, tree, *args).items()}
 
 
-def check_implicit_sensitivity(residual: Callable[[PyTree, PyTree], PyTree],
-                               outer: Callable[[PyTree, PyTree], Any] | None,
-                               update: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree] | None,
-                               params: PyTree, inner_state: PyTree, hparams: PyTree, solver_name: str) -> None:
+def check_implicit_sensitivity(
+    residual: Callable[[PyTree, PyTree], PyTree],
+    outer: Callable[[PyTree, PyTree], Any] | None,
+    update: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree] | None,
+    params: PyTree,
+    inner_state: PyTree,
+    hparams: PyTree,
+    solver_name: str,
+) -> None:
     """Name the hyperparameters that a solver which differentiates the *optimum* cannot see.
 
     Args:
@@ -128,13 +133,19 @@ def check_implicit_sensitivity(residual: Callable[[PyTree, PyTree], PyTree],
         if path.get(leaf, Influence(False, False)).value:
             raise InputError(
                 f"{solver_name}: hparams{leaf} does not move the inner optimum, only the path to it, so its "
-                "hypergradient is zero: use hg.unrolled, which differentiates the path, or keep it out of hparams.")
+                "hypergradient is zero: use hg.unrolled, which differentiates the path, or keep it out of hparams."
+            )
     _warn(silent, found, hparams, solver_name)
 
 
-def check_unrolled_sensitivity(step: Callable[[PyTree, PyTree, PyTree], PyTree],
-                               outer: Callable[[PyTree, PyTree], Any], params: PyTree, inner_state: PyTree,
-                               hparams: PyTree, solver_name: str = "hg.unrolled") -> None:
+def check_unrolled_sensitivity(
+    step: Callable[[PyTree, PyTree, PyTree], PyTree],
+    outer: Callable[[PyTree, PyTree], Any],
+    params: PyTree,
+    inner_state: PyTree,
+    hparams: PyTree,
+    solver_name: str = "hg.unrolled",
+) -> None:
     """Name the hyperparameters that a solver which differentiates the *path* cannot see.
 
     Args:
@@ -148,8 +159,10 @@ def check_unrolled_sensitivity(step: Callable[[PyTree, PyTree, PyTree], PyTree],
     Warns:
         UserWarning: for a hyperparameter that nothing uses, or only where derivatives are zero.
     """
-    found = [influence(lambda h: step(params, inner_state, h), hparams),
-             influence(lambda h: _loss(outer(params, h)), hparams)]
+    found = [
+        influence(lambda h: step(params, inner_state, h), hparams),
+        influence(lambda h: _loss(outer(params, h)), hparams),
+    ]
     silent = _silent(found, hparams)
     if silent:
         _warn(silent, found, hparams, solver_name)
@@ -170,12 +183,16 @@ def _warn(silent: list[str], found: Sequence[dict[str, Influence]], hparams: PyT
     keys = ", ".join(keystr(path) or "one array" for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
     for leaf in silent:
         if any(f[leaf].value for f in found):
-            message = (f"{solver_name}: hparams{leaf} is used only through rounding, comparisons or stop_gradient, "
-                       "whose derivative is zero, so its hypergradient is zero: use a smooth stand-in, or keep it out "
-                       "of hparams.")
+            message = (
+                f"{solver_name}: hparams{leaf} is used only through rounding, comparisons or stop_gradient, "
+                "whose derivative is zero, so its hypergradient is zero: use a smooth stand-in, or keep it out "
+                "of hparams."
+            )
         else:
-            message = (f"{solver_name}: hparams{leaf} is used neither by inner_loss where it could move the parameters "
-                       f"nor by outer_loss, so its hypergradient is zero: a misspelt key? hparams holds {keys}.")
+            message = (
+                f"{solver_name}: hparams{leaf} is used neither by inner_loss where it could move the parameters "
+                f"nor by outer_loss, so its hypergradient is zero: a misspelt key? hparams holds {keys}."
+            )
         warnings.warn(message, UserWarning, stacklevel=caller_level())
 
 
@@ -260,7 +277,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 def _scan(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
     consts, carries = scan_counts(eqn)
-    fixed, carry, rows = ins[:consts], ins[consts:consts + carries], ins[consts + carries:]
+    fixed, carry, rows = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
     while True:
         outs = _walk(eqn.params["jaxpr"], [*fixed, *carry, *rows])
         grown = [a | b for a, b in zip(carry, outs[:carries], strict=True)]
@@ -272,7 +289,7 @@ def _scan(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
 def _while(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
     """The number of turns depends on the condition: it carries a value, but no derivative."""
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond, body, carry = ins[:n_cond], ins[n_cond:n_cond + n_body], ins[n_cond + n_body:]
+    cond, body, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
     while True:
         stop = _union(_walk(eqn.params["cond_jaxpr"], [*cond, *carry])).value
         outs = _walk(eqn.params["body_jaxpr"], [*body, *carry])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -62,48 +61,61 @@ _ADVICE = {
         "The tolerance is below what the floating-point precision can give on this problem: the residual stopped "
         "falling at rounding level. The hypergradient is as accurate as it gets here, and `error_estimate` says how "
         "accurate that is. Loosen `tol`, standardise the features, or compute in float64 "
-        "(`jax.config.update('jax_enable_x64', True)`)."),
+        "(`jax.config.update('jax_enable_x64', True)`)."
+    ),
     Status.INSENSITIVE: (
         "The hypergradient is exactly zero although the outer loss has a gradient: no hyperparameter moves the "
         "solution. Either a key is misspelt, or the hyperparameters act on the training (learning rate, "
-        "initialisation) and not on its optimum; `hg.unrolled` sees those."),
+        "initialisation) and not on its optimum; `hg.unrolled` sees those."
+    ),
     Status.NONFINITE_LOSS: (
         "A loss is NaN or infinite. Look for log(0), 0/0, an empty batch, NaN in the data, or hyperparameters that "
-        "left their meaning (a negative weight decay): give `domain=` to `hg.tune`."),
+        "left their meaning (a negative weight decay): give `domain=` to `hg.tune`."
+    ),
     Status.NONFINITE_GRAD: (
         "The losses are finite, but a gradient is not: typically sqrt, norm or log at 0, or `jnp.where` around one "
-        "(make the argument safe on both branches). Run once under `jax.debug_nans(True)` to find the line."),
+        "(make the argument safe on both branches). Run once under `jax.debug_nans(True)` to find the line."
+    ),
     Status.INNER_DIVERGED: (
         "The inner loss grew instead of falling. The learning rate is too large for the curvature (stable below "
         "2 / largest eigenvalue), or the hyperparameters made the problem unbounded. Lower the learning rate or use "
-        "`hg.inner.lbfgs`."),
+        "`hg.inner.lbfgs`."
+    ),
     Status.INNER_MAX_STEPS: (
         "The inner solve used up `max_steps` before reaching its tolerance, so the parameters are not the optimum at "
         "which implicit differentiation is exact. The state keeps the progress: call again, raise `max_steps`, loosen "
-        "`tol`, or use `hg.unrolled`, which differentiates the steps that were actually taken."),
+        "`tol`, or use `hg.unrolled`, which differentiates the steps that were actually taken."
+    ),
     Status.INNER_STALLED: (
         "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1) or "
-        "a discontinuous loss. Use `hg.inner.fixed_point` with a proximal step for L1, smooth the loss, or unroll."),
+        "a discontinuous loss. Use `hg.inner.fixed_point` with a proximal step for L1, smooth the loss, or unroll."
+    ),
     Status.NEG_CURVATURE: (
         "The inner Hessian has a direction of negative curvature: the parameters sit at a saddle, or an unconverged "
         "network is being treated as an optimum. Train longer, add `damping`, or use `curvature='gauss_newton'`, "
-        "`hg.unrolled`, or a solver that does not need a positive definite Hessian (`hg.linear.gmres`)."),
+        "`hg.unrolled`, or a solver that does not need a positive definite Hessian (`hg.linear.gmres`)."
+    ),
     Status.SINGULAR: (
         "The inner Hessian is singular and the outer gradient has a part in its null space: the optimum is not "
-        "unique, so the best response has no unique derivative. Add weight decay or `damping`, or use `hg.unrolled`."),
+        "unique, so the best response has no unique derivative. Add weight decay or `damping`, or use `hg.unrolled`."
+    ),
     Status.NEUMANN_DIVERGING: (
         "The terms of the Neumann series grow: its step size exceeds 2 / largest eigenvalue, or the Hessian is "
-        "indefinite. Leave `step_size` out to have it set by a power iteration, or use `hg.linear.cg`."),
+        "indefinite. Leave `step_size` out to have it set by a power iteration, or use `hg.linear.cg`."
+    ),
     Status.LINEAR_BREAKDOWN: (
         "The linear solver believes that it converged, but the true residual says otherwise: the operator is not "
-        "symmetric (use `hg.linear.gmres`), or the preconditioner is not positive definite."),
+        "symmetric (use `hg.linear.gmres`), or the preconditioner is not positive definite."
+    ),
     Status.LINEAR_MAX_STEPS: (
         "The adjoint system used up `max_steps` before reaching its tolerance. The state keeps the progress: call "
-        "again, raise `max_steps`, loosen `tol`, add a preconditioner or `damping`."),
+        "again, raise `max_steps`, loosen `tol`, add a preconditioner or `damping`."
+    ),
     Status.UNROLL_EXPLODED: (
         "The adjoint grew by more than the precision can carry while going back through training: training is "
         "chaotic or beyond the edge of stability, and the hypergradient is noise. Lower the learning rate, clip, "
-        "warm up, or truncate (`truncate=`)."),
+        "warm up, or truncate (`truncate=`)."
+    ),
 }
 
 
@@ -150,8 +162,9 @@ class Hypergradient(NamedTuple):
 class InitFn(Protocol):
     """`init(params, hparams, *, key=None, model_state=None) -> state`; pure and jit-able."""
 
-    def __call__(self, params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> Any:
-        ...
+    def __call__(
+        self, params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None
+    ) -> Any: ...
 
 
 class HypergradFn(Protocol):
@@ -161,16 +174,15 @@ class HypergradFn(Protocol):
     for losses that close over their data.
     """
 
-    def __call__(self, state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-                 key: Array | None = None) -> tuple[Hypergradient, Any]:
-        ...
+    def __call__(
+        self, state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, Any]: ...
 
 
 class ResponseFn(Protocol):
     """`response(state, hparams) -> params`, the current best-response parameters."""
 
-    def __call__(self, state: Any, hparams: PyTree) -> PyTree:
-        ...
+    def __call__(self, state: Any, hparams: PyTree) -> PyTree: ...
 
 
 class Solver(NamedTuple):
@@ -235,8 +247,10 @@ def raise_if_failed(info: Info | Hypergradient) -> None:
     if isinstance(info, Hypergradient):
         info = info.info
     if isinstance(info.status, Tracer):
-        raise InputTypeError("raise_if_failed works on the host: call it on the result of the jitted function, not inside it; "
-                             "under jit read info.status instead.")
+        raise InputTypeError(
+            "raise_if_failed works on the host: call it on the result of the jitted function, not inside it; "
+            "under jit read info.status instead."
+        )
     codes = np.atleast_1d(np.asarray(info.status))
     failed = [Status(int(c)) for c in codes.ravel() if not Status(int(c)).usable]
     if not failed:
@@ -247,4 +261,5 @@ def raise_if_failed(info: Info | Hypergradient) -> None:
         f"the hypergradient is not usable{where}.\n{causes}\n"
         f"inner_residual={np.asarray(info.inner_residual)}, linear_residual={np.asarray(info.linear_residual)}, "
         f"inner_steps={np.asarray(info.inner_steps)}, linear_steps={np.asarray(info.linear_steps)}, "
-        f"error_estimate={np.asarray(info.error_estimate)}")
+        f"error_estimate={np.asarray(info.error_estimate)}"
+    )

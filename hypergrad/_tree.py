@@ -48,8 +48,9 @@ def norm(x: PyTree) -> Array:
     """Euclidean norm, a scalar; scaled by the largest entry, so that 1e-30 neither under- nor overflows in float32."""
     peak = max_abs(x)
     safe = jnp.where(peak > 0, peak, 1)
-    return peak * jnp.sqrt(_total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2)
-                                   for a in jax.tree.leaves(x)]))
+    return peak * jnp.sqrt(
+        _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
+    )
 
 
 def scale(a: ArrayLike, x: PyTree) -> PyTree:
@@ -95,8 +96,11 @@ def size(x: PyTree) -> int:
 
 def nbytes(x: PyTree) -> int:
     """Bytes that the leaves occupy, a Python integer; works on abstract values."""
-    return sum(int(np.prod(jnp.shape(leaf))) * jnp.result_type(leaf).itemsize
-               for leaf in jax.tree.leaves(x) if not is_key(leaf))
+    return sum(
+        int(np.prod(jnp.shape(leaf))) * jnp.result_type(leaf).itemsize
+        for leaf in jax.tree.leaves(x)
+        if not is_key(leaf)
+    )
 
 
 def dtype(x: PyTree) -> np.dtype:
@@ -107,14 +111,17 @@ def dtype(x: PyTree) -> np.dtype:
 
 def eps(x: PyTree) -> float:
     """Machine epsilon of the *narrowest* floating dtype among the leaves: what the solution can be accurate to."""
-    return max((float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(x) if is_float(leaf)),
-               default=float(jnp.finfo(jnp.float32).eps))
+    return max(
+        (float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(x) if is_float(leaf)),
+        default=float(jnp.finfo(jnp.float32).eps),
+    )
 
 
 def rademacher_like(key: Array, x: PyTree, index: ArrayLike = 0) -> PyTree:
     """Random signs ±1 with the shapes and dtypes of `x`; `index` numbers independent draws from one key.
 
-    Signs need no cryptographic generator: they are one bit of a 32-bit integer hash (two rounds of multiply and shift) of the
+    Signs need no cryptographic generator: they are one bit of a 32-bit integer hash (two rounds of multiply and shift)
+        of the
     entry's number, which compiles in a tenth of the time.
     """
     words = [w.ravel() for w in jax.tree.leaves(jax.random.key_data(key))]

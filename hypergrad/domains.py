@@ -62,9 +62,15 @@ def positive() -> Domain:
         y = x - _tiny(x)
         return jnp.where(y > 0, y + jnp.log(-jnp.expm1(-jnp.where(y > 0, y, 1))), math.log(_tiny(x))).astype(x.dtype)
 
-    return Domain("positive()", constrain, unconstrain, lambda u, before: jnp.clip(u, _creep(before), _huge(u)),
-                  lambda x: np.isfinite(x) & (x > 0), "greater than 0",
-                  "start from a small positive number such as 1e-6")
+    return Domain(
+        "positive()",
+        constrain,
+        unconstrain,
+        lambda u, before: jnp.clip(u, _creep(before), _huge(u)),
+        lambda x: np.isfinite(x) & (x > 0),
+        "greater than 0",
+        "start from a small positive number such as 1e-6",
+    )
 
 
 def log() -> Domain:
@@ -83,9 +89,15 @@ def log() -> Domain:
     def settle(u: Array, before: Array) -> Array:  # no more than a factor 1/eps in one step
         return jnp.clip(jnp.clip(u, before - _reach(u), before + _reach(u)), *reach(u, 0.99))
 
-    return Domain("log()", lambda u: jnp.exp(jnp.clip(u, *reach(u, 0.999))),
-                  lambda x: jnp.clip(jnp.log(x), *reach(x, 0.99)), settle, lambda x: np.isfinite(x) & (x > 0),
-                  "greater than 0", "start from a small positive number such as 1e-6")
+    return Domain(
+        "log()",
+        lambda u: jnp.exp(jnp.clip(u, *reach(u, 0.999))),
+        lambda x: jnp.clip(jnp.log(x), *reach(x, 0.99)),
+        settle,
+        lambda x: np.isfinite(x) & (x > 0),
+        "greater than 0",
+        "start from a small positive number such as 1e-6",
+    )
 
 
 @_checks.suggest_names
@@ -107,10 +119,15 @@ def interval(lo: ArrayLike, hi: ArrayLike) -> Domain:
     0.25
     """
     low, high = _ends("interval", lo, hi)
-    return Domain(f"interval({low:g}, {high:g})", functools.partial(_sigmoid, low, high),
-                  functools.partial(_logit, low, high), _settle_sigmoid,
-                  lambda x: (x >= np.asarray(low, x.dtype)) & (x <= np.asarray(high, x.dtype)),
-                  f"between {low:g} and {high:g}", "start inside, or widen the interval")
+    return Domain(
+        f"interval({low:g}, {high:g})",
+        functools.partial(_sigmoid, low, high),
+        functools.partial(_logit, low, high),
+        _settle_sigmoid,
+        lambda x: (x >= np.asarray(low, x.dtype)) & (x <= np.asarray(high, x.dtype)),
+        f"between {low:g} and {high:g}",
+        "start inside, or widen the interval",
+    )
 
 
 def simplex() -> Domain:
@@ -144,8 +161,15 @@ def simplex() -> Domain:
         off = np.abs(np.sum(x, axis=-1, keepdims=True, dtype=np.float64) - 1)
         return (x >= 0) & (off <= math.sqrt(float(jnp.finfo(x.dtype).eps)))
 
-    return Domain("simplex()", constrain, unconstrain, settle, contains, "at least 0 with sum 1 over the last axis",
-                  "divide an array of positive numbers by its sum")
+    return Domain(
+        "simplex()",
+        constrain,
+        unconstrain,
+        settle,
+        contains,
+        "at least 0 with sum 1 over the last axis",
+        "divide an array of positive numbers by its sum",
+    )
 
 
 @_checks.suggest_names
@@ -170,13 +194,19 @@ def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
     """
     low, high = _ends("integer", lo, hi)
     if low != round(low) or high != round(high):
-        raise InputError(f"integer: lo and hi must be whole numbers, found lo={low:g}, hi={high:g}: "
-                         "round them, or use interval.")
+        raise InputError(
+            f"integer: lo and hi must be whole numbers, found lo={low:g}, hi={high:g}: round them, or use interval."
+        )
     sides = (low - 0.5, high + 0.5)
-    return Domain(f"integer({low:g}, {high:g})", lambda u: _round_into(low, high, _sigmoid(*sides, u)),
-                  functools.partial(_logit, *sides), _settle_sigmoid,
-                  lambda x: (x >= low) & (x <= high) & (x == np.round(x)),
-                  f"a whole number between {low:g} and {high:g}", "round it, or use interval")
+    return Domain(
+        f"integer({low:g}, {high:g})",
+        lambda u: _round_into(low, high, _sigmoid(*sides, u)),
+        functools.partial(_logit, *sides),
+        _settle_sigmoid,
+        lambda x: (x >= low) & (x <= high) & (x == np.round(x)),
+        f"a whole number between {low:g} and {high:g}",
+        "round it, or use interval",
+    )
 
 
 def _same(u: Array) -> Array:
@@ -202,8 +232,10 @@ def _bounds(lo: float, hi: float, u: Array) -> tuple[np.ndarray, np.ndarray]:
     low = np.nextafter(low, np.asarray(np.inf, u.dtype)) if float(low) < lo else low
     high = np.nextafter(high, np.asarray(-np.inf, u.dtype)) if float(high) > hi else high
     if not low < high:
-        raise InputError(f"interval({lo!r}, {hi!r}) holds fewer than two numbers of dtype {u.dtype}: "
-                         "widen it, or shift it towards 0.")
+        raise InputError(
+            f"interval({lo!r}, {hi!r}) holds fewer than two numbers of dtype {u.dtype}: "
+            "widen it, or shift it towards 0."
+        )
     return low, high
 
 
@@ -244,13 +276,17 @@ def _ends(name: str, lo: Any, hi: Any) -> tuple[float, float]:
     ends = []
     for end, value in (("lo", lo), ("hi", hi)):
         if isinstance(value, (bool, str)) or np.ndim(value) or not np.isreal(value):
-            raise InputTypeError(f"{name}: {end} must be a number, found {value!r}: "
-                                 "where the ends differ between entries, use one leaf each.")
+            raise InputTypeError(
+                f"{name}: {end} must be a number, found {value!r}: "
+                "where the ends differ between entries, use one leaf each."
+            )
         ends.append(float(value))
     low, high = ends
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"{name}: lo and hi must be finite, found lo={low:g}, hi={high:g}: "
-                         "use positive() or real() for an open side.")
+        raise InputError(
+            f"{name}: lo and hi must be finite, found lo={low:g}, hi={high:g}: "
+            "use positive() or real() for an open side."
+        )
     if not low < high:
         remedy = f"write {name}({high:g}, {low:g})" if high < low else "keep a fixed value out of hparams"
         raise InputError(f"{name}: lo must be less than hi, found lo={low:g}, hi={high:g}: {remedy}.")

@@ -42,7 +42,8 @@ def relative_error(found: PyTree, expected: PyTree) -> float:
 def assert_trees_close(found: PyTree, expected: PyTree, rtol: float) -> None:
     """Same structure and leaf shapes, and `relative_error <= rtol`."""
     assert jax.tree.structure(found) == jax.tree.structure(expected), (
-        f"{jax.tree.structure(found)} against {jax.tree.structure(expected)}")
+        f"{jax.tree.structure(found)} against {jax.tree.structure(expected)}"
+    )
     left, right = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (found, expected))
     assert left == right, f"leaf shapes {left} against {right}"
     error = relative_error(found, expected)
@@ -88,8 +89,10 @@ def random_like(key: Array, tree: PyTree, scale: float = 1.0) -> PyTree:
     """Normal numbers in the shapes and dtypes of `tree`."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(treedef, [scale * jax.random.normal(k, jnp.shape(x), jnp.result_type(x))
-                                        for k, x in zip(keys, leaves, strict=False)])
+    return jax.tree.unflatten(
+        treedef,
+        [scale * jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=False)],
+    )
 
 
 def mesh(devices: list[jax.Device], name: str = "data") -> Mesh:

@@ -80,8 +80,11 @@ def _setting(seed: int = 0) -> tuple[PyTree, PyTree, PyTree, PyTree]:
         x = rng.normal(size=(rows, 4))
         return jnp.asarray(x), jnp.asarray(x @ weights + 0.5 + 0.3 * rng.normal(size=rows))
 
-    params = {"w": jnp.asarray(0.1 * rng.normal(size=4)), "odd": (jnp.asarray(0.2), None),
-              "deep": {"scale": jnp.asarray(-0.1), "none": None}}
+    params = {
+        "w": jnp.asarray(0.1 * rng.normal(size=4)),
+        "odd": (jnp.asarray(0.2), None),
+        "deep": {"scale": jnp.asarray(-0.1), "none": None},
+    }
     hparams = {"l2": jnp.asarray(-1.5 + 0.3 * rng.normal(size=4)), "pair": (jnp.asarray(-0.7), None)}
     return params, hparams, data(24), data(16)
 
@@ -106,7 +109,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         traces.append(1)
         return solver.hypergrad(state, hparams, train, valid)
 
-    params, hparams, train, valid = _setting()
+    params, hparams, _, valid = _setting()
 
     def run(hparams: PyTree, train: PyTree) -> PyTree:
         return solver.hypergrad(solver.init(params, hparams), hparams, train, valid)[0]
@@ -212,7 +215,10 @@ def test_integer_hyperparameters_are_refused_by_path(case):
 
 def test_empty_data_are_refused_by_name(case):
     _, hparams, train, valid = case.setting
-    for name, data in (("train", ((train[0][:0], train[1][:0]), valid)), ("valid", (train, (valid[0][:0], valid[1][:0])))):
+    for name, data in (
+        ("train", ((train[0][:0], train[1][:0]), valid)),
+        ("valid", (train, (valid[0][:0], valid[1][:0]))),
+    ):
         with pytest.raises(ValueError, match=rf"{name}\[0\] is empty"):
             case.solver.hypergrad(case.state, hparams, *data)
 

@@ -27,8 +27,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own, and JAX's settings as they were."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
-             "jax_persistent_cache_min_entry_size_bytes")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "hypergrad" / "jax"
@@ -41,8 +44,13 @@ def test_the_first_command_finds_the_wrong_labels(tmp_path, x64):
         pytest.skip("runs in a process of its own, in float32 whatever this run is in: once is enough")
     path = tmp_path / "picture.png"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-m", "hypergrad", "--json", "--out", str(path)], env=environment,
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "hypergrad", "--json", "--out", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     *text, last = run.stdout.splitlines()
@@ -63,8 +71,9 @@ def test_l2_compares_searches_of_equal_cost(tmp_path, capsys, cache):
     assert cli.main(["--task", "l2", "--steps", "12", "--json", "--out", str(tmp_path / "l2.svg")]) == 0
     output = capsys.readouterr().out
     found = json.loads(output.splitlines()[-1])
-    assert found["tuned_valid_loss"] < min(found["grid_valid_loss"], found["random_valid_loss"],
-                                           found["random_per_feature_valid_loss"])
+    assert found["tuned_valid_loss"] < min(
+        found["grid_valid_loss"], found["random_valid_loss"], found["random_per_feature_valid_loss"]
+    )
     assert found["oracle"] is None and found["f1"] is None
     solves = re.findall(r"(?:hypergradient|search), .*?strengths? +(\d+) ", output)
     assert solves == ["12"] * 4
@@ -95,16 +104,19 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path, capsys, cache, monkeypat
     assert "Interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--task", "cleanin"], "cleaning"),
-    (["--method", "magic"], "implicit"),
-    (["--steps", "0"], "at least 1, found 0"),
-    (["--steps", "many"], "invalid"),
-    (["--seed", "-1"], "between 0 and"),
-    (["--out", "picture.txt"], r"must end in .png, .pdf, .svg"),
-    (["--out", "no/such/folder/picture.png"], "there is no folder"),
-    (["--unknown"], "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "cleanin"], "cleaning"),
+        (["--method", "magic"], "implicit"),
+        (["--steps", "0"], "at least 1, found 0"),
+        (["--steps", "many"], "invalid"),
+        (["--seed", "-1"], "between 0 and"),
+        (["--out", "picture.txt"], r"must end in .png, .pdf, .svg"),
+        (["--out", "no/such/folder/picture.png"], "there is no folder"),
+        (["--unknown"], "unrecognized arguments"),
+    ],
+)
 def test_bad_arguments_give_a_usage_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -142,8 +154,9 @@ def test_every_method_lowers_the_outer_loss_of_a_small_problem(method, key):
     x = random_like(key, jnp.zeros((12, 3)))
     target = x @ jnp.asarray([1.0, -2.0, 0.5])
     error = lambda w: jnp.mean((x @ w - target) ** 2)
-    problem = hg.Problem(lambda w, log_l2, batch: error(w) / 2 + jnp.exp(log_l2) * jnp.sum(w**2) / 2,
-                         lambda w, log_l2, batch: error(w))
+    problem = hg.Problem(
+        lambda w, log_l2, batch: error(w) / 2 + jnp.exp(log_l2) * jnp.sum(w**2) / 2, lambda w, log_l2, batch: error(w)
+    )
     solver = METHODS[method][1](problem, 0.5, 100)
     result = hg.tune(solver, jnp.zeros(3), 0.3, outer=optax.sgd(0.05), steps=3, progress=False)
     assert np.all(result.history.usable)
@@ -179,8 +192,9 @@ def test_a_weight_of_zero_leaves_the_example_out(key):
     weights = np.zeros(600)
     weights[:50] = 0.7
     slope = jax.grad(cleaning.weighted_loss)
-    assert_trees_close(slope(params, jnp.asarray(weights), (x, y)), slope(params, jnp.ones(50), (x[:50], y[:50])),
-                       tol(1e-12, 1e-5))
+    assert_trees_close(
+        slope(params, jnp.asarray(weights), (x, y)), slope(params, jnp.ones(50), (x[:50], y[:50])), tol(1e-12, 1e-5)
+    )
 
 
 def test_the_strengths_weigh_each_feature_by_itself(key):

@@ -23,8 +23,9 @@ from tests._helpers import assert_trees_close, tol
 
 STEPS = 4
 # Half the time to compile: every function here runs once.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0,
-                                                        "xla_llvm_disable_expensive_passes": True})
+compiled = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
 VALUES = {"lr": 0.021, "b1": 0.83, "b2": 0.97, "eps": 1e-3, "wd": 0.013, "c": 0.3}
 
 
@@ -61,20 +62,31 @@ OPTIMIZERS = {
     "sign_sgd": Case(lambda h: optax.sign_sgd(h["lr"]), "lr"),
     "lars": Case(lambda h: optax.lars(h["lr"], h["wd"], trust_coefficient=1.0, momentum=h["b1"]), "lr wd b1"),
     "fromage": Case(lambda h: optax.fromage(h["lr"]), "lr"),
-    "optimistic_adam": Case(lambda h: optax.optimistic_adam_v2(h["lr"], alpha=h["b1"], b1=h["b1"], b2=h["b2"],
-                                                               eps=h["eps"]), BETAS),
+    "optimistic_adam": Case(
+        lambda h: optax.optimistic_adam_v2(h["lr"], alpha=h["b1"], b1=h["b1"], b2=h["b2"], eps=h["eps"]), BETAS
+    ),
     "lbfgs": Case(lambda h: optax.lbfgs(h["lr"], memory_size=2, linesearch=None), "lr"),
     "clip": Case(lambda h: optax.chain(optax.clip(h["c"]), optax.sgd(h["lr"])), "lr c"),
-    "clip_by_global_norm": Case(lambda h: optax.chain(optax.clip_by_global_norm(h["c"]), optax.sgd(h["lr"], h["b1"])),
-                                "lr b1 c"),
+    "clip_by_global_norm": Case(
+        lambda h: optax.chain(optax.clip_by_global_norm(h["c"]), optax.sgd(h["lr"], h["b1"])), "lr b1 c"
+    ),
     "clip_by_block_rms": Case(lambda h: optax.chain(optax.clip_by_block_rms(h["c"]), optax.sgd(h["lr"])), "lr c"),
     "adaptive_grad_clip": Case(lambda h: optax.chain(optax.adaptive_grad_clip(h["c"]), optax.sgd(h["lr"])), "lr c"),
-    "normalize": Case(lambda h: optax.chain(optax.normalize_by_update_norm(eps=h["eps"]), optax.sgd(h["lr"])),
-                      "lr eps"),
-    "ema_and_noise": Case(lambda h: optax.chain(optax.ema(h["b1"]), optax.add_noise(h["eps"], 0.5, jax.random.key(3)),
-                                                optax.sgd(h["lr"])), "lr b1 eps"),
-    "masked": Case(lambda h: optax.chain(optax.masked(optax.add_decayed_weights(h["wd"]), {"w": True, "none": None}),
-                                         optax.adam(h["lr"])), "lr wd"),
+    "normalize": Case(
+        lambda h: optax.chain(optax.normalize_by_update_norm(eps=h["eps"]), optax.sgd(h["lr"])), "lr eps"
+    ),
+    "ema_and_noise": Case(
+        lambda h: optax.chain(
+            optax.ema(h["b1"]), optax.add_noise(h["eps"], 0.5, jax.random.key(3)), optax.sgd(h["lr"])
+        ),
+        "lr b1 eps",
+    ),
+    "masked": Case(
+        lambda h: optax.chain(
+            optax.masked(optax.add_decayed_weights(h["wd"]), {"w": True, "none": None}), optax.adam(h["lr"])
+        ),
+        "lr wd",
+    ),
     "apply_if_finite": Case(lambda h: optax.apply_if_finite(optax.adam(h["lr"], h["b1"]), 3), "lr b1"),
     "partition": Case(lambda h: optax.partition({"a": optax.adam(h["lr"])}, {"w": "a", "none": None}), "lr"),
     "multi_steps": Case(lambda h: optax.MultiSteps(optax.sgd(h["lr"], h["b1"]), 2), "lr b1", tol=1e-3),
@@ -82,16 +94,19 @@ OPTIMIZERS = {
     "schedule": Case(lambda h: optax.adam(lambda step: h["lr"] * h["c"] ** (step / 2)), "lr c"),
     "cosine_schedule": Case(lambda h: optax.sgd(optax.cosine_decay_schedule(h["lr"], 6, alpha=h["c"])), "lr c"),
     "linear_schedule": Case(lambda h: optax.sgd(optax.linear_schedule(h["lr"], h["c"], 6)), "lr c", tol=1e-5),
-    "ademamix": Case(lambda h: contrib.ademamix(h["lr"], h["b1"], h["b2"], eps=h["eps"], weight_decay=h["wd"]),
-                     DECAYED),
-    "simplified_ademamix": Case(lambda h: contrib.simplified_ademamix(h["lr"], h["b1"], h["b2"], eps=h["eps"]),
-                                BETAS),
+    "ademamix": Case(
+        lambda h: contrib.ademamix(h["lr"], h["b1"], h["b2"], eps=h["eps"], weight_decay=h["wd"]), DECAYED
+    ),
+    "simplified_ademamix": Case(lambda h: contrib.simplified_ademamix(h["lr"], h["b1"], h["b2"], eps=h["eps"]), BETAS),
     "adopt": Case(lambda h: contrib.adopt(h["lr"], h["b1"], h["b2"], h["eps"]), BETAS),
     "prodigy": Case(lambda h: contrib.prodigy(h["lr"], (h["b1"], h["b2"]), eps=h["eps"]), BETAS, tol=1e-4, unit=1e-6),
-    "dadapt_adamw": Case(lambda h: contrib.dadapt_adamw(h["lr"], (h["b1"], h["b2"]), eps=h["eps"]), BETAS, tol=1e-4,
-                         unit=1e-6),
-    "schedule_free_adamw": Case(lambda h: contrib.schedule_free_adamw(
-        h["lr"], b1=h["b1"], b2=h["b2"], eps=h["eps"], weight_decay=h["wd"]), DECAYED),
+    "dadapt_adamw": Case(
+        lambda h: contrib.dadapt_adamw(h["lr"], (h["b1"], h["b2"]), eps=h["eps"]), BETAS, tol=1e-4, unit=1e-6
+    ),
+    "schedule_free_adamw": Case(
+        lambda h: contrib.schedule_free_adamw(h["lr"], b1=h["b1"], b2=h["b2"], eps=h["eps"], weight_decay=h["wd"]),
+        DECAYED,
+    ),
     "muon": Case(lambda h: contrib.muon(h["lr"], beta=h["b1"], weight_decay=h["wd"]), "lr b1 wd"),
     "acprop": Case(lambda h: contrib.acprop(h["lr"], h["b1"], h["b2"], h["eps"]), BETAS),
     "cocob": Case(lambda h: contrib.cocob(weight_decay=h["wd"]), "wd"),
@@ -145,8 +160,11 @@ def test_the_hypergradient_equals_central_differences_at_a_dead_coordinate_and_a
             continue
         near, near_back, far, far_back = values[i, 1:].reshape(4, len(names))
         expected = (8 * (near - near_back) - (far - far_back)) / (12 * size)
-        error = jnp.abs(grads[i, 0] - expected) * center / jnp.max(jnp.abs(expected * center)) if i == 0 else (
-            jnp.abs(grads[i, 0] - expected) * center)
+        error = (
+            jnp.abs(grads[i, 0] - expected) * center / jnp.max(jnp.abs(expected * center))
+            if i == 0
+            else (jnp.abs(grads[i, 0] - expected) * center)
+        )
         assert np.all(error <= case.tol), f"{situation}: {names} {grads[i, 0]}, expected {expected}"
 
 
@@ -201,6 +219,7 @@ def test_the_second_derivative_through_adam_equals_central_differences(x64):
 
 # The evaluation itself.
 
+
 def norm(x):
     return jnp.sqrt(jnp.sum(x**2))
 
@@ -240,12 +259,20 @@ def test_a_while_loop_keeps_forward_mode():
 
 
 FUNCTIONS = {
-    "div": lambda x, y: x / y, "rsqrt": lambda x, y: jax.lax.rsqrt(x) * y, "cbrt": lambda x, y: jnp.cbrt(x) * y,
-    "log": lambda x, y: jnp.log(x) * y, "log1p": lambda x, y: jnp.log1p(x) * y, "exp": lambda x, y: jnp.exp(x * y),
-    "negative_power": lambda x, y: x**-3 * y, "power": lambda x, y: x**y,
-    "integer_exponent": lambda x, y: y * x**jnp.int32(2),
-    "square": lambda x, y: jnp.square(x) * y, "abs": lambda x, y: jnp.abs(x) * y, "tanh": lambda x, y: jnp.tanh(x * y),
-    "logistic": lambda x, y: jax.nn.sigmoid(x) * y, "reciprocal_root": lambda x, y: y / jnp.sqrt(x),
+    "div": lambda x, y: x / y,
+    "rsqrt": lambda x, y: jax.lax.rsqrt(x) * y,
+    "cbrt": lambda x, y: jnp.cbrt(x) * y,
+    "log": lambda x, y: jnp.log(x) * y,
+    "log1p": lambda x, y: jnp.log1p(x) * y,
+    "exp": lambda x, y: jnp.exp(x * y),
+    "negative_power": lambda x, y: x**-3 * y,
+    "power": lambda x, y: x**y,
+    "integer_exponent": lambda x, y: y * x ** jnp.int32(2),
+    "square": lambda x, y: jnp.square(x) * y,
+    "abs": lambda x, y: jnp.abs(x) * y,
+    "tanh": lambda x, y: jnp.tanh(x * y),
+    "logistic": lambda x, y: jax.nn.sigmoid(x) * y,
+    "reciprocal_root": lambda x, y: y / jnp.sqrt(x),
 }
 
 
@@ -293,5 +320,6 @@ def test_integers_keys_and_closed_over_tracers_pass_through(key):
         return value * count
 
     # d/ds s·√(2s) = 1.5·√(2s)
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(f)))(jnp.asarray([1.5, 2.5])),
-                               4 * 1.5 * np.sqrt([3.0, 5.0]), rtol=tol(1e-10, 1e-5))
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(jax.grad(f)))(jnp.asarray([1.5, 2.5])), 4 * 1.5 * np.sqrt([3.0, 5.0]), rtol=tol(1e-10, 1e-5)
+    )

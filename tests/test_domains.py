@@ -19,9 +19,17 @@ from hypergrad._problem import Problem, bind_inner, bind_outer, compose, key_use
 from hypergrad._solver import InputError, InputTypeError
 from tests._helpers import assert_trees_close, central_difference, relative_error, tol
 
-DOMAINS = {"real": domains.real(), "positive": domains.positive(), "log": domains.log(),
-           "unit": domains.interval(0, 1), "offset": domains.interval(-3.3, 0.7), "narrow": domains.interval(5, 5.01),
-           "tiny": domains.interval(0, 1e-6), "simplex": domains.simplex(), "integer": domains.integer(-2, 7)}
+DOMAINS = {
+    "real": domains.real(),
+    "positive": domains.positive(),
+    "log": domains.log(),
+    "unit": domains.interval(0, 1),
+    "offset": domains.interval(-3.3, 0.7),
+    "narrow": domains.interval(5, 5.01),
+    "tiny": domains.interval(0, 1e-6),
+    "simplex": domains.simplex(),
+    "integer": domains.integer(-2, 7),
+}
 BOUNDED = {name: d for name, d in DOMAINS.items() if name != "real"}
 SMOOTH = {name: d for name, d in DOMAINS.items() if name != "integer"}
 
@@ -56,8 +64,9 @@ def sample(name, key, shape=(7, 5)):
     return jax.random.uniform(key, shape, minval=lo + 0.01 * (hi - lo), maxval=hi - 0.01 * (hi - lo))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), optax.sgd(0.3, momentum=0.9), optax.adam(0.5)],
-                         ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(1.0), optax.sgd(0.3, momentum=0.9), optax.adam(0.5)], ids=["sgd", "momentum", "adam"]
+)
 def test_no_step_leaves_the_domain(optimizer):
     """128 000 random steps a domain and optimizer, in float32, with gradients of every magnitude up to 1e30."""
     rng = np.random.default_rng(0)
@@ -185,10 +194,18 @@ def test_transforms_work_under_jit_and_vmap(name, key):
         np.testing.assert_allclose(jax.vmap(f)(z), f(z), rtol=tol(1e-12, 1e-5), atol=tol(1e-12, 1e-5))
 
 
-HPARAMS = {"l2": 0.3, "mix": {"weights": np.asarray([0.2, 0.8]), "rate": np.float32(0.5)}, "none": None,
-           "free": (2.0, [3.0])}
-TREE = {"l2": domains.log(), "mix": {"weights": domains.simplex(), "rate": domains.interval(0, 1)}, "none": None,
-        "free": None}
+HPARAMS = {
+    "l2": 0.3,
+    "mix": {"weights": np.asarray([0.2, 0.8]), "rate": np.float32(0.5)},
+    "none": None,
+    "free": (2.0, [3.0]),
+}
+TREE = {
+    "l2": domains.log(),
+    "mix": {"weights": domains.simplex(), "rate": domains.interval(0, 1)},
+    "none": None,
+    "free": None,
+}
 
 
 def test_a_tree_of_domains_is_a_prefix():
@@ -278,21 +295,24 @@ def test_constrain_keeps_what_compose_made():
     np.testing.assert_allclose(found, inner(w, jnp.exp(u), x), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("domain", "hparams", "words"), [
-    (domains.positive(), {"l2": -0.1}, ["hparams['l2']", "greater than 0", "-0.1", "start from"]),
-    (domains.log(), np.asarray([1.0, 0.0]), ["hparams must", "greater than 0", "found 0 at index (1,)"]),
-    (domains.interval(0, 1), {"a": {"b": 1.3}}, ["hparams['a']['b']", "between 0 and 1", "1.3", "interval(0, 1)"]),
-    (domains.interval(0, 1), np.nan, ["hparams must", "nan"]),
-    (domains.simplex(), {"w": np.asarray([0.5, 0.6])}, ["hparams['w']", "sum of 1.1", "divide"]),
-    (domains.simplex(), {"w": np.asarray([[0.5, 0.5], [1.5, -0.5]])}, ["hparams['w']", "-0.5 at index (1, 1)"]),
-    (domains.simplex(), {"w": 1.0}, ["hparams['w']", "found a scalar"]),
-    (domains.integer(1, 5), {"k": 2.5}, ["hparams['k']", "a whole number between 1 and 5", "2.5", "round it"]),
-    (domains.real(), {"k": np.inf}, ["hparams['k']", "finite"]),
-    ({"l3": domains.log()}, {"l2": 1.0}, ["domain['l3'] matches nothing", "['l2']", "did you mean", "prefix"]),
-    ({"l2": domains.log()}, {"l2": 1.0, "rate": 2.0}, ["hparams['rate'] has no domain", "hg.domains.real()"]),
-    ((domains.log(), None), [1.0, 2.0], ["prefix"]),
-    (domains.interval(1e9, 1e9 + 1), np.float32(1e9), ["interval", "float32", "widen"]),
-])
+@pytest.mark.parametrize(
+    ("domain", "hparams", "words"),
+    [
+        (domains.positive(), {"l2": -0.1}, ["hparams['l2']", "greater than 0", "-0.1", "start from"]),
+        (domains.log(), np.asarray([1.0, 0.0]), ["hparams must", "greater than 0", "found 0 at index (1,)"]),
+        (domains.interval(0, 1), {"a": {"b": 1.3}}, ["hparams['a']['b']", "between 0 and 1", "1.3", "interval(0, 1)"]),
+        (domains.interval(0, 1), np.nan, ["hparams must", "nan"]),
+        (domains.simplex(), {"w": np.asarray([0.5, 0.6])}, ["hparams['w']", "sum of 1.1", "divide"]),
+        (domains.simplex(), {"w": np.asarray([[0.5, 0.5], [1.5, -0.5]])}, ["hparams['w']", "-0.5 at index (1, 1)"]),
+        (domains.simplex(), {"w": 1.0}, ["hparams['w']", "found a scalar"]),
+        (domains.integer(1, 5), {"k": 2.5}, ["hparams['k']", "a whole number between 1 and 5", "2.5", "round it"]),
+        (domains.real(), {"k": np.inf}, ["hparams['k']", "finite"]),
+        ({"l3": domains.log()}, {"l2": 1.0}, ["domain['l3'] matches nothing", "['l2']", "did you mean", "prefix"]),
+        ({"l2": domains.log()}, {"l2": 1.0, "rate": 2.0}, ["hparams['rate'] has no domain", "hg.domains.real()"]),
+        ((domains.log(), None), [1.0, 2.0], ["prefix"]),
+        (domains.interval(1e9, 1e9 + 1), np.float32(1e9), ["interval", "float32", "widen"]),
+    ],
+)
 def test_a_start_outside_is_named(domain, hparams, words):
     with pytest.raises(InputError) as error:
         domains.to_unconstrained(domain, hparams)
@@ -300,20 +320,27 @@ def test_a_start_outside_is_named(domain, hparams, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("make", "kind", "words"), [
-    (lambda: domains.interval(1, 0), InputError, ["interval", "lo=1", "hi=0", "interval(0, 1)"]),
-    (lambda: domains.interval(1, 1), InputError, ["lo must be less than hi", "out of hparams"]),
-    (lambda: domains.interval(0, np.inf), InputError, ["finite", "inf", "positive()"]),
-    (lambda: domains.interval("0", 1), InputTypeError, ["lo must be a number", "'0'"]),
-    (lambda: domains.interval(np.zeros(2), 1), InputTypeError, ["lo must be a number", "one leaf each"]),
-    (lambda: domains.interval(low=0, hi=1), InputTypeError, ["unknown option 'low'", "did you mean 'lo'"]),
-    (lambda: domains.integer(0.5, 3), InputError, ["whole", "0.5"]),
-    (lambda: domains.to_constrained(domains.log, 1.0), InputTypeError, ["'log'", "call it"]),
-    (lambda: domains.to_constrained({"a": (0, 1)}, {"a": 1.0}), InputTypeError, ["domain['a'][0]", "interval(lo, hi)"]),
-    (lambda: domains.to_constrained(domains.log(), {"a": np.arange(3)}), InputTypeError, ["hparams['a']", "int"]),
-    (lambda: constrain(Problem(*losses()), {"l2": "log"}), InputTypeError, ["domain['l2']", "'log'"]),
-    (lambda: constrain(lambda w: w, domains.log()), InputTypeError, ["problem must be an hg.Problem", "function"]),
-])
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: domains.interval(1, 0), InputError, ["interval", "lo=1", "hi=0", "interval(0, 1)"]),
+        (lambda: domains.interval(1, 1), InputError, ["lo must be less than hi", "out of hparams"]),
+        (lambda: domains.interval(0, np.inf), InputError, ["finite", "inf", "positive()"]),
+        (lambda: domains.interval("0", 1), InputTypeError, ["lo must be a number", "'0'"]),
+        (lambda: domains.interval(np.zeros(2), 1), InputTypeError, ["lo must be a number", "one leaf each"]),
+        (lambda: domains.interval(low=0, hi=1), InputTypeError, ["unknown option 'low'", "did you mean 'lo'"]),
+        (lambda: domains.integer(0.5, 3), InputError, ["whole", "0.5"]),
+        (lambda: domains.to_constrained(domains.log, 1.0), InputTypeError, ["'log'", "call it"]),
+        (
+            lambda: domains.to_constrained({"a": (0, 1)}, {"a": 1.0}),
+            InputTypeError,
+            ["domain['a'][0]", "interval(lo, hi)"],
+        ),
+        (lambda: domains.to_constrained(domains.log(), {"a": np.arange(3)}), InputTypeError, ["hparams['a']", "int"]),
+        (lambda: constrain(Problem(*losses()), {"l2": "log"}), InputTypeError, ["domain['l2']", "'log'"]),
+        (lambda: constrain(lambda w: w, domains.log()), InputTypeError, ["problem must be an hg.Problem", "function"]),
+    ],
+)
 def test_a_wrong_domain_is_named(make, kind, words):
     with pytest.raises(kind) as error:
         make()

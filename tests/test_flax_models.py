@@ -31,10 +31,13 @@ NET = Net()
 
 
 def _linen_problem() -> hg.Problem:
-    def inner_loss(params: PyTree, hparams: PyTree, batch: PyTree, key: jax.Array, stats: PyTree) -> tuple[jax.Array, PyTree]:
+    def inner_loss(
+        params: PyTree, hparams: PyTree, batch: PyTree, key: jax.Array, stats: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         x, y = batch
-        out, updated = NET.apply({"params": params, "batch_stats": stats}, x, train=True, rngs={"dropout": key},
-                                 mutable=["batch_stats"])
+        out, updated = NET.apply(
+            {"params": params, "batch_stats": stats}, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
         decay = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
         return jnp.mean((out - y) ** 2) + jnp.exp(hparams["l2"]) * decay, updated["batch_stats"]
 
@@ -90,9 +93,21 @@ def test_unrolling_threads_batch_norm_and_dropout_like_a_hand_written_loop(data,
 
 def test_tune_carries_the_model_state(data, start):
     (train, valid), (params, stats) = data, start
-    solver = hg.implicit(_linen_problem(), inner=hg.inner.gradient(optax.adam(1e-2), steps=5), linear=hg.linear.identity(0.01))
-    result = hg.tune(solver, params, {"l2": -3.0}, hg.minibatches(train, 16), valid, outer=optax.adam(1e-2), steps=6,
-                     key=jax.random.key(4), model_state=stats, progress=False)
+    solver = hg.implicit(
+        _linen_problem(), inner=hg.inner.gradient(optax.adam(1e-2), steps=5), linear=hg.linear.identity(0.01)
+    )
+    result = hg.tune(
+        solver,
+        params,
+        {"l2": -3.0},
+        hg.minibatches(train, 16),
+        valid,
+        outer=optax.adam(1e-2),
+        steps=6,
+        key=jax.random.key(4),
+        model_state=stats,
+        progress=False,
+    )
     assert result.history.value.shape == (6,)
     assert np.all(np.isfinite(result.history.value))
     assert not np.allclose(jax.tree.leaves(result.state.model_state)[0], jax.tree.leaves(stats)[0])

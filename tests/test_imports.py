@@ -75,8 +75,11 @@ def at_module_level(tree: ast.Module) -> list[tuple[int, str]]:
 def back_arrows(module: str, tree: ast.AST) -> list[str]:
     here = room(module)
     assert here in LEVEL, f"{module}: put the new room {here!r} on a level of LEVELS"
-    return [f"line {line} imports {name}, which is above {here!r}" for line, name in imported(tree)
-            if LEVEL[room(name)] > LEVEL[here]]
+    return [
+        f"line {line} imports {name}, which is above {here!r}"
+        for line, name in imported(tree)
+        if LEVEL[room(name)] > LEVEL[here]
+    ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -93,8 +96,11 @@ def test_importing_the_core_imports_jax_optax_numpy_only(file):
 def test_the_module_graph_has_no_cycle():
     graph = {module_name(f): {n for _, n in imported(ast.parse(f.read_text()))} for f in FILES}
     # A package imports its own modules to export them, which is no use of them.
-    graph = {name: {n for n in names if n in graph and n != name} for name, names in graph.items()
-             if not any(other.startswith(f"{name}.") for other in graph)}
+    graph = {
+        name: {n for n in names if n in graph and n != name}
+        for name, names in graph.items()
+        if not any(other.startswith(f"{name}.") for other in graph)
+    }
     done: set[str] = set()
     while ready := [m for m, uses in graph.items() if m not in done and not (uses & graph.keys()) - done]:
         done.update(ready)
@@ -102,8 +108,13 @@ def test_the_module_graph_has_no_cycle():
 
 
 def test_a_back_arrow_is_found():
-    for line in ("from hypergrad.solvers import implicit", "import hypergrad.outer.tune", "import hypergrad as hg",
-                 "from hypergrad import diagnostics", "def f():\n    from hypergrad.inner import newton"):
+    for line in (
+        "from hypergrad.solvers import implicit",
+        "import hypergrad.outer.tune",
+        "import hypergrad as hg",
+        "from hypergrad import diagnostics",
+        "def f():\n    from hypergrad.inner import newton",
+    ):
         assert back_arrows("hypergrad.linear.cg", ast.parse(line)), line
     for line in ("from hypergrad import _tree", "from hypergrad.linear._linear import Linear", "import jax"):
         assert not back_arrows("hypergrad.linear.cg", ast.parse(line)), line

@@ -40,6 +40,7 @@ def cross_entropy(w, batch, y):
 def scanned(w, hparams, batch):
     def turn(total, row):
         return total + jax.nn.log_softmax(row["x"] @ w)[row["y"]], None
+
     return jax.lax.scan(turn, jnp.zeros((), X.dtype), batch)[0]
 
 
@@ -56,7 +57,8 @@ USES = {
     "optax": lambda w, h, b: jnp.mean(cross_entropy(w, b, b["y"])),
     "one_hot": lambda w, h, b: jnp.mean(log_probs(w, b) * jax.nn.one_hot(b["y"], CLASSES)),
     "compared with a range": lambda w, h, b: jnp.sum(
-        jnp.where(b["y"][:, None] == np.arange(CLASSES)[None], log_probs(w, b), 0)),
+        jnp.where(b["y"][:, None] == np.arange(CLASSES)[None], log_probs(w, b), 0)
+    ),
     "rows of eye": lambda w, h, b: jnp.mean(log_probs(w, b) * jnp.eye(CLASSES)[b["y"]]),
     "vmap": lambda w, h, b: jnp.mean(jax.vmap(lambda p, y: p[y])(log_probs(w, b), b["y"])),
     "scan": scanned,
@@ -87,8 +89,11 @@ MASKED = {
 
 
 def batches(arrays):
-    return {"full": arrays, "minibatches": hg.minibatches(arrays, 6),
-            "stacked": Stacked(jax.tree.map(lambda x: x.reshape(5, 4, *x.shape[1:]), arrays))}
+    return {
+        "full": arrays,
+        "minibatches": hg.minibatches(arrays, 6),
+        "stacked": Stacked(jax.tree.map(lambda x: x.reshape(5, 4, *x.shape[1:]), arrays)),
+    }
 
 
 @pytest.mark.parametrize("use", USES)
@@ -149,6 +154,7 @@ def test_many_classes_and_integer_pixels_cost_nothing_and_raise_nothing():
 def test_mistakes_of_another_kind_are_left_to_those_who_name_them():
     def broken(w, h, b):
         raise RuntimeError("not here")
+
     check_labels(broken, W, {}, data(CLASSES), "train")
     check_labels(USES["optax"], W, {}, None, "train")
     check_labels(USES["optax"], W, {}, hg.stream(iter([]), 1), "train")
@@ -157,6 +163,7 @@ def test_mistakes_of_another_kind_are_left_to_those_who_name_them():
 
 def solver_of(inner, outer):
     """One gradient step: enough of a solver to hold two losses."""
+
     def hypergrad(state, hparams, train=None, valid=None, *, key=None):
         params = state - 0.1 * jax.grad(inner)(state, hparams, train)
         info = Info(*[jnp.zeros(())] * 6, extra={})

@@ -35,8 +35,13 @@ def public(module: types.ModuleType) -> dict[str, Any]:
 
 def exported(module: types.ModuleType) -> list[str]:
     tree = ast.parse(inspect.getsource(module))
-    names = [alias.asname for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-             for alias in node.names if alias.asname == alias.name]
+    names = [
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if alias.asname == alias.name
+    ]
     names += [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     return [name for name in names if not name.startswith("_")]
 
@@ -115,9 +120,11 @@ def test_options_with_a_default_are_keyword_only_beyond_the_data():
                 pytest.fail(f"{path}: make {parameter.name} keyword-only")
 
 
-@pytest.mark.parametrize("file", sorted(
-    path for folder in ("hypergrad", "tests", "experiments") for path in (ROOT / folder).rglob("*.py")),
-    ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file",
+    sorted(path for folder in ("hypergrad", "tests", "experiments") for path in (ROOT / folder).rglob("*.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_no_file_is_longer_than_a_person_reads(file):
     assert len(file.read_text().splitlines()) <= MAX_LINES, "past 400 lines a file is two"
 

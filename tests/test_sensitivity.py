@@ -34,9 +34,11 @@ def both(a: bool, b: bool) -> dict[str, bool]:
 
 def scanned(w, h):
     """`b` reaches the carry only in the second turn."""
+
     def turn(carry, row):
         x, y = carry
         return (x + y * row, y + h["b"]), x
+
     return jax.lax.scan(turn, (jnp.sum(w), jnp.zeros(())), w)[0][0] * jnp.sum(w**2)
 
 
@@ -122,7 +124,10 @@ def test_references_carry_influence():
 def test_any_pytree_has_paths():
     assert influences(lambda h: h**2, jnp.ones(2)) == {"": True}
     assert influences(lambda h: h[0] * h[2]["x"], (1.0, None, {"x": 2.0, "y": 3.0})) == {
-        "[0]": True, "[2]['x']": True, "[2]['y']": False}
+        "[0]": True,
+        "[2]['x']": True,
+        "[2]['y']": False,
+    }
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap", "grad"])
@@ -144,6 +149,7 @@ def test_it_works_on_traced_arguments_and_closures(transform):
 
 def solve_like(loss, outer, optimizer=None):
     """The check as an implicit solver calls it."""
+
     def update(grads, params, state, h):
         assert optimizer is not None
         steps, state = optimizer(h).update(grads, state, params)
@@ -151,8 +157,10 @@ def solve_like(loss, outer, optimizer=None):
 
     def run(h):
         state = optimizer(h).init(W) if optimizer is not None else None
-        check_implicit_sensitivity(lambda w, h: jax.grad(loss)(w, h), outer, None if optimizer is None else update, W,
-                                   state, h, "hg.implicit")
+        check_implicit_sensitivity(
+            lambda w, h: jax.grad(loss)(w, h), outer, None if optimizer is None else update, W, state, h, "hg.implicit"
+        )
+
     return run
 
 
@@ -167,8 +175,9 @@ def test_a_learning_rate_under_implicit_is_an_error_that_names_the_solver_that_s
 
 
 def test_a_learning_rate_that_the_outer_loss_uses_is_no_error():
-    run = solve_like(lambda w, h: h["l2"] * jnp.sum(w**2), lambda w, h: jnp.sum(w) + h["lr"],
-                     lambda h: optax.adam(h["lr"]))
+    run = solve_like(
+        lambda w, h: h["l2"] * jnp.sum(w**2), lambda w, h: jnp.sum(w) + h["lr"], lambda h: optax.adam(h["lr"])
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run({"l2": jnp.asarray(0.3), "lr": jnp.asarray(0.1)})
@@ -216,8 +225,12 @@ def test_the_walk_finds_everything_that_a_random_program_uses():
     """Programs of random operations: whatever has a non-zero derivative is found (no false `False`)."""
     rng = np.random.default_rng(0)
     unary = [jnp.sin, jnp.exp, jnp.floor, jax.lax.stop_gradient, jax.jit(jnp.tanh), jax.nn.softplus, lambda x: x + 1]
-    binary = [jnp.add, jnp.multiply, lambda x, y: jnp.where(x > y, x, 2 * y),
-              lambda x, y: jax.lax.fori_loop(0, 2, lambda i, c: (c[1], c[0] * 0.5), (x, y))[0]]
+    binary = [
+        jnp.add,
+        jnp.multiply,
+        lambda x, y: jnp.where(x > y, x, 2 * y),
+        lambda x, y: jax.lax.fori_loop(0, 2, lambda i, c: (c[1], c[0] * 0.5), (x, y))[0],
+    ]
     for _ in range(8):
         plan = rng.integers(0, [len(unary), len(binary), 4], size=(6, 3))
 

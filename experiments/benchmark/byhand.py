@@ -1,10 +1,11 @@
 r"""One outer step of T1 in plain JAX: what `hg.implicit` and Adam do, without what makes it general.
 
-    L-BFGS to √tol, eight probes, one Newton-CG step, preconditioned warm-started CG, residuals and error estimate, Adam on λ
+    L-BFGS to √tol, eight probes, one Newton-CG step, preconditioned warm-started CG, residuals and error estimate, Adam
+    on λ
 
-The same products in the same order, on arrays instead of pytrees, tolerances as constants; no statuses, no fallbacks, no
-negative curvature, no checks, no scaling of right-hand sides. It is what a careful engineer would write for this one problem,
-and what V6 holds the library against.
+The same products in the same order, on arrays instead of pytrees, tolerances as constants; no statuses, no fallbacks,
+no negative curvature, no checks, no scaling of right-hand sides. It is what a careful engineer would write for this one
+problem, and what V6 holds the library against.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ def _lbfgs(loss: Callable[[jax.Array], jax.Array], w: jax.Array, target: jax.Arr
         return w, state, value, grad, count + 1
 
     value, grad = jax.value_and_grad(loss)(w)
-    w, _, _, _, count = jax.lax.while_loop(lambda c: jnp.linalg.norm(c[3]) > target, step,
-                                           (w, optimizer.init(w), value, grad, 0))
+    w, _, _, _, count = jax.lax.while_loop(
+        lambda c: jnp.linalg.norm(c[3]) > target, step, (w, optimizer.init(w), value, grad, 0)
+    )
     return w, count
 
 
-def _cg(product: Callable[[jax.Array], jax.Array], b: jax.Array, inverse: jax.Array, tol: Any, x: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _cg(
+    product: Callable[[jax.Array], jax.Array], b: jax.Array, inverse: jax.Array, tol: Any, x: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solution, products, and the smallest Rayleigh quotient, which turns residuals into error estimates."""
+
     def warm(x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         ax = product(x)
         fit = jnp.sum(ax * b) / jnp.sum(ax**2)
@@ -71,14 +75,17 @@ def _cg(product: Callable[[jax.Array], jax.Array], b: jax.Array, inverse: jax.Ar
         beta = fresh / rz
         return x, r, z + beta * p, fresh, fresh + beta**2 * pmp, jnp.minimum(low, pap / pmp), count + 1
 
-    x, *_, low, count = jax.lax.while_loop(lambda c: jnp.linalg.norm(c[1]) > stop, step,
-                                           (x, r, z, rz, rz, jnp.float32(jnp.inf), used))
+    x, *_, low, count = jax.lax.while_loop(
+        lambda c: jnp.linalg.norm(c[1]) > stop, step, (x, r, z, rz, rz, jnp.float32(jnp.inf), used)
+    )
     return x, count, jnp.where(jnp.isfinite(low), low, 1)
 
 
-def make_step(inner_loss: Callable[..., jax.Array], outer_loss: Callable[..., jax.Array], optimizer: Any, *, tol: float = 1e-6
-              ) -> tuple[Callable[..., State], Callable[..., Any]]:
+def make_step(
+    inner_loss: Callable[..., jax.Array], outer_loss: Callable[..., jax.Array], optimizer: Any, *, tol: float = 1e-6
+) -> tuple[Callable[..., State], Callable[..., Any]]:
     """`init(w, hparams) -> state` and the compiled `step(state, train, valid) -> (state, what it found)`."""
+
     def init(w: jax.Array, hparams: jax.Array) -> State:
         return State(w, jnp.zeros_like(w), jnp.zeros(()), hparams, optimizer.init(hparams))
 
@@ -104,8 +111,10 @@ def make_step(inner_loss: Callable[..., jax.Array], outer_loss: Callable[..., ja
             return jnp.where(after < before, trial, w), jnp.minimum(after, before), before, count + 1
 
         w, _, _, polished = jax.lax.while_loop(
-            lambda c: (c[3] < 2) & ((c[3] == 0) | (c[1] > tol * scale)) & (c[1] < c[2]), polish,
-            (w, jnp.linalg.norm(residual), jnp.float32(jnp.inf), 0))
+            lambda c: (c[3] < 2) & ((c[3] == 0) | (c[1] > tol * scale)) & (c[1] < c[2]),
+            polish,
+            (w, jnp.linalg.norm(residual), jnp.float32(jnp.inf), 0),
+        )
         residual, product = jax.linearize(gradient, w)
         size = jnp.maximum(jnp.linalg.norm(product(w)), jnp.linalg.norm(residual))
 
@@ -118,11 +127,18 @@ def make_step(inner_loss: Callable[..., jax.Array], outer_loss: Callable[..., ja
         rough = lambda r: inverse * r / low
         rhs_change = jax.jvp(lambda w: jax.grad(outer_loss)(w, hparams, valid), (w,), (rough(residual),))[1]
         change = both(rough(gap - rhs_change))[1]
-        estimate = 4 * (jnp.linalg.norm(change) / jnp.linalg.norm(cross)
-                        + jnp.linalg.norm(rough(residual)) / jnp.linalg.norm(w))
+        estimate = 4 * (
+            jnp.linalg.norm(change) / jnp.linalg.norm(cross) + jnp.linalg.norm(rough(residual)) / jnp.linalg.norm(w)
+        )
         updates, opt = optimizer.update(-cross, state.opt, hparams)
         state = State(w, v, jnp.maximum(size, 0.1 * scale), optax.apply_updates(hparams, updates), opt)
-        return state, {"value": value, "inner steps": iterations + polished, "cg steps": count, "error": estimate,
-                       "residual": jnp.linalg.norm(residual) / scale, "linear residual": jnp.linalg.norm(gap) / jnp.linalg.norm(rhs)}
+        return state, {
+            "value": value,
+            "inner steps": iterations + polished,
+            "cg steps": count,
+            "error": estimate,
+            "residual": jnp.linalg.norm(residual) / scale,
+            "linear residual": jnp.linalg.norm(gap) / jnp.linalg.norm(rhs),
+        }
 
     return init, step

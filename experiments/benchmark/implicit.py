@@ -18,9 +18,12 @@ import hypergrad as hg
 from hypergrad._curvature import loss_system
 from hypergrad.linear._linear import solve as solve_linear
 
-# The loosest round tolerance at which plain CG is within 1e-5 of the exact hypergradient, so that all who take one stop alike.
+# The loosest round tolerance at which plain CG is within 1e-5 of the exact hypergradient, so that all who take one stop
+# alike.
 _TOL = 3e-6
-_INNER_TOL = 2e-5  # on the norm of the inner gradient: jaxopt's hypergradient is then off by 3e-4 to 5e-4, as in the bar
+_INNER_TOL = (
+    2e-5  # on the norm of the inner gradient: jaxopt's hypergradient is then off by 3e-4 to 5e-4, as in the bar
+)
 _OURS_INNER_TOL, _OURS_TOL = 1e-5, 1e-5  # relative; with them V2's error is below 5e-5 on every seed tried (5, S and M)
 _SMALL = (200, 20)
 
@@ -59,14 +62,20 @@ def v1(setting: Setting) -> dict[str, Any]:
         state = solver.init(arrays[1], arrays[0])
         whole = jax.jit(lambda *a, solver=solver: solver.hypergrad(*a)[0].grad)
         gradient = jax.jit(jax.grad(tasks.logistic_inner))
-        candidates = {"hypergrad": lambda ours=ours, arrays=arrays: ours(*arrays)[0],
-                      "hypergrad, whole call": lambda f=whole, s=state, a=arrays: f(s, a[0], a[2], a[3]),
-                      "one gradient": lambda f=gradient, a=arrays: f(a[1], a[0], a[2])}
+        candidates = {
+            "hypergrad": lambda ours=ours, arrays=arrays: ours(*arrays)[0],
+            "hypergrad, whole call": lambda f=whole, s=state, a=arrays: f(s, a[0], a[2], a[3]),
+            "one gradient": lambda f=gradient, a=arrays: f(a[1], a[0], a[2]),
+        }
         candidates |= peers.adjoints(task, answer, tol=_TOL)
         times = interleaved(candidates, samples=setting.samples)
         errors = {k: tasks.error(f(), answer) for k, f in candidates.items() if k != "one gradient"}
-        figures[size] = {"condition": answer.condition, "cg steps": int(ours(*arrays)[1]), "error": errors,
-                         "ms": {k: times.ms(k) for k in candidates}}
+        figures[size] = {
+            "condition": answer.condition,
+            "cg steps": int(ours(*arrays)[1]),
+            "error": errors,
+            "ms": {k: times.ms(k) for k in candidates},
+        }
         if size in bars:
             checks.append(Check(f"T1a-{size}: error of hypergrad", errors["hypergrad"], "<=", 1e-5))
             for peer, bar in zip(("jaxopt cg", "jaxopt default"), bars[size], strict=True):
@@ -83,22 +92,45 @@ def v2(setting: Setting) -> dict[str, Any]:
         task = tasks.logistic(n, d, seed=setting.seed)
         answer = tasks.exact(task)
         hparams, train, valid = jax.tree.map(jnp.asarray, (task.hparams, task.train, task.valid))
-        solvers = {"hypergrad": hg.implicit(tasks.LOGISTIC, inner=hg.inner.lbfgs(tol=_OURS_INNER_TOL),
-                                            linear=hg.linear.cg(tol=_OURS_TOL)),
-                   "hypergrad, default tolerances": hg.implicit(tasks.LOGISTIC)}
-        calls = {k: (jax.jit(s.hypergrad), (s.init(jnp.zeros(d), hparams), hparams, train, valid)) for k, s in solvers.items()}
+        solvers = {
+            "hypergrad": hg.implicit(
+                tasks.LOGISTIC, inner=hg.inner.lbfgs(tol=_OURS_INNER_TOL), linear=hg.linear.cg(tol=_OURS_TOL)
+            ),
+            "hypergrad, default tolerances": hg.implicit(tasks.LOGISTIC),
+        }
+        calls = {
+            k: (jax.jit(s.hypergrad), (s.init(jnp.zeros(d), hparams), hparams, train, valid))
+            for k, s in solvers.items()
+        }
         candidates: dict[str, Callable[[], Any]] = {k: lambda f=f, a=a: f(*a)[0].grad for k, (f, a) in calls.items()}
         candidates |= peers.solves(task, tol=_INNER_TOL, cg_tol=_TOL)
         times = interleaved(candidates, samples=setting.samples)
         errors = {k: tasks.error(f(), answer) for k, f in candidates.items()}
         infos = {k: f(*a)[0].info for k, (f, a) in calls.items()}
-        figures[size] = {"error": errors, "ms": {k: times.ms(k) for k in candidates},
-                         "info": {k: {"status": int(i.status), "inner steps": int(i.inner_steps), "cg steps": int(i.linear_steps),
-                                      "error estimate": float(i.error_estimate)} for k, i in infos.items()}}
+        figures[size] = {
+            "error": errors,
+            "ms": {k: times.ms(k) for k in candidates},
+            "info": {
+                k: {
+                    "status": int(i.status),
+                    "inner steps": int(i.inner_steps),
+                    "cg steps": int(i.linear_steps),
+                    "error estimate": float(i.error_estimate),
+                }
+                for k, i in infos.items()
+            },
+        }
         if size != "L":
             checks.append(Check(f"T1b-{size}: error of hypergrad", errors["hypergrad"], "<=", 5e-5))
-            checks += [Check(f"T1b-{size}: {peer} / hypergrad", times.ratio(peer, "hypergrad") if peer in candidates else None,
-                             ">=", bar) for peer, bar in bars.items()]
+            checks += [
+                Check(
+                    f"T1b-{size}: {peer} / hypergrad",
+                    times.ratio(peer, "hypergrad") if peer in candidates else None,
+                    ">=",
+                    bar,
+                )
+                for peer, bar in bars.items()
+            ]
     return result(checks, figures, [k for k, v in peers.installed().items() if not v])
 
 
@@ -111,9 +143,11 @@ def v3(setting: Setting) -> dict[str, Any]:
     budgets = (2,) if setting.smoke else (5, 20)
     methods = {"T1-T2": (hg.linear.identity(step_size=0.1), "hessian", 1.1)}
     for k in budgets:
-        methods |= {f"Neumann {k}": (hg.linear.neumann(max_steps=k, step_size=0.01), "hessian", 1.85 * k + 2.5),
-                    f"CG {k}": (hg.linear.cg(max_steps=k), "hessian", 1.85 * k + 2.5),
-                    f"Gauss-Newton CG {k}": (hg.linear.cg(max_steps=k), "gauss_newton", 1.35 * k + 3)}
+        methods |= {
+            f"Neumann {k}": (hg.linear.neumann(max_steps=k, step_size=0.01), "hessian", 1.85 * k + 2.5),
+            f"CG {k}": (hg.linear.cg(max_steps=k), "hessian", 1.85 * k + 2.5),
+            f"Gauss-Newton CG {k}": (hg.linear.cg(max_steps=k), "gauss_newton", 1.35 * k + 3),
+        }
     gradient = jax.jit(jax.value_and_grad(tasks.MLP.inner_loss))  # type: ignore[arg-type]
     candidates: dict[str, Callable[[], Any]] = {"gradient": lambda: gradient(params, hparams, train)}
     info = {}
@@ -125,14 +159,23 @@ def v3(setting: Setting) -> dict[str, Any]:
         out = call(state, hparams, train, valid)[0].info
         info[name] = {"products": int(out.linear_steps), "status": int(out.status)}
     times = interleaved(candidates, samples=setting.samples)
-    checks = [Check(f"T3: {name}, in gradients", times.ratio(name, "gradient"), "<=", bar)
-              for name, (_, _, bar) in methods.items()]
-    return result(checks, {"parameters": sum(x.size for x in jax.tree.leaves(params)), "info": info,
-                           "ms": {k: times.ms(k) for k in candidates}})
+    checks = [
+        Check(f"T3: {name}, in gradients", times.ratio(name, "gradient"), "<=", bar)
+        for name, (_, _, bar) in methods.items()
+    ]
+    return result(
+        checks,
+        {
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "info": info,
+            "ms": {k: times.ms(k) for k in candidates},
+        },
+    )
 
 
 def _path(solver: hg.Solver, hparams: Any, train: Any, valid: Any, steps: int, lr: float) -> Callable[[], Any]:
-    """`steps` outer steps of Adam from w = 0, a Python loop over one compiled step; returns the final loss at the final λ."""
+    """`steps` outer steps of Adam from w = 0, a Python loop over one compiled step; returns the final loss at the final
+    λ."""
     optimizer = optax.adam(lr)
 
     @jax.jit
@@ -165,7 +208,8 @@ def v5(setting: Setting) -> dict[str, Any]:
         "warm": hg.implicit(tasks.LOGISTIC),
         "warm, adjoint to 1e-2": hg.implicit(tasks.LOGISTIC, linear=hg.linear.cg(tol=1e-2)),
         "cold": hg.implicit(tasks.LOGISTIC, warm_start=False),
-        "cold, plain": hg.implicit(tasks.LOGISTIC, warm_start=False, linear=hg.linear.cg(preconditioner=None))}
+        "cold, plain": hg.implicit(tasks.LOGISTIC, warm_start=False, linear=hg.linear.cg(preconditioner=None)),
+    }
     if setting.smoke:
         solvers = {k: solvers[k] for k in ("warm", "cold, plain")}
     runs = {k: _path(s, hparams, train, valid, steps, 0.1) for k, s in solvers.items()}
@@ -174,13 +218,27 @@ def v5(setting: Setting) -> dict[str, Any]:
         values, infos, _ = run()
         finals[name] = float(values[-1])
         counts = np.asarray(infos)
-        info[name] = {"inner steps": int(counts[:, 0].sum()), "cg steps": int(counts[:, 1].sum()), "worst status": int(counts[:, 2].max())}
+        info[name] = {
+            "inner steps": int(counts[:, 0].sum()),
+            "cg steps": int(counts[:, 1].sum()),
+            "worst status": int(counts[:, 2].max()),
+        }
     times = interleaved(runs, samples=3 if setting.smoke else 7, seconds=40)
     drift = {k: abs(finals[k] / finals["cold, plain"] - 1) for k in finals}
-    checks = [Check("40 outer steps: cold and plain / warm", times.ratio("cold, plain", "warm"), ">=", 3),
-              Check("40 outer steps: relative gap of the final losses", drift["warm"], "<=", 1e-5)]
-    return result(checks, {"ms": {k: times.ms(k) for k in runs}, "final loss": finals, "gap": drift, "totals": info,
-                           "time over warm": {k: times.ratio(k, "warm") for k in runs}})
+    checks = [
+        Check("40 outer steps: cold and plain / warm", times.ratio("cold, plain", "warm"), ">=", 3),
+        Check("40 outer steps: relative gap of the final losses", drift["warm"], "<=", 1e-5),
+    ]
+    return result(
+        checks,
+        {
+            "ms": {k: times.ms(k) for k in runs},
+            "final loss": finals,
+            "gap": drift,
+            "totals": info,
+            "time over warm": {k: times.ratio(k, "warm") for k in runs},
+        },
+    )
 
 
 def v9(setting: Setting) -> dict[str, Any]:
@@ -196,8 +254,10 @@ def v9(setting: Setting) -> dict[str, Any]:
     each = [jax.tree.map(lambda x, i=i: x[i], (state, hparams)) for i in range(count)]
     batched = jax.jit(jax.vmap(solver.hypergrad, in_axes=(0, 0, None, None)))
     single = jax.jit(solver.hypergrad)
-    candidates = {"vmap": lambda: batched(state, hparams, train, valid)[0].grad,
-                  "loop": lambda: [single(s, h, train, valid)[0].grad for s, h in each]}
+    candidates = {
+        "vmap": lambda: batched(state, hparams, train, valid)[0].grad,
+        "loop": lambda: [single(s, h, train, valid)[0].grad for s, h in each],
+    }
     together, apart = candidates["vmap"](), jnp.stack(candidates["loop"]())
     gap = float(jnp.max(jnp.linalg.norm(together - apart, axis=1) / jnp.linalg.norm(apart, axis=1)))
     times = interleaved(candidates, samples=3 if setting.smoke else 7)

@@ -27,8 +27,9 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 def v6(setting: Setting) -> dict[str, Any]:
     """Warm outer steps: ours, ours through `hg.tune`, and the same products written by hand.
 
-    All three walk the same path from w = 0. A sample is the time of one whole path after its first three steps, so that what is
-    timed is the warm step; the checks that `hg.tune` makes before it starts, and the compilation, fall into those three.
+    All three walk the same path from w = 0. A sample is the time of one whole path after its first three steps, so that
+    what is timed is the warm step; the checks that `hg.tune` makes before it starts, and the compilation, fall into
+    those three.
     """
     n, d = (200, 20) if setting.smoke else tasks.SIZES["M"]
     steps, skip = (6, 3) if setting.smoke else (30, 3)
@@ -45,8 +46,10 @@ def v6(setting: Setting) -> dict[str, Any]:
         return (inner, opt, optax.apply_updates(h, updates)), out
 
     zeros = jnp.zeros(d)
-    starts = {"by hand": (by_hand, init(zeros, hparams)),
-              "hypergrad": (ours, (solver.init(zeros, hparams), optimizer.init(hparams), hparams))}
+    starts = {
+        "by hand": (by_hand, init(zeros, hparams)),
+        "hypergrad": (ours, (solver.init(zeros, hparams), optimizer.init(hparams), hparams)),
+    }
     clock = timing.now
 
     def walk(step: Callable[..., Any], state: Any) -> tuple[float, Any]:
@@ -61,8 +64,17 @@ def v6(setting: Setting) -> dict[str, Any]:
 
     def tuned() -> float:
         marks: list[float] = []
-        hg.tune(solver, zeros, hparams, train, valid, outer=optimizer, steps=steps, progress=False,
-                callbacks=lambda step, metrics: marks.append(clock()))
+        hg.tune(
+            solver,
+            zeros,
+            hparams,
+            train,
+            valid,
+            outer=optimizer,
+            steps=steps,
+            progress=False,
+            callbacks=lambda step, metrics: marks.append(clock()),
+        )
         return (marks[-1] - marks[skip - 1]) / (steps - skip)
 
     seconds: dict[str, list[float]] = {"by hand": [], "hypergrad": [], "hg.tune": []}
@@ -76,13 +88,25 @@ def v6(setting: Setting) -> dict[str, Any]:
             break
     times = timing.Times({k: np.asarray(v) for k, v in seconds.items()})
     hand, info = last["by hand"], last["hypergrad"].info
-    products = {"by hand": [int(hand["inner steps"]), int(hand["cg steps"])],
-                "hypergrad": [int(info.inner_steps), int(info.linear_steps)]}
+    products = {
+        "by hand": [int(hand["inner steps"]), int(hand["cg steps"])],
+        "hypergrad": [int(info.inner_steps), int(info.linear_steps)],
+    }
     gap = abs(float(last["hypergrad"].value) / float(hand["value"]) - 1)
-    checks = [Check("warm outer step: hypergrad / the same products by hand", times.ratio("hypergrad", "by hand"), "<=", 1.05),
-              Check("warm outer step: hg.tune, all checks on / by hand", times.ratio("hg.tune", "by hand"), "<=", 1.08)]
-    return result(checks, {"ms": {k: times.ms(k) for k in seconds}, "inner and cg steps of the last step": products,
-                           "relative gap of the losses": gap})
+    checks = [
+        Check(
+            "warm outer step: hypergrad / the same products by hand", times.ratio("hypergrad", "by hand"), "<=", 1.05
+        ),
+        Check("warm outer step: hg.tune, all checks on / by hand", times.ratio("hg.tune", "by hand"), "<=", 1.08),
+    ]
+    return result(
+        checks,
+        {
+            "ms": {k: times.ms(k) for k in seconds},
+            "inner and cg steps of the last step": products,
+            "relative gap of the losses": gap,
+        },
+    )
 
 
 def v7(setting: Setting) -> dict[str, Any]:
@@ -115,8 +139,13 @@ def v7(setting: Setting) -> dict[str, Any]:
     target = long[0] - 0.95 * (long[0] - min(long))
     values, seconds = descend(0.5, len(long), target)
     ours = len(values)
-    figures: dict[str, Any] = {"start": long[0], "best of 400 steps": min(long), "target": target, "solves": ours,
-                               "seconds": seconds}
+    figures: dict[str, Any] = {
+        "start": long[0],
+        "best of 400 steps": min(long),
+        "target": target,
+        "solves": ours,
+        "seconds": seconds,
+    }
     checks = [Check("T4, 100 hyperparameters: inner solves to the target", float(ours), "<=", 30)]
     factor = None
     if peers.installed()["optuna"]:
@@ -128,9 +157,11 @@ def v7(setting: Setting) -> dict[str, Any]:
     return result(checks, figures, [] if factor is not None else ["optuna"])
 
 
-def _tpe(problem: hg.Problem, task: tasks.Logistic, start: jax.Array, target: float, trials: int, seed: int
-         ) -> tuple[int | None, float, float]:
-    """Optuna's default sampler over log-L2 in [-12, 3], from the same start; the same inner solver finds each trial's w."""
+def _tpe(
+    problem: hg.Problem, task: tasks.Logistic, start: jax.Array, target: float, trials: int, seed: int
+) -> tuple[int | None, float, float]:
+    """Optuna's default sampler over log-L2 in [-12, 3], from the same start; the same inner solver finds each trial's
+    w."""
     optuna = importlib.import_module("optuna")
     optuna.logging.set_verbosity(logging.ERROR)
     train, valid = jax.tree.map(jnp.asarray, (task.train, task.valid))
@@ -174,9 +205,11 @@ def v8(setting: Setting) -> dict[str, Any]:
     rng = np.random.default_rng(setting.seed)
 
     def changed(state: Any) -> Any:
-        options = {"inner": state.options["inner"] | {"tol": jnp.asarray(10 ** rng.uniform(-6, -3), jnp.float32)},
-                   "linear": state.options["linear"] | {"tol": jnp.asarray(10 ** rng.uniform(-6, -2), jnp.float32)},
-                   "damping": jnp.asarray(10 ** rng.uniform(-5, -1), jnp.float32)}
+        options = {
+            "inner": state.options["inner"] | {"tol": jnp.asarray(10 ** rng.uniform(-6, -3), jnp.float32)},
+            "linear": state.options["linear"] | {"tol": jnp.asarray(10 ** rng.uniform(-6, -2), jnp.float32)},
+            "damping": jnp.asarray(10 ** rng.uniform(-5, -1), jnp.float32),
+        }
         return state._replace(options=options)
 
     counts: list[str] = []
@@ -193,12 +226,23 @@ def v8(setting: Setting) -> dict[str, Any]:
         state, opt, hparams = step(changed(state), opt, hparams)
     jax.block_until_ready(hparams)
     listening[0] = False
-    first = {size: _first_compile(tasks.logistic(*shape, seed=setting.seed), 1 if setting.smoke else 3) for size, shape in
-             ({"S": (n, d)} if setting.smoke else {"S": tasks.SIZES["S"], "M": tasks.SIZES["M"]}).items()}
+    first = {
+        size: _first_compile(tasks.logistic(*shape, seed=setting.seed), 1 if setting.smoke else 3)
+        for size, shape in ({"S": (n, d)} if setting.smoke else {"S": tasks.SIZES["S"], "M": tasks.SIZES["M"]}).items()
+    }
     checks = [Check(f"compilations over {steps} outer steps", float(len(counts)), "<=", 1)]
-    checks += [Check(f"T1-{size}: trace and compile hypergrad, s", v["hypergrad"], "<=", 1.5) for size, v in first.items()]
-    return result(checks, {"steps": steps, "compilations": len(counts), "entries in the cache of jit": step._cache_size(),
-                           "first compile, s": first})
+    checks += [
+        Check(f"T1-{size}: trace and compile hypergrad, s", v["hypergrad"], "<=", 1.5) for size, v in first.items()
+    ]
+    return result(
+        checks,
+        {
+            "steps": steps,
+            "compilations": len(counts),
+            "entries in the cache of jit": step._cache_size(),
+            "first compile, s": first,
+        },
+    )
 
 
 def _first_compile(task: tasks.Logistic, repeats: int) -> dict[str, float]:

@@ -1,9 +1,10 @@
 r"""How other libraries compute T1's hypergradient, each the way its documentation shows.
 
-Every candidate is a function of no argument that returns the gradient in float32. What is not installed is left out, and named.
-jaxopt: `custom_root` and `LBFGS` with `solve_cg`, and with its default, CG on the normal equations. optimistix: BFGS with its
-default adjoint (dense). lineax: CG tagged positive definite. torch: L-BFGS and CG with double-backward products, written by hand
-as hypertorch does it. TorchOpt: `custom_root` with `solve_cg`. Tolerances are given by the caller, and the same for all.
+Every candidate is a function of no argument that returns the gradient in float32. What is not installed is left out,
+and named. jaxopt: `custom_root` and `LBFGS` with `solve_cg`, and with its default, CG on the normal equations.
+optimistix: BFGS with its default adjoint (dense). lineax: CG tagged positive definite. torch: L-BFGS and CG with
+double-backward products, written by hand as hypertorch does it. TorchOpt: `custom_root` with `solve_cg`. Tolerances are
+given by the caller, and the same for all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from tasks import Exact, Logistic, logistic_inner, logistic_outer
 
 Candidates = dict[str, Callable[[], Any]]
@@ -61,9 +61,15 @@ def solves(task: Logistic, *, tol: float, cg_tol: float) -> Candidates:
 
 def jaxopt_gradient(task: Logistic) -> tuple[Any, tuple[Any, ...]]:
     """The compiled function and its arguments of `solves`' "jaxopt cg", for timing its compilation."""
-    solver = _quietly("jaxopt").LBFGS(logistic_inner, tol=1e-5, maxiter=500, implicit_diff_solve=_jaxopt_linear(False, 1e-5))
-    function = jax.grad(lambda hparams, w, train, valid: logistic_outer(solver.run(w, hparams, train).params, hparams, valid))
-    return jax.jit(function), jax.tree.map(jnp.asarray, (task.hparams, np.zeros_like(task.hparams), task.train, task.valid))
+    solver = _quietly("jaxopt").LBFGS(
+        logistic_inner, tol=1e-5, maxiter=500, implicit_diff_solve=_jaxopt_linear(False, 1e-5)
+    )
+    function = jax.grad(
+        lambda hparams, w, train, valid: logistic_outer(solver.run(w, hparams, train).params, hparams, valid)
+    )
+    return jax.jit(function), jax.tree.map(
+        jnp.asarray, (task.hparams, np.zeros_like(task.hparams), task.train, task.valid)
+    )
 
 
 def _bound(gradient: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -93,16 +99,26 @@ def _jaxopt_adjoint(task: Logistic, w: jax.Array, *, normal: bool, tol: float | 
         del hparams, train
         return init
 
-    return _bound(jax.grad(lambda hparams, w, train, valid: logistic_outer(solution(w, hparams, train), hparams, valid)),
-                  task.hparams, w, task.train, task.valid)
+    return _bound(
+        jax.grad(lambda hparams, w, train, valid: logistic_outer(solution(w, hparams, train), hparams, valid)),
+        task.hparams,
+        w,
+        task.train,
+        task.valid,
+    )
 
 
 def _jaxopt_solve(task: Logistic, *, normal: bool, tol: float, cg_tol: float | None) -> Callable[[], Any]:
     jaxopt = _quietly("jaxopt")
     options = {} if normal else {"implicit_diff_solve": _jaxopt_linear(False, cg_tol)}
     solver = jaxopt.LBFGS(logistic_inner, tol=tol, maxiter=500, **options)
-    return _bound(jax.grad(lambda hparams, w, train, valid: logistic_outer(solver.run(w, hparams, train).params, hparams, valid)),
-                  task.hparams, jnp.zeros_like(task.hparams), task.train, task.valid)
+    return _bound(
+        jax.grad(lambda hparams, w, train, valid: logistic_outer(solver.run(w, hparams, train).params, hparams, valid)),
+        task.hparams,
+        jnp.zeros_like(task.hparams),
+        task.train,
+        task.valid,
+    )
 
 
 def _lineax_adjoint(task: Logistic, w: jax.Array, *, tol: float) -> Callable[[], Any]:
@@ -123,10 +139,17 @@ def _optimistix_solve(task: Logistic, *, tol: float) -> Callable[[], Any]:
     optx = importlib.import_module("optimistix")
 
     def value(hparams: jax.Array, w: jax.Array, train: Any, valid: Any) -> jax.Array:
-        # Its test is on the change of w and of the loss, elementwise: the tolerance that gives about the same gradient norm.
+        # Its test is on the change of w and of the loss, elementwise: the tolerance that gives about the same gradient
+        # norm.
         solver = optx.BFGS(rtol=10 * tol, atol=10 * tol)
-        found = optx.minimise(lambda w, args: logistic_inner(w, args[0], args[1]), solver, w, args=(hparams, train),
-                              max_steps=500, throw=False)
+        found = optx.minimise(
+            lambda w, args: logistic_inner(w, args[0], args[1]),
+            solver,
+            w,
+            args=(hparams, train),
+            max_steps=500,
+            throw=False,
+        )
         return logistic_outer(found.value, hparams, valid)
 
     return _bound(jax.grad(value), task.hparams, jnp.zeros_like(task.hparams), task.train, task.valid)
@@ -153,8 +176,9 @@ class _Torch:
     def minimise(self, hparams: Any, tol: float) -> Any:
         w = self.torch.zeros(hparams.shape, requires_grad=True)
         fixed = hparams.detach()
-        optimizer = self.torch.optim.LBFGS([w], max_iter=500, tolerance_grad=tol, tolerance_change=0.0,
-                                           history_size=10, line_search_fn="strong_wolfe")
+        optimizer = self.torch.optim.LBFGS(
+            [w], max_iter=500, tolerance_grad=tol, tolerance_change=0.0, history_size=10, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> Any:
             optimizer.zero_grad()
@@ -200,7 +224,9 @@ def _torch(task: Logistic, params: np.ndarray | None, *, cg_tol: float, tol: flo
     return gradient
 
 
-def _torchopt(task: Logistic, params: np.ndarray | None, *, cg_tol: float, tol: float | None = None) -> Callable[[], Any]:
+def _torchopt(
+    task: Logistic, params: np.ndarray | None, *, cg_tol: float, tol: float | None = None
+) -> Callable[[], Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torchopt = importlib.import_module("torchopt")
@@ -208,8 +234,11 @@ def _torchopt(task: Logistic, params: np.ndarray | None, *, cg_tol: float, tol: 
     problem = _Torch(task)
     solve, train = _start(problem, params, tol), problem.train
 
-    @torchopt.diff.implicit.custom_root(functional.grad(lambda w, hparams: problem.inner(w, hparams, train)), argnums=1,
-                                        solve=torchopt.linear_solve.solve_cg(rtol=cg_tol, atol=0.0))
+    @torchopt.diff.implicit.custom_root(
+        functional.grad(lambda w, hparams: problem.inner(w, hparams, train)),
+        argnums=1,
+        solve=torchopt.linear_solve.solve_cg(rtol=cg_tol, atol=0.0),
+    )
     def solution(w: Any, hparams: Any) -> Any:
         del w
         return solve(hparams)

@@ -41,8 +41,12 @@ def result(checks: list[Check], figures: dict[str, Any], skipped: list[str] | No
     """The JSON object of one bar: `met` is None where something it needs is not installed and nothing else failed."""
     verdicts = [c.met for c in checks]
     met = False if False in verdicts else None if None in verdicts else True
-    return {"met": met, "checks": [c._asdict() | {"met": c.met} for c in checks], "figures": figures,
-            "skipped": skipped or []}
+    return {
+        "met": met,
+        "checks": [c._asdict() | {"met": c.met} for c in checks],
+        "figures": figures,
+        "skipped": skipped or [],
+    }
 
 
 def rows(name: str, measured: dict[str, Any]) -> list[str]:

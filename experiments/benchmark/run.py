@@ -4,8 +4,8 @@
     python experiments/benchmark/run.py --smoke             # every path in seconds, figures meaningless
     python experiments/benchmark/run.py --only V1,V4
 
-Prints a table (what, measured, bar, met?) and, with `--json`, one JSON object as the last line. Everything runs in float32 on
-one thread of each framework, set below before any of them starts.
+Prints a table (what, measured, bar, met?) and, with `--json`, one JSON object as the last line. Everything runs in
+float32 on one thread of each framework, set below before any of them starts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ import time
 import warnings
 from pathlib import Path
 
-# One thread each. XLA on the CPU sizes its pool by NPROC; torch and BLAS read the others; peers.py sets torch's own count too.
+# One thread each. XLA on the CPU sizes its pool by NPROC; torch and BLAS read the others; peers.py sets torch's own
+# count too.
 os.environ |= {"NPROC": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]  # a bare clone works as well as an installation
+sys.path[:0] = [
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parent),
+]  # a bare clone works as well as an installation
 
 import jax  # noqa: E402
 
@@ -36,8 +42,18 @@ import timing  # noqa: E402
 import unroll  # noqa: E402
 from report import Setting, rounded, rows  # noqa: E402
 
-BARS = {"V1": implicit.v1, "V2": implicit.v2, "V3": implicit.v3, "V4": unroll.v4, "V5": implicit.v5, "V6": loop.v6,
-        "V7": loop.v7, "V8": loop.v8, "V9": implicit.v9, "V11": unroll.v11}
+BARS = {
+    "V1": implicit.v1,
+    "V2": implicit.v2,
+    "V3": implicit.v3,
+    "V4": unroll.v4,
+    "V5": implicit.v5,
+    "V6": loop.v6,
+    "V7": loop.v7,
+    "V8": loop.v8,
+    "V9": implicit.v9,
+    "V11": unroll.v11,
+}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -46,8 +62,12 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--smoke", action="store_true", help="tiny problems, few samples")
     parser.add_argument("--large", action="store_true", help="T1 at n=20,000, d=1000 too")
     parser.add_argument("--only", default="", help="comma-separated bars, such as V1,V4")
-    parser.add_argument("--clock", choices=sorted(timing.CLOCKS), default="wall",
-                        help="cpu: time given to this process, for a machine that is busy with other things")
+    parser.add_argument(
+        "--clock",
+        choices=sorted(timing.CLOCKS),
+        default="wall",
+        help="cpu: time given to this process, for a machine that is busy with other things",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args(arguments)
     chosen = [name for name in options.only.split(",") if name] or list(BARS)
@@ -59,10 +79,15 @@ def main(arguments: list[str] | None = None) -> dict:
 
     setting = Setting(options.seed, options.smoke, options.large)
     missing = [name for name, found in peers.installed().items() if not found]
-    print(f"jax {jax.__version__}, {jax.devices()[0].platform}, one thread, float32, clock: {options.clock}, "
-          f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print("not installed, skipped: " + ", ".join(missing) + " (pip install 'hypergrad-jax[bench]', and torch)" if missing
-          else "all peers are installed")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].platform}, one thread, float32, clock: {options.clock}, "
+        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
+    print(
+        "not installed, skipped: " + ", ".join(missing) + " (pip install 'hypergrad-jax[bench]', and torch)"
+        if missing
+        else "all peers are installed"
+    )
     print(f"{'bar':4} {'what':64} {'measured':>10}   {'bar':11} met?")
     found = {}
     for name in chosen:
@@ -71,9 +96,11 @@ def main(arguments: list[str] | None = None) -> dict:
         found[name]["seconds"] = time.perf_counter() - begin
         print("\n".join(rows(name, found[name])), flush=True)
     met = [name for name in chosen if found[name]["met"]]
-    print(f"{len(met)} of {len(chosen)} bars met in {sum(v['seconds'] for v in found.values()):.0f} s; "
-          f"not met: {', '.join(k for k in chosen if found[k]['met'] is False) or 'none'}; "
-          f"not measured: {', '.join(k for k in chosen if found[k]['met'] is None) or 'none'}")
+    print(
+        f"{len(met)} of {len(chosen)} bars met in {sum(v['seconds'] for v in found.values()):.0f} s; "
+        f"not met: {', '.join(k for k in chosen if found[k]['met'] is False) or 'none'}; "
+        f"not measured: {', '.join(k for k in chosen if found[k]['met'] is None) or 'none'}"
+    )
     if options.json:
         print(json.dumps(rounded(found)))
     return found

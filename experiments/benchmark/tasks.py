@@ -6,13 +6,16 @@ r"""The problems that are timed, and their exact answers.
     T4  T1 with 600 rows of 100 features, k hyperparameters shared by groups of features
     V11 T Adam steps of a 4-layer transformer on  mean λᵢ ℓ(xᵢ; w), one weight per sequence
 
-Losses take `(params, hparams, batch)`, everything is float32, and data are arguments, never closed over: XLA folds constants.
-T1's answer is dense and in float64: Newton's method to rounding, then one Cholesky solve. Errors are measured as
-‖ĝ − g‖ / max(‖g‖, 10⁻³ ‖∂²_{λw} h‖ ‖H⁻¹ ∂_w f‖), the floor keeps a gradient near zero from raising an alarm.
+Losses take `(params, hparams, batch)`, everything is float32, and data are arguments, never closed over: XLA folds
+constants. T1's answer is dense and in float64: Newton's method to rounding, then one Cholesky solve. Errors are
+measured as ‖ĝ − g‖ / max(‖g‖, 10⁻³ ‖∂²_{λw} h‖ ‖H⁻¹ ∂_w f‖), the floor keeps a gradient near zero from raising an
+alarm.
 """
 
 from __future__ import annotations
 
+import itertools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,8 +92,12 @@ def exact(task: Logistic, *, condition: bool = False) -> Exact:
     adjoint = np.linalg.solve(hessian, outer)
     cross = penalty * w  # the diagonal of ∂²_{λw} h
     eigenvalues = np.linalg.eigvalsh(hessian) if condition else np.array([1.0, np.nan])
-    return Exact(w, -cross * adjoint, 1e-3 * float(np.abs(cross).max() * np.linalg.norm(adjoint)),
-                 float(eigenvalues[-1] / eigenvalues[0]))
+    return Exact(
+        w,
+        -cross * adjoint,
+        1e-3 * float(np.abs(cross).max() * np.linalg.norm(adjoint)),
+        float(eigenvalues[-1] / eigenvalues[0]),
+    )
 
 
 def error(grad: Any, answer: Exact) -> float:
@@ -156,16 +163,20 @@ def _mlp_outer(w: Any, hparams: Any, batch: Any) -> jax.Array:
     return jnp.mean(softmax_loss(_mlp(w, hparams, batch), batch[1]))
 
 
-MLP = hg.Problem(hg.compose(_mlp, lambda out, w, hparams, batch: jnp.mean(softmax_loss(out, batch[1])) + _decay(w, hparams)),
-                 _mlp_outer)
+MLP = hg.Problem(
+    hg.compose(_mlp, lambda out, w, hparams, batch: jnp.mean(softmax_loss(out, batch[1])) + _decay(w, hparams)),
+    _mlp_outer,
+)
 
 
 def mlp(*, seed: int, widths: tuple[int, ...] = (64, 256, 256, 10), batch: int = 256) -> tuple[Any, Any, Any, Any]:
     """`(params, hparams, train, valid)` of T3, the parameters after 300 steps of Adam."""
     rng = np.random.default_rng(seed)
     x, y = digits(rng)
-    params = [{"kernel": jnp.asarray(rng.standard_normal((i, o)) * np.sqrt(2 / i), jnp.float32), "bias": jnp.zeros(o)}
-              for i, o in zip(widths, widths[1:])]
+    params = [
+        {"kernel": jnp.asarray(rng.standard_normal((i, o)) * np.sqrt(2 / i), jnp.float32), "bias": jnp.zeros(o)}
+        for i, o in itertools.pairwise(widths)
+    ]
     hparams = jax.tree.map(lambda w: jnp.full(w.shape, np.log(1e-4), jnp.float32), params)
     train, valid = (x[:batch], y[:batch]), (x[-batch:], y[-batch:])
     optimizer = optax.adam(1e-3)
@@ -175,7 +186,9 @@ def mlp(*, seed: int, widths: tuple[int, ...] = (64, 256, 256, 10), batch: int =
         updates, opt = optimizer.update(jax.grad(MLP.inner_loss)(w, hparams, train), opt)  # type: ignore[arg-type]
         return (optax.apply_updates(w, updates), opt), None
 
-    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=300))((params, optimizer.init(params)))
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=300))(
+        (params, optimizer.init(params))
+    )
     return params, hparams, train, valid
 
 
@@ -184,8 +197,16 @@ def grouped(groups: np.ndarray) -> hg.Problem:
     return hg.Problem(lambda w, hparams, batch: logistic_inner(w, hparams[groups], batch), logistic_outer)
 
 
-def transformer(*, seed: int, layers: int = 4, width: int = 128, heads: int = 4, sequences: int = 8, length: int = 128,
-                vocabulary: int = 64) -> tuple[Callable[[bool], hg.Problem], Any, jax.Array, Any, Any]:
+def transformer(
+    *,
+    seed: int,
+    layers: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    sequences: int = 8,
+    length: int = 128,
+    vocabulary: int = 64,
+) -> tuple[Callable[[bool], hg.Problem], Any, jax.Array, Any, Any]:
     """`(problem of remat, params, hparams, train, valid)` of V11: a pre-norm decoder and one weight per sequence.
 
     `remat` wraps each block in `jax.checkpoint`, which belongs to the model and not to the unrolling.
@@ -195,9 +216,20 @@ def transformer(*, seed: int, layers: int = 4, width: int = 128, heads: int = 4,
     def dense(i: int, o: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal((i, o)) / np.sqrt(i), jnp.float32)
 
-    params = {"embed": dense(vocabulary, width), "position": dense(length, width), "head": dense(width, vocabulary),
-              "blocks": [{"qkv": dense(width, 3 * width), "out": dense(width, width), "up": dense(width, 4 * width),
-                          "down": dense(4 * width, width)} for _ in range(layers)]}
+    params = {
+        "embed": dense(vocabulary, width),
+        "position": dense(length, width),
+        "head": dense(width, vocabulary),
+        "blocks": [
+            {
+                "qkv": dense(width, 3 * width),
+                "out": dense(width, width),
+                "up": dense(width, 4 * width),
+                "down": dense(4 * width, width),
+            }
+            for _ in range(layers)
+        ],
+    }
     tokens = rng.integers(0, vocabulary, (2, sequences, length + 1)).astype(np.int32)
     mask = np.tril(np.ones((length, length), bool))
 
@@ -220,7 +252,9 @@ def transformer(*, seed: int, layers: int = 4, width: int = 128, heads: int = 4,
                 h = apply(layer, h)
             return jnp.mean(softmax_loss(normalise(h) @ w["head"], batch[:, 1:]), axis=-1)
 
-        return hg.Problem(lambda w, hparams, batch: jnp.mean(jax.nn.sigmoid(hparams) * losses(w, batch)),
-                          lambda w, hparams, batch: jnp.mean(losses(w, batch)))
+        return hg.Problem(
+            lambda w, hparams, batch: jnp.mean(jax.nn.sigmoid(hparams) * losses(w, batch)),
+            lambda w, hparams, batch: jnp.mean(losses(w, batch)),
+        )
 
     return problem, params, jnp.zeros(sequences), tokens[0], tokens[1]

@@ -3,9 +3,9 @@ r"""Timing that survives a shared machine: ratios of interleaved samples.
     sample k of every candidate runs right after sample k of the others;   ratio = medianₖ (aₖ / bₖ)
 
 so that a slow spell of the machine hits numerator and denominator alike. Every sample waits for its results
-(`block_until_ready`), after warm-up, with the garbage collector off, and repeats a short call until it lasts some milliseconds.
-`CLOCK` is the wall clock unless `--clock cpu` asks for the time this process was given, all its threads together: with one thread
-the two agree on an idle machine, and only the second means much on a busy one.
+(`block_until_ready`), after warm-up, with the garbage collector off, and repeats a short call until it lasts some
+milliseconds. `CLOCK` is the wall clock unless `--clock cpu` asks for the time this process was given, all its threads
+together: with one thread the two agree on an idle machine, and only the second means much on a busy one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, samples: int, se
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
-    """The function compiled and bound to its arguments, and what it allocates beside inputs and outputs, in MB (10⁶ bytes)."""
+    """The function compiled and bound to its arguments, and what it allocates beside inputs and outputs, in MB (10⁶
+    bytes)."""
     program = jax.jit(function).lower(*args).compile()
     analysis = program.memory_analysis()
     return lambda: program(*args), float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6

@@ -17,6 +17,7 @@ import hypergrad as hg
 
 def training(problem: hg.Problem, optimizer: Any, steps: int) -> Callable[..., Any]:
     """A scan of gradient steps: training alone, and what plain reverse mode goes through."""
+
     def train(params: Any, hparams: Any, batch: Any) -> Any:
         def step(carry: Any, _: None) -> tuple[Any, None]:
             w, state = carry
@@ -32,10 +33,14 @@ def training(problem: hg.Problem, optimizer: Any, steps: int) -> Callable[..., A
 def plain(problem: hg.Problem, optimizer: Any, steps: int) -> Callable[..., Any]:
     """Scan and `jax.grad`, nothing recomputed."""
     train = training(problem, optimizer, steps)
-    return jax.grad(lambda hparams, params, batch, valid: problem.outer_loss(train(params, hparams, batch), hparams, valid))
+    return jax.grad(
+        lambda hparams, params, batch, valid: problem.outer_loss(train(params, hparams, batch), hparams, valid)
+    )
 
 
-def _ours(problem: hg.Problem, optimizer: Any, steps: int, params: Any, hparams: Any, **options: Any) -> tuple[Any, Any]:
+def _ours(
+    problem: hg.Problem, optimizer: Any, steps: int, params: Any, hparams: Any, **options: Any
+) -> tuple[Any, Any]:
     solver = hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=steps), **options)
     return (lambda *args: solver.hypergrad(*args)[0].grad), solver.init(params, hparams)
 
@@ -53,7 +58,8 @@ def v4(setting: Setting) -> dict[str, Any]:
     lengths = {50: (2.0, 3, 2.8)} if setting.smoke else {1000: (2.0, 3, 2.8), 10_000: (2.0, 26, None)}
     for steps, (auto_bar, memory_bar, sqrt_bar) in lengths.items():
         runs: dict[str, tuple[Callable[[], Any], float]] = {
-            "training": compiled(training(tasks.CLEANING, optimizer, steps), params, hparams, train)}
+            "training": compiled(training(tasks.CLEANING, optimizer, steps), params, hparams, train)
+        }
         for remat in ("auto", "sqrt"):
             call, state = _ours(tasks.CLEANING, optimizer, steps, params, hparams, remat=remat)
             runs[remat] = compiled(call, state, hparams, train, valid)
@@ -63,28 +69,38 @@ def v4(setting: Setting) -> dict[str, Any]:
         memory = {k: megabytes - runs["training"][1] for k, (_, megabytes) in runs.items() if k != "training"}
         grads = {k: call() for k, call in candidates.items() if k != "training"}
         times = interleaved(candidates, samples=setting.samples if steps <= 1000 else 3, seconds=20)
-        figures[f"T={steps}"] = {"ms": {k: times.ms(k) for k in candidates}, "extra MB": memory,
-                                 "sqrt against auto": _gap(grads["sqrt"], grads["auto"]),
-                                 "sqrt / training": times.ratio("sqrt", "training"),
-                                 "auto against plain": _gap(grads["auto"], grads["plain"]) if "plain" in grads else None}
-        checks += [Check(f"T2, T={steps}: auto / training alone", times.ratio("auto", "training"), "<=", auto_bar),
-                   Check(f"T2, T={steps}: extra memory of auto, MB", memory["auto"], "<=", memory_bar)]
+        figures[f"T={steps}"] = {
+            "ms": {k: times.ms(k) for k in candidates},
+            "extra MB": memory,
+            "sqrt against auto": _gap(grads["sqrt"], grads["auto"]),
+            "sqrt / training": times.ratio("sqrt", "training"),
+            "auto against plain": _gap(grads["auto"], grads["plain"]) if "plain" in grads else None,
+        }
+        checks += [
+            Check(f"T2, T={steps}: auto / training alone", times.ratio("auto", "training"), "<=", auto_bar),
+            Check(f"T2, T={steps}: extra memory of auto, MB", memory["auto"], "<=", memory_bar),
+        ]
         if sqrt_bar:
-            checks += [Check(f"T2, T={steps}: sqrt / training alone", times.ratio("sqrt", "training"), "<=", sqrt_bar),
-                       Check(f"T2, T={steps}: extra memory of sqrt, MB", memory["sqrt"], "<=", 1)]
+            checks += [
+                Check(f"T2, T={steps}: sqrt / training alone", times.ratio("sqrt", "training"), "<=", sqrt_bar),
+                Check(f"T2, T={steps}: extra memory of sqrt, MB", memory["sqrt"], "<=", 1),
+            ]
     return result(checks, figures)
 
 
 def v11(setting: Setting) -> dict[str, Any]:
     """A transformer, eight steps of Adam; `mode="reverse"` with its defaults against plain scan and grad."""
-    shape: dict[str, int] = dict(layers=1, width=16, heads=2, sequences=2, length=8) if setting.smoke else {}
+    shape: dict[str, int] = {"layers": 1, "width": 16, "heads": 2, "sequences": 2, "length": 8} if setting.smoke else {}
     make, params, hparams, train, valid = tasks.transformer(seed=setting.seed, **shape)
     train, valid = jnp.asarray(train), jnp.asarray(valid)
     optimizer, steps = optax.adam(1e-3, eps_root=1e-8), 8
     runs: dict[str, tuple[Callable[[], Any], float]] = {
         "training": compiled(training(make(False), optimizer, steps), params, hparams, train),
-        "plain": compiled(plain(make(False), optimizer, steps), hparams, params, train, valid)}
-    for name, remat in {"hypergrad": False} | ({} if setting.smoke else {"hypergrad, blocks checkpointed": True}).items():
+        "plain": compiled(plain(make(False), optimizer, steps), hparams, params, train, valid),
+    }
+    for name, remat in {"hypergrad": False} | (
+        {} if setting.smoke else {"hypergrad, blocks checkpointed": True}
+    ).items():
         call, state = _ours(make(remat), optimizer, steps, params, hparams, mode="reverse")
         runs[name] = compiled(call, state, hparams, train, valid)
     candidates = {k: call for k, (call, _) in runs.items()}
@@ -94,21 +110,36 @@ def v11(setting: Setting) -> dict[str, Any]:
     times = interleaved(candidates, samples=3, seconds=60)
     growth = tree_memory(setting)
     lengths = sorted(growth)
-    # ∝ log T: from 64 to 512 steps it grows by as much as from 8 to 64, where ∝ √T would give 2.8 and ∝ T 8 times as much.
+    # ∝ log T: from 64 to 512 steps it grows by as much as from 8 to 64, where ∝ √T would give 2.8 and ∝ T 8 times as
+    # much.
     steepness = (growth[lengths[2]] - growth[lengths[1]]) / max(growth[lengths[1]] - growth[lengths[0]], 1e-9)
-    checks = [Check("transformer: memory of plain / hypergrad", memory["plain"] / memory["hypergrad"], ">=", 12),
-              Check("transformer: time of plain / hypergrad", times.ratio("plain", "hypergrad"), ">=", 1.5),
-              Check("remat='tree': growth 64->512 steps over growth 8->64", steepness, "<=", 1.6)]
-    return result(checks, {"MB": memory, "ms": {k: times.ms(k) for k in candidates}, "against plain": gaps,
-                           "plain / each": {k: {"memory": memory["plain"] / memory[k], "time": times.ratio("plain", k)} for k in gaps},
-                           "MB of remat='tree' at T": growth})
+    checks = [
+        Check("transformer: memory of plain / hypergrad", memory["plain"] / memory["hypergrad"], ">=", 12),
+        Check("transformer: time of plain / hypergrad", times.ratio("plain", "hypergrad"), ">=", 1.5),
+        Check("remat='tree': growth 64->512 steps over growth 8->64", steepness, "<=", 1.6),
+    ]
+    return result(
+        checks,
+        {
+            "MB": memory,
+            "ms": {k: times.ms(k) for k in candidates},
+            "against plain": gaps,
+            "plain / each": {k: {"memory": memory["plain"] / memory[k], "time": times.ratio("plain", k)} for k in gaps},
+            "MB of remat='tree' at T": growth,
+        },
+    )
 
 
 def tree_memory(setting: Setting) -> dict[int, float]:
-    """Temporary memory in MB at growing T, from the compiler alone: nothing is run. Adam on T3, whose states dominate."""
-    params, hparams, train, valid = tasks.mlp(seed=setting.seed, widths=(64, 64, 10) if setting.smoke else (64, 256, 256, 10), batch=32)
+    """Temporary memory in MB at growing T, from the compiler alone: nothing is run. Adam on T3, whose states
+    dominate."""
+    params, hparams, train, valid = tasks.mlp(
+        seed=setting.seed, widths=(64, 64, 10) if setting.smoke else (64, 256, 256, 10), batch=32
+    )
     found = {}
     for steps in (8, 64, 512):
-        call, state = _ours(tasks.MLP, optax.adam(1e-3, eps_root=1e-8), steps, params, hparams, mode="reverse", remat="tree")
+        call, state = _ours(
+            tasks.MLP, optax.adam(1e-3, eps_root=1e-8), steps, params, hparams, mode="reverse", remat="tree"
+        )
         found[steps] = compiled(call, state, hparams, train, valid)[1]
     return found

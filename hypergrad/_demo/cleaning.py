@@ -53,8 +53,16 @@ def run(method: str, seed: int, steps: int | None) -> Outcome:
     data = datasets.digits(seed)
     problem = hg.Problem(weighted_loss, plain_loss)
     solver = METHODS[method][1](problem, RATE, TRAINING)
-    result = hg.tune(solver, start(), jnp.full(len(data.true), 0.5), data.train, data.valid,
-                     outer=optax.adam(0.1), steps=steps or STEPS, domain=hg.domains.interval(0, 1))
+    result = hg.tune(
+        solver,
+        start(),
+        jnp.full(len(data.true), 0.5),
+        data.train,
+        data.valid,
+        outer=optax.adam(0.1),
+        steps=steps or STEPS,
+        domain=hg.domains.interval(0, 1),
+    )
     return _report(data, result)
 
 
@@ -70,8 +78,11 @@ def _report(data: datasets.Digits, result: hg.Result) -> Outcome:
     def beside(example_weights: np.ndarray) -> float:
         return _accuracy(_fit(np.concatenate([example_weights, whole]), both), data.test)
 
-    rows = {"plain": ("plain: every label believed", everything), "tuned": ("tuned weights", weights),
-            "oracle": ("oracle: wrong labels left out", right)}
+    rows = {
+        "plain": ("plain: every label believed", everything),
+        "tuned": ("tuned weights", weights),
+        "oracle": ("oracle: wrong labels left out", right),
+    }
     small = {name: alone(value) for name, (_, value) in rows.items()}
     full = {name: beside(value) for name, (_, value) in rows.items()}
     valid_only = beside(nothing)
@@ -80,18 +91,28 @@ def _report(data: datasets.Digits, result: hg.Result) -> Outcome:
     hits = int(np.sum(found & data.wrong))
     precision, recall = hits / max(int(np.sum(found)), 1), hits / int(np.sum(data.wrong))
     f1 = 2 * hits / int(np.sum(found) + np.sum(data.wrong))
-    table = [("Test accuracy, retrained from zero", "on training set", "on training + validation"),
-             *((text, f"{small[name]:.3f}", f"{full[name]:.3f}") for name, (text, _) in rows.items()),
-             ("validation set alone", "", f"{valid_only:.3f}")]
+    table = [
+        ("Test accuracy, retrained from zero", "on training set", "on training + validation"),
+        *((text, f"{small[name]:.3f}", f"{full[name]:.3f}") for name, (text, _) in rows.items()),
+        ("validation set alone", "", f"{valid_only:.3f}"),
+    ]
     notes = [
         f"Wrong labels found (weight below {THRESHOLD:g}): {hits} of {int(np.sum(data.wrong))}, and "
         f"{int(np.sum(found)) - hits} right ones suspected: precision {precision:.3f}, recall {recall:.3f}, "
         f"F1 {f1:.3f}.",
         f"Best validation loss {result.best.value:.4f} at step {result.best.step}, where the parameters of that step "
         f"have test accuracy {_accuracy(result.best.params, data.test):.3f}.",
-        verdict(result)]
-    numbers = {"plain": full["plain"], "tuned": full["tuned"], "oracle": full["oracle"], "f1": f1,
-               "precision": precision, "recall": recall, "validation_only": valid_only}
+        verdict(result),
+    ]
+    numbers = {
+        "plain": full["plain"],
+        "tuned": full["tuned"],
+        "oracle": full["oracle"],
+        "f1": f1,
+        "precision": precision,
+        "recall": recall,
+        "validation_only": valid_only,
+    }
     numbers |= {f"{name}_training_only": value for name, value in small.items()}
     return Outcome(table, notes, numbers, functools.partial(_draw, data, weights, result))
 

@@ -22,9 +22,9 @@ from hypergrad._demo.outcome import aligned
 TASKS = {"cleaning": cleaning, "l2": l2}
 ABOUT = {
     "cleaning": "600 handwritten digits, half of the labels wrong: one weight per example,\n"
-                "tuned by hypergradient so that training on the weighted examples does well on 600 others.",
+    "tuned by hypergradient so that training on the weighted examples does well on 600 others.",
     "l2": "190 patients, 30 measurements each: one regularization strength per measurement,\n"
-          "tuned by hypergradient on 190 others, against grid and random search of equal cost.",
+    "tuned by hypergradient on 190 others, against grid and random search of equal cost.",
 }
 SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -60,25 +60,51 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     print(f"Picture: {Path(args.out).resolve()}\n{seconds:.1f} s in all.", flush=True)
     if args.json:
-        print(json.dumps({"task": args.task, "method": method, "seed": args.seed, **outcome.numbers,
-                          "seconds": round(seconds, 2), "picture": str(Path(args.out).resolve())}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "task": args.task,
+                    "method": method,
+                    "seed": args.seed,
+                    **outcome.numbers,
+                    "seconds": round(seconds, 2),
+                    "picture": str(Path(args.out).resolve()),
+                }
+            ),
+            flush=True,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     methods = "\n".join(f"  {name:<11}{text}" for name, (text, _) in METHODS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m hypergrad", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="python -m hypergrad",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         description="Hyperparameters tuned by gradient on real data.",
-        epilog="tasks:\n" + "\n".join(f"  {name:<11}{text.replace(chr(10), chr(10) + ' ' * 13)}" for name, text in
-                                      ABOUT.items()) + f"\n\nmethods:\n{methods}")
+        epilog="tasks:\n"
+        + "\n".join(f"  {name:<11}{text.replace(chr(10), chr(10) + ' ' * 13)}" for name, text in ABOUT.items())
+        + f"\n\nmethods:\n{methods}",
+    )
     parser.add_argument("--task", choices=TASKS, default="cleaning", help="what to tune (default: %(default)s)")
-    parser.add_argument("--method", choices=METHODS,
-                        help=f"how to get the hypergradient (default: {_defaults('DEFAULT_METHOD')})")
+    parser.add_argument(
+        "--method", choices=METHODS, help=f"how to get the hypergradient (default: {_defaults('DEFAULT_METHOD')})"
+    )
     parser.add_argument("--steps", type=_positive, metavar="N", help=f"outer steps (default: {_defaults('STEPS')})")
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N",
-                        help="of the split and of the wrong labels (default: %(default)s)")
-    parser.add_argument("--out", type=_picture, default="hypergrad-demo.png", metavar="FILE",
-                        help="where the picture goes: .png, .pdf or .svg (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="of the split and of the wrong labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=_picture,
+        default="hypergrad-demo.png",
+        metavar="FILE",
+        help="where the picture goes: .png, .pdf or .svg (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     return parser
 

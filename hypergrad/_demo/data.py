@@ -56,8 +56,14 @@ def digits(seed: int) -> Digits:
     wrong = rng.permutation(len(train)) < WRONG * len(train)
     given = np.where(wrong, labels[train] + rng.integers(1, 10, len(train)), labels[train]) % 10
     x = ((pixels - pixels[train].mean(0)) / 16).astype(np.float32)
-    return Digits((x[train], given), (x[valid], labels[valid]), (x[test], labels[test]),
-                  pixels[train].reshape(-1, 8, 8), labels[train], wrong)
+    return Digits(
+        (x[train], given),
+        (x[valid], labels[valid]),
+        (x[test], labels[test]),
+        pixels[train].reshape(-1, 8, 8),
+        labels[train],
+        wrong,
+    )
 
 
 def tumours(seed: int) -> Tumours:

@@ -29,10 +29,24 @@ def draw_cleaning(data: Digits, weights: np.ndarray, result: hg.Result, threshol
     axes.axvline(threshold, color=INK, linewidth=0.9, linestyle=DASHED)
     axes.set(xlabel="learned weight", ylabel="training examples", xlim=(-0.01, 1.01))
     axes.set_ylim(top=1.08 * max(tops))
-    axes.text(0.075, 0.93, f"{int(np.sum(data.wrong))} wrong labels", color=ORANGE, fontweight="bold", va="top",
-              transform=axes.transAxes)
-    axes.text(0.99, tops[0] + 0.03 * max(tops), f"{int(np.sum(~data.wrong))} right labels", color=BLUE,
-              fontweight="bold", ha="right", va="bottom")
+    axes.text(
+        0.075,
+        0.93,
+        f"{int(np.sum(data.wrong))} wrong labels",
+        color=ORANGE,
+        fontweight="bold",
+        va="top",
+        transform=axes.transAxes,
+    )
+    axes.text(
+        0.99,
+        tops[0] + 0.03 * max(tops),
+        f"{int(np.sum(~data.wrong))} right labels",
+        color=BLUE,
+        fontweight="bold",
+        ha="right",
+        va="bottom",
+    )
     _title(axes, "Wrong labels lose their weight …")
     _plain(axes)
 
@@ -42,13 +56,19 @@ def draw_cleaning(data: Digits, weights: np.ndarray, result: hg.Result, threshol
     _title(axes, "… because that lowers the validation loss")
     _plain(axes)
 
-    worst = np.argsort(weights, kind="stable")[:ROWS * COLUMNS]
+    worst = np.argsort(weights, kind="stable")[: ROWS * COLUMNS]
     caught = int(np.sum(data.wrong[worst]))
     edges = grid[1].get_position(figure)
-    figure.text(edges.x0, 0.936, f"The {len(worst)} lowest weights: {caught} of the “given” labels are wrong",
-                color=INK, **TITLE)
-    images = figure.add_gridspec(ROWS, COLUMNS, wspace=0.1, hspace=0.34, left=edges.x0, right=edges.x1, top=0.885,
-                                 bottom=0.05)
+    figure.text(
+        edges.x0,
+        0.936,
+        f"The {len(worst)} lowest weights: {caught} of the “given” labels are wrong",
+        color=INK,
+        **TITLE,
+    )
+    images = figure.add_gridspec(
+        ROWS, COLUMNS, wspace=0.1, hspace=0.34, left=edges.x0, right=edges.x1, top=0.885, bottom=0.05
+    )
     for slot, i in zip(images, worst, strict=False):
         axes = figure.add_subplot(slot)
         axes.imshow(data.images[i], cmap="gray_r", interpolation="nearest")
@@ -67,9 +87,15 @@ def draw_l2(data: Tumours, searches: list[Search], path: str) -> None:
     axes = figure.add_subplot(grid[0])
     for search, color in zip(searches, (BLUE, ORANGE, PINK, GREEN), strict=True):
         best = np.fmin.accumulate(search.losses)
-        axes.step(np.arange(1, len(best) + 1), best, where="post", color=color,
-                  label=f"{search.label} ({search.test_loss:.3f})", linewidth=2.6 if color == BLUE else 1.6,
-                  linestyle=DASHED if color == GREEN else "-")
+        axes.step(
+            np.arange(1, len(best) + 1),
+            best,
+            where="post",
+            color=color,
+            label=f"{search.label} ({search.test_loss:.3f})",
+            linewidth=2.6 if color == BLUE else 1.6,
+            linestyle=DASHED if color == GREEN else "-",
+        )
     axes.set(xlabel="inner solves", ylabel="lowest validation loss so far")
     axes.legend(frameon=False, fontsize=9, title="search (test loss of its choice)", title_fontsize=9, alignment="left")
     _title(axes, "30 strengths for the price of one")
@@ -84,8 +110,15 @@ def draw_l2(data: Tumours, searches: list[Search], path: str) -> None:
     axes.plot(strengths, rows, "o", color=BLUE, markersize=5)
     axes.set(xscale="log", xlabel="regularization strength", ylim=(-0.7, len(order) - 0.3))
     axes.set_yticks(rows, [data.names[i] for i in order], fontsize=8.5)
-    axes.text(1.15 * single, rows[-1], "best single strength", color=GREEN, fontsize=9, va="center",
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.text(
+        1.15 * single,
+        rows[-1],
+        "best single strength",
+        color=GREEN,
+        fontsize=9,
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
     _title(axes, "What each feature was given")
     _plain(axes)
     axes.tick_params(axis="y", length=0)
@@ -100,8 +133,9 @@ def _figure(widths: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 6.4), facecolor="white")
-    return figure, figure.add_gridspec(1, 2, width_ratios=widths, left=0.06, right=0.985, top=0.915, bottom=0.09,
-                                       wspace=0.14)
+    return figure, figure.add_gridspec(
+        1, 2, width_ratios=widths, left=0.06, right=0.985, top=0.915, bottom=0.09, wspace=0.14
+    )
 
 
 def _title(axes: Any, text: str) -> None:

@@ -52,8 +52,16 @@ def run(method: str, seed: int, steps: int | None) -> Outcome:
     problem = hg.Problem(train_loss, valid_loss)
     low, high = math.log(LOWEST), math.log(HIGHEST)
     middle = np.full(30, (low + high) / 2)
-    result = hg.tune(METHODS[method][1](problem, RATE, TRAINING), start(), middle, data.train, data.valid,
-                     outer=optax.adam(0.3), steps=steps or STEPS, domain=hg.domains.interval(low, high))
+    result = hg.tune(
+        METHODS[method][1](problem, RATE, TRAINING),
+        start(),
+        middle,
+        data.train,
+        data.valid,
+        outer=optax.adam(0.3),
+        steps=steps or STEPS,
+        domain=hg.domains.interval(low, high),
+    )
     count = len(result.history.value)  # what Ctrl-C left; the others get as many
 
     w_star = hg.best_response(problem)
@@ -88,22 +96,35 @@ def _evaluate(w_star: Any, data: datasets.Tumours, log_l2: Any) -> tuple[jax.Arr
 
 def _report(data: datasets.Tumours, result: hg.Result, searches: list[Search], plain: Search) -> Outcome:
     def row(search: Search) -> tuple[str, ...]:
-        return (search.label, str(len(search.losses)), f"{np.nanmin(search.losses):.4f}", f"{search.test_loss:.4f}",
-                f"{search.test_accuracy:.3f}")
+        return (
+            search.label,
+            str(len(search.losses)),
+            f"{np.nanmin(search.losses):.4f}",
+            f"{search.test_loss:.4f}",
+            f"{search.test_accuracy:.3f}",
+        )
 
-    table = [("Strengths chosen on the validation set", "inner solves", "valid. loss", "test loss", "test accuracy"),
-             *map(row, searches), row(plain)]
+    table = [
+        ("Strengths chosen on the validation set", "inner solves", "valid. loss", "test loss", "test accuracy"),
+        *map(row, searches),
+        row(plain),
+    ]
     tuned = searches[0]
     order = np.argsort(tuned.log_l2)
-    notes = ["Every search had as many inner solves; a hypergradient solves one adjoint system beside each.",
-             "Least regularized: " + ", ".join(data.names[i] for i in order[:3]) + "; "
-             "most: " + ", ".join(data.names[i] for i in order[-3:]) + ".",
-             verdict(result)]
+    notes = [
+        "Every search had as many inner solves; a hypergradient solves one adjoint system beside each.",
+        "Least regularized: " + ", ".join(data.names[i] for i in order[:3]) + "; "
+        "most: " + ", ".join(data.names[i] for i in order[-3:]) + ".",
+        verdict(result),
+    ]
     names = ("tuned", "random_per_feature", "random", "grid")
     numbers: dict[str, Any] = {"plain": plain.test_accuracy, "tuned": tuned.test_accuracy, "oracle": None, "f1": None}
     for name, search in zip(names, searches, strict=True):
-        numbers |= {f"{name}_valid_loss": float(np.nanmin(search.losses)), f"{name}_test_loss": search.test_loss,
-                    f"{name}_test_accuracy": search.test_accuracy}
+        numbers |= {
+            f"{name}_valid_loss": float(np.nanmin(search.losses)),
+            f"{name}_test_loss": search.test_loss,
+            f"{name}_test_accuracy": search.test_accuracy,
+        }
     return Outcome(table, notes, numbers, functools.partial(_draw, data, searches))
 
 

@@ -47,8 +47,13 @@ class Search(NamedTuple):
 def aligned(table: Sequence[Sequence[str]]) -> str:
     """Columns padded to one width: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  " + "   ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+    lines = [
+        "  "
+        + "   ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
     return "\n".join([lines[0], "  " + "─" * (len(lines[0]) - 2), *lines[1:]])
 
 
@@ -61,6 +66,9 @@ def verdict(result: hg.Result) -> str:
     if not taken:
         return f"No hypergradient was usable ({result.status}, {seconds}): {hg.Status(int(history.status[-1])).advice}"
     middle = float(np.median(errors))
-    trust = (f"estimated relative error of a hypergradient {middle:.1e} (median)" if np.isfinite(middle)
-             else "this method gives no estimate of its error")
+    trust = (
+        f"estimated relative error of a hypergradient {middle:.1e} (median)"
+        if np.isfinite(middle)
+        else "this method gives no estimate of its error"
+    )
     return f"{taken} of {len(history.value)} hypergradients usable, {trust}; tuning {result.status} after {seconds}."

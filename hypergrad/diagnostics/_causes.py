@@ -12,8 +12,14 @@ from hypergrad._solver import Info, Status
 from hypergrad.diagnostics._differences import Slope, Solution
 from hypergrad.diagnostics._report import Metasmoothness
 
-_UNCONVERGED = (Status.INNER_DIVERGED, Status.INNER_MAX_STEPS, Status.INNER_STALLED, Status.LINEAR_MAX_STEPS,
-                Status.LINEAR_BREAKDOWN, Status.NEUMANN_DIVERGING)
+_UNCONVERGED = (
+    Status.INNER_DIVERGED,
+    Status.INNER_MAX_STEPS,
+    Status.INNER_STALLED,
+    Status.LINEAR_MAX_STEPS,
+    Status.LINEAR_BREAKDOWN,
+    Status.NEUMANN_DIVERGING,
+)
 
 
 class Evidence(NamedTuple):
@@ -55,8 +61,17 @@ class Evidence(NamedTuple):
 
 def find_causes(e: Evidence) -> tuple[str, ...]:
     """Plain sentences, each beginning with one word for the cause."""
-    found = [*_status(e), *_unconverged(e), *_approximate(e), *_stochastic(e), *_kinked(e), *_insensitive(e),
-             *_unreliable(e), *_precision(e), *_rough(e)]
+    found = [
+        *_status(e),
+        *_unconverged(e),
+        *_approximate(e),
+        *_stochastic(e),
+        *_kinked(e),
+        *_insensitive(e),
+        *_unreliable(e),
+        *_precision(e),
+        *_rough(e),
+    ]
     if not e.ok and e.doubt <= e.tol and not found:
         found += _wrong(e)
     return tuple(found)
@@ -78,8 +93,13 @@ def _status(e: Evidence) -> Iterator[str]:
     elif e.status == Status.PRECISION_LIMITED:
         yield f"precision: {e.status.advice}"
     elif not e.status.usable:
-        word = {Status.NONFINITE_LOSS: "non-finite", Status.NONFINITE_GRAD: "non-finite", Status.SINGULAR: "singular",
-                Status.NEG_CURVATURE: "indefinite", Status.UNROLL_EXPLODED: "chaotic"}.get(e.status, "unconverged")
+        word = {
+            Status.NONFINITE_LOSS: "non-finite",
+            Status.NONFINITE_GRAD: "non-finite",
+            Status.SINGULAR: "singular",
+            Status.NEG_CURVATURE: "indefinite",
+            Status.UNROLL_EXPLODED: "chaotic",
+        }.get(e.status, "unconverged")
         yield f"{word}: status {e.status.name}. {e.status.advice}"
 
 
@@ -87,100 +107,140 @@ def _unconverged(e: Evidence) -> Iterator[str]:
     inner, linear = float(e.info.inner_residual), float(e.info.linear_residual)
     if not is_unrolled(e.info) and not e.ok and e.status not in _UNCONVERGED:
         if inner > e.tol:
-            yield (f"unconverged: the relative residual of the inner problem is {inner:.1g}; the solver claims "
-                   "nothing about it. Take more inner steps, or solve to a tolerance.")
+            yield (
+                f"unconverged: the relative residual of the inner problem is {inner:.1g}; the solver claims "
+                "nothing about it. Take more inner steps, or solve to a tolerance."
+            )
         if linear > e.tol:
-            yield (f"unconverged: the relative residual of the adjoint system is {linear:.1g}, after "
-                   f"{int(e.info.linear_steps)} products. Raise max_steps, or give the linear solver a tol.")
+            yield (
+                f"unconverged: the relative residual of the adjoint system is {linear:.1g}, after "
+                f"{int(e.info.linear_steps)} products. Raise max_steps, or give the linear solver a tol."
+            )
         elif math.isnan(linear) and math.isinf(float(e.info.error_estimate)) and not _is_direct(e.info):
-            yield ("unconverged: the adjoint system was not solved, only replaced (error_estimate is inf). Use "
-                   "hg.linear.cg for an exact hypergradient.")
+            yield (
+                "unconverged: the adjoint system was not solved, only replaced (error_estimate is inf). Use "
+                "hg.linear.cg for an exact hypergradient."
+            )
     if not e.ok and not e.trains_on and e.settled_error < 0.1 * e.error:
-        yield (f"unconverged: the error falls to {e.settled_error:.1g} after more calls at the same hyperparameters: "
-               "the first call stops short. In a loop that moves slowly, the warm start makes up for it.")
+        yield (
+            f"unconverged: the error falls to {e.settled_error:.1g} after more calls at the same hyperparameters: "
+            "the first call stops short. In a loop that moves slowly, the warm start makes up for it."
+        )
 
 
 def _approximate(e: Evidence) -> Iterator[str]:
     damping = float(e.info.extra.get("damping", 0))
     if damping > 0:
-        yield (f"damped: {damping:.2g} is added to the inner Hessian's diagonal, so the hypergradient is that of "
-               f"another problem; its error here is {e.error:.1g}.")
+        yield (
+            f"damped: {damping:.2g} is added to the inner Hessian's diagonal, so the hypergradient is that of "
+            f"another problem; its error here is {e.error:.1g}."
+        )
     if float(e.info.extra.get("gauss_newton", 0)) > 0:
-        yield ("damped: the Gauss-Newton matrix stands in for the Hessian, which drops the curvature of the model; "
-               f"the error here is {e.error:.1g}.")
+        yield (
+            "damped: the Gauss-Newton matrix stands in for the Hessian, which drops the curvature of the model; "
+            f"the error here is {e.error:.1g}."
+        )
     if e.trains_on:
-        yield ("truncated: each call trains on from where the last one ended and differentiates its own steps alone. "
-               f"As the derivative of those its error is {e.one_call_error:.1g}; against training on until nothing "
-               f"moves it is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last.")
+        yield (
+            "truncated: each call trains on from where the last one ended and differentiates its own steps alone. "
+            f"As the derivative of those its error is {e.one_call_error:.1g}; against training on until nothing "
+            f"moves it is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last."
+        )
     elif is_unrolled(e.info):
         rounding = e.eps * math.sqrt(max(int(e.info.inner_steps), 1)) * float(e.info.extra["adjoint_growth"])
         if float(e.info.error_estimate) > 100 * rounding:
-            yield ("truncated: part of the run is not differentiated, by the solver's own estimate "
-                   f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=.")
-
+            yield (
+                "truncated: part of the run is not differentiated, by the solver's own estimate "
+                f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=."
+            )
 
     if _is_direct(e.info) and not e.ok:
-        yield ("direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
-               f"{e.error:.1g}. hg.implicit has both parts.")
+        yield (
+            "direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
+            f"{e.error:.1g}. hg.implicit has both parts."
+        )
 
 
 def _stochastic(e: Evidence) -> Iterator[str]:
     if e.key_spread > e.tol or (math.isnan(e.key_spread) and e.batches):
         drawn = "minibatches" if e.batches else "random numbers in the losses"
-        yield (f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "
-               "what is compared here is one draw, the same on both sides. Larger batches, or an average over keys, "
-               "help.")
+        yield (
+            f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "
+            "what is compared here is one draw, the same on both sides. Larger batches, or an average over keys, "
+            "help."
+        )
 
 
 def _kinked(e: Evidence) -> Iterator[str]:
     jumps = [(abs(s.jump) / max(abs(s.value), abs(s.jump)), s) for s in e.slopes if s.jump]
     if jumps:
         _, worst = max(jumps, key=lambda pair: pair[0])
-        yield (f"kinked: the outer loss has one slope ({worst.value + worst.jump / 2:.4g}) on one side and another "
-               f"({worst.value - worst.jump / 2:.4g}) on the other, at any step size: an L1 term, a ReLU or a rounding "
-               "is just switching there. Check at another point.")
+        yield (
+            f"kinked: the outer loss has one slope ({worst.value + worst.jump / 2:.4g}) on one side and another "
+            f"({worst.value - worst.jump / 2:.4g}) on the other, at any step size: an L1 term, a ReLU or a rounding "
+            "is just switching there. Check at another point."
+        )
 
 
 def _insensitive(e: Evidence) -> Iterator[str]:
     for path, slope in e.silent.items():
         if abs(slope.value) > 10 * slope.error:
-            where = ("through the parameters, which hg.direct leaves out" if _is_direct(e.info) else
-                     "on the path of training, which hg.unrolled sees, or through an operation without derivative")
-            yield (f"insensitive: hparams{path} has a hypergradient of exactly zero, but the outer loss moves with it "
-                   f"(slope {slope.value:.3g}): it acts {where}.")
+            where = (
+                "through the parameters, which hg.direct leaves out"
+                if _is_direct(e.info)
+                else "on the path of training, which hg.unrolled sees, or through an operation without derivative"
+            )
+            yield (
+                f"insensitive: hparams{path} has a hypergradient of exactly zero, but the outer loss moves with it "
+                f"(slope {slope.value:.3g}): it acts {where}."
+            )
         else:
-            yield (f"insensitive: hparams{path} moves nothing, neither parameters nor outer loss: a misspelt key, or a "
-                   "term that is switched off.")
+            yield (
+                f"insensitive: hparams{path} moves nothing, neither parameters nor outer loss: a misspelt key, or a "
+                "term that is switched off."
+            )
 
 
 def _unreliable(e: Evidence) -> Iterator[str]:
     values = [s.value for s in e.slopes]
     if not np.all(np.isfinite([*values, e.center.settled])):
-        yield ("unreliable: the outer loss is not finite at the hyperparameters or a step away from them; nothing can "
-               "be compared there.")
+        yield (
+            "unreliable: the outer loss is not finite at the hyperparameters or a step away from them; nothing can "
+            "be compared there."
+        )
     elif not e.center.calm:
-        yield (f"unreliable: the outer loss still changed by {e.center.drift:.1g} in call {e.center.calls} at the same "
-               "hyperparameters, so the problem was never solved. Give the inner solver more steps or a tolerance.")
+        yield (
+            f"unreliable: the outer loss still changed by {e.center.drift:.1g} in call {e.center.calls} at the same "
+            "hyperparameters, so the problem was never solved. Give the inner solver more steps or a tolerance."
+        )
     elif e.doubt > e.tol:
-        yield (f"unreliable: the finite differences are only good to {e.doubt:.1g}. The outer loss is nearly flat "
-               "here, rough, or not solved finely enough: check at another point, or loosen tol.")
+        yield (
+            f"unreliable: the finite differences are only good to {e.doubt:.1g}. The outer loss is nearly flat "
+            "here, rough, or not solved finely enough: check at another point, or loosen tol."
+        )
 
 
 def _precision(e: Evidence) -> Iterator[str]:
     if e.precision == "float32":
-        yield ("precision: the losses could not be computed in float64 (they fix a type, or draw other random "
-               "numbers there), so the differences are in float32, good to a few digits.")
+        yield (
+            "precision: the losses could not be computed in float64 (they fix a type, or draw other random "
+            "numbers there), so the differences are in float32, good to a few digits."
+        )
     gap = abs(e.value - e.center.first)
     if gap > 1e-3 * abs(e.center.first) and e.given != e.precision and is_unrolled(e.info):
-        yield (f"precision: the outer loss is {e.value:.6g} in {e.given} and {e.center.first:.6g} in {e.precision}: "
-               "training amplifies rounding, and no hypergradient can be trusted further than that.")
+        yield (
+            f"precision: the outer loss is {e.value:.6g} in {e.given} and {e.center.first:.6g} in {e.precision}: "
+            "training amplifies rounding, and no hypergradient can be trusted further than that."
+        )
 
 
 def _rough(e: Evidence) -> Iterator[str]:
     if e.metasmoothness is not None and not e.metasmoothness.cosine > 0.5:
-        yield (f"rough: a step of {e.metasmoothness.step:.2g} away the hypergradient has a cosine of "
-               f"{e.metasmoothness.cosine:.2g} with the one here: either the step crosses an optimum, or training is "
-               "too rough for gradient descent on its hyperparameters: warm up, lower the learning rate, raise eps.")
+        yield (
+            f"rough: a step of {e.metasmoothness.step:.2g} away the hypergradient has a cosine of "
+            f"{e.metasmoothness.cosine:.2g} with the one here: either the step crosses an optimum, or training is "
+            "too rough for gradient descent on its hyperparameters: warm up, lower the learning rate, raise eps."
+        )
 
 
 def _wrong(e: Evidence) -> Iterator[str]:
@@ -188,9 +248,13 @@ def _wrong(e: Evidence) -> Iterator[str]:
     factor = float(ours @ theirs / (theirs @ theirs)) if np.any(theirs) else math.nan
     rest = np.linalg.norm(ours - factor * theirs) / max(float(np.linalg.norm(ours)), 1e-300)
     if len(ours) > 1 and rest < 0.1 * abs(factor - 1) and rest < 0.05:
-        yield (f"scaled: the hypergradient is {factor:.4g} times the reference in every direction: a constant factor, "
-               "a sign, or a mean that should be a sum.")
+        yield (
+            f"scaled: the hypergradient is {factor:.4g} times the reference in every direction: a constant factor, "
+            "a sign, or a mean that should be a sum."
+        )
     else:
-        yield ("wrong: nothing that can be seen from outside explains the difference. Either the method approximates "
-               "on purpose (curvature='gauss_newton'), or there is a mistake in the solver, or in a derivative rule of "
-               "the losses (custom_jvp, custom_vjp, stop_gradient).")
+        yield (
+            "wrong: nothing that can be seen from outside explains the difference. Either the method approximates "
+            "on purpose (curvature='gauss_newton'), or there is a mistake in the solver, or in a derivative rule of "
+            "the losses (custom_jvp, custom_vjp, stop_gradient)."
+        )

@@ -77,6 +77,7 @@ class Problem(NamedTuple):
 
 def in_float64(problem: Problem) -> Problem:
     """The same problem with floating leaves in float64; call it, and use it, under `jax.enable_x64(True)`."""
+
     def cast(x: Any) -> Any:
         return jnp.asarray(np.asarray(x, np.float64)) if is_float(x) else x
 
@@ -92,8 +93,9 @@ def flatten(hparams: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]
 
     def unflatten(vector: np.ndarray) -> PyTree:
         parts = np.split(vector, ends)
-        return treedef.unflatten([jnp.asarray(part.reshape(np.shape(x)), jnp.result_type(x))
-                                  for part, x in zip(parts, leaves, strict=True)])
+        return treedef.unflatten(
+            [jnp.asarray(part.reshape(np.shape(x)), jnp.result_type(x)) for part, x in zip(parts, leaves, strict=True)]
+        )
 
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves]), unflatten
 
@@ -161,8 +163,9 @@ def tighten(state: Any) -> Any:
     return state._replace(options={**options, "inner": {**inner, **new}})
 
 
-def slopes(resolve: Callable[[np.ndarray], Solution], at: np.ndarray, direction: np.ndarray, center: Solution,
-           tol: float) -> tuple[Slope, Slope]:
+def slopes(
+    resolve: Callable[[np.ndarray], Solution], at: np.ndarray, direction: np.ndarray, center: Solution, tol: float
+) -> tuple[Slope, Slope]:
     """Directional derivatives of the settled and of the first value.
 
     Args:
@@ -186,8 +189,10 @@ def slopes(resolve: Callable[[np.ndarray], Solution], at: np.ndarray, direction:
             if settled_slope.error <= 0.1 * tol * abs(settled_slope.value):
                 break
         found.append((size, settled_slope, _slope(size, [(a.first, b.first) for a, b in sides], center.first, eps)))
-        pair = min((_with_noise(entry, found) for entry in found),
-                   key=lambda pair: np.nan_to_num(pair[0].error, nan=np.inf, posinf=np.inf))
+        pair = min(
+            (_with_noise(entry, found) for entry in found),
+            key=lambda pair: np.nan_to_num(pair[0].error, nan=np.inf, posinf=np.inf),
+        )
         if pair[0].error <= 0.1 * tol * abs(pair[0].value):
             break
     return pair[0], pair[1]
@@ -205,8 +210,10 @@ def _with_noise(entry: tuple[float, Slope, Slope], found: list[tuple[float, Slop
     def with_noise(slope: Slope, others: list[tuple[float, Slope]]) -> Slope:
         return slope._replace(error=max([slope.error, *(2 * s.error * step / size for step, s in others)]))
 
-    return [with_noise(entry[1], [(step, s) for step, s, _ in smaller]),
-            with_noise(entry[2], [(step, s) for step, _, s in smaller])]
+    return [
+        with_noise(entry[1], [(step, s) for step, s, _ in smaller]),
+        with_noise(entry[2], [(step, s) for step, _, s in smaller]),
+    ]
 
 
 def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: float) -> Slope:
@@ -223,6 +230,9 @@ def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: fl
         alike = bool(np.all(np.abs(bend / bend[-1] - 1) < 0.3))  # the bend of a smooth F halves, noise doubles
         kinked = len(sides) > 2 and alike and abs(bend[-1]) > 10 * error + 100 * rounding
         if not kinked:  # a smooth F has none of this; it shows noise that happened to cancel in the differences
-            error = max(error, abs(bend[0] - 2 * bend[1]) / 4, abs(bend[0] - 10 * bend[1] + 16 * bend[-1]) / 30
-                        if len(sides) > 2 else 0)
+            error = max(
+                error,
+                abs(bend[0] - 2 * bend[1]) / 4,
+                abs(bend[0] - 10 * bend[1] + 16 * bend[-1]) / 30 if len(sides) > 2 else 0,
+            )
     return Slope(float(table[-1][-1]), float(error), float(bend[-1]) if kinked else 0.0)

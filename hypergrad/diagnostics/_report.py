@@ -111,11 +111,16 @@ class Report(NamedTuple):
             f"  status {getattr(self.status, 'name', self.status)}, error estimate {self.error_estimate:.2g}, "
             f"outer loss {self.value:.6g}",
             f"  finite differences in {self.precision}, good to {self.reference_error:.1g}",
-            "", _row("direction", "hypergradient", "differences", "+-", "relative error")]
+            "",
+            _row("direction", "hypergradient", "differences", "+-", "relative error"),
+        ]
         lines += [_line(c) for c in self.directions]
         for leaf in self.leaves:
-            lines += ["", f"  hparams{leaf.path} ({leaf.size} entr{'y' if leaf.size == 1 else 'ies'}): relative error "
-                          f"{leaf.relative_error:.2g}"]
+            lines += [
+                "",
+                f"  hparams{leaf.path} ({leaf.size} entr{'y' if leaf.size == 1 else 'ies'}): relative error "
+                f"{leaf.relative_error:.2g}",
+            ]
             lines += [_line(c) for c in leaf.entries]
         if self.metasmoothness is not None:
             m = self.metasmoothness
@@ -133,5 +138,6 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _line(c: Comparison) -> str:
-    return _row(c.name[-18:], f"{c.solver:.6g}", f"{c.reference:.6g}", f"{c.reference_error:.1g}",
-                f"{c.relative_error:.2g}")
+    return _row(
+        c.name[-18:], f"{c.solver:.6g}", f"{c.reference:.6g}", f"{c.reference_error:.1g}", f"{c.relative_error:.2g}"
+    )

@@ -90,9 +90,19 @@ class _Run(NamedTuple):
 
 
 @suggest_names
-def check(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-          key: Array | None = None, directions: int = 3, per_leaf: bool = False, model_state: PyTree = None,
-          tol: float | None = None) -> Report:
+def check(
+    solver: Solver,
+    params: PyTree,
+    hparams: PyTree,
+    train: PyTree = None,
+    valid: PyTree = None,
+    *,
+    key: Array | None = None,
+    directions: int = 3,
+    per_leaf: bool = False,
+    model_state: PyTree = None,
+    tol: float | None = None,
+) -> Report:
     """Compare a solver's hypergradient with central differences of the problem solved again.
 
     Args:
@@ -121,16 +131,20 @@ def check(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None,
     True
     """
     if not all(callable(getattr(solver, name, None)) for name in ("init", "hypergrad", "response")):
-        raise InputTypeError(f"check: solver must be an hg.Solver, found {type(solver).__name__}: write "
-                             "hg.implicit(problem), or another method.")
+        raise InputTypeError(
+            f"check: solver must be an hg.Solver, found {type(solver).__name__}: write "
+            "hg.implicit(problem), or another method."
+        )
     check_options("check", directions=directions, tol=tol)
     for name, data in (("train", train), ("valid", valid)):
         if isinstance(data, Stream):
-            raise InputError(f"check: {name} must be arrays, found hg.stream, which cannot be read twice: pass one "
-                             "batch.")
+            raise InputError(
+                f"check: {name} must be arrays, found hg.stream, which cannot be read twice: pass one batch."
+            )
         check_concrete_data(name, data)
-    problem = Problem(solver, params, check_hparams(hparams), prepare("train", train), prepare("valid", valid), key,
-                      model_state)
+    problem = Problem(
+        solver, params, check_hparams(hparams), prepare("train", train), prepare("valid", valid), key, model_state
+    )
     check_finite("hparams", problem.hparams)
     at, _ = flatten(problem.hparams)
     parts = _parts(problem.hparams)
@@ -149,10 +163,15 @@ def check(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None,
 
         rng = _generator(key)
         rows = [compare(*d) for d in _directions(parts, scales, directions, directions, rng)]
-        groups = [(part, [compare(*d) for d in _directions([part], scales, directions, _SMALL, rng)])
-                  for part in parts if per_leaf]
-        silent = {part.path: compare(part.path, _random([part], scales, rng)).settled
-                  for part in [p for p in parts if not np.any(run.grad[p.where])][:_SILENT]}
+        groups = [
+            (part, [compare(*d) for d in _directions([part], scales, directions, _SMALL, rng)])
+            for part in parts
+            if per_leaf
+        ]
+        silent = {
+            part.path: compare(part.path, _random([part], scales, rng)).settled
+            for part in [p for p in parts if not np.any(run.grad[p.where])][:_SILENT]
+        }
 
     info = run.out.info
     floor = max(_FLOOR * abs(center.settled), 1e-3 * _rms(scales) * float(info.extra.get("indirect_norm", 0.0)))
@@ -162,22 +181,56 @@ def check(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None,
     ok = error <= allowed + doubt and doubt <= allowed
     code = int(info.status)
     status = Status(code) if code in set(Status) else code
-    causes = find_causes(Evidence(
-        ok=ok, tol=allowed, error=error, doubt=doubt, settled_error=settled_error, one_call_error=one_call_error,
-        info=info, status=status, value=float(run.out.value), center=center, trains_on=run.trains_on,
-        key_spread=run.key_spread, batches=any(isinstance(d, Minibatches) for d in (train, valid)),
-        precision=precision, given=given, eps=_tree.eps(problem.hparams), silent=silent,
-        slopes=[row.settled for row in [*rows, *(row for _, group in groups for row in group)]],
-        products=[(_product(row, run.grad), row.settled.value) for row in rows],
-        metasmoothness=run.metasmoothness))
+    causes = find_causes(
+        Evidence(
+            ok=ok,
+            tol=allowed,
+            error=error,
+            doubt=doubt,
+            settled_error=settled_error,
+            one_call_error=one_call_error,
+            info=info,
+            status=status,
+            value=float(run.out.value),
+            center=center,
+            trains_on=run.trains_on,
+            key_spread=run.key_spread,
+            batches=any(isinstance(d, Minibatches) for d in (train, valid)),
+            precision=precision,
+            given=given,
+            eps=_tree.eps(problem.hparams),
+            silent=silent,
+            slopes=[row.settled for row in [*rows, *(row for _, group in groups for row in group)]],
+            products=[(_product(row, run.grad), row.settled.value) for row in rows],
+            metasmoothness=run.metasmoothness,
+        )
+    )
     return Report(
-        ok=ok, relative_error=error, reference_error=doubt, settled_error=settled_error, one_call_error=one_call_error,
-        error_estimate=float(info.error_estimate), status=status, causes=causes,
+        ok=ok,
+        relative_error=error,
+        reference_error=doubt,
+        settled_error=settled_error,
+        one_call_error=one_call_error,
+        error_estimate=float(info.error_estimate),
+        status=status,
+        causes=causes,
         directions=tuple(_comparison(row, run.grad) for row in rows),
-        leaves=tuple(Leaf(part.path, int(np.prod(part.shape)), _errors(group, run.grad, floor)[0],
-                          tuple(_comparison(row, run.grad) for row in group)) for part, group in groups),
-        metasmoothness=run.metasmoothness, key_spread=run.key_spread, value=float(run.out.value), tol=allowed,
-        precision=precision, info=info)
+        leaves=tuple(
+            Leaf(
+                part.path,
+                int(np.prod(part.shape)),
+                _errors(group, run.grad, floor)[0],
+                tuple(_comparison(row, run.grad) for row in group),
+            )
+            for part, group in groups
+        ),
+        metasmoothness=run.metasmoothness,
+        key_spread=run.key_spread,
+        value=float(run.out.value),
+        tol=allowed,
+        precision=precision,
+        info=info,
+    )
 
 
 def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
@@ -260,8 +313,9 @@ def _scales(at: np.ndarray, parts: Sequence[_Part]) -> np.ndarray:
     return scales
 
 
-def _directions(parts: Sequence[_Part], scales: np.ndarray, count: int, limit: int, rng: np.random.Generator
-                ) -> Iterator[tuple[str, np.ndarray]]:
+def _directions(
+    parts: Sequence[_Part], scales: np.ndarray, count: int, limit: int, rng: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray]]:
     """Along each entry of these leaves if there are at most `limit`, else along `count` random sums of them."""
     if sum(part.where.stop - part.where.start for part in parts) > limit:
         for i in range(count):
@@ -306,8 +360,9 @@ def _errors(rows: Sequence[_Row], grad: np.ndarray, floor: float) -> tuple[float
 def _comparison(row: _Row, grad: np.ndarray) -> Comparison:
     ours, theirs = _product(row, grad), row.settled.value
     gap = abs(ours - theirs)
-    return Comparison(row.name, ours, theirs, row.settled.error,
-                      0.0 if gap == 0 else gap / abs(theirs) if theirs else float("inf"))
+    return Comparison(
+        row.name, ours, theirs, row.settled.error, 0.0 if gap == 0 else gap / abs(theirs) if theirs else float("inf")
+    )
 
 
 def _product(row: _Row, grad: np.ndarray) -> float:

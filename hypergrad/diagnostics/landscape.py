@@ -41,9 +41,17 @@ class Landscape(NamedTuple):
 
 
 @suggest_names
-def landscape(solver: Solver, params: PyTree, hparams: PyTree, along: Mapping[str, ArrayLike | Sequence[float]],
-              train: PyTree = None, valid: PyTree = None, *, key: Array | None = None,
-              model_state: PyTree = None) -> Landscape:
+def landscape(
+    solver: Solver,
+    params: PyTree,
+    hparams: PyTree,
+    along: Mapping[str, ArrayLike | Sequence[float]],
+    train: PyTree = None,
+    valid: PyTree = None,
+    *,
+    key: Array | None = None,
+    model_state: PyTree = None,
+) -> Landscape:
     """Compute the outer loss over one or two hyperparameters, the others held where they are.
 
     Args:
@@ -74,13 +82,17 @@ def landscape(solver: Solver, params: PyTree, hparams: PyTree, along: Mapping[st
     hparams = check_hparams(hparams)
     known = entry_names(hparams)
     if not 1 <= len(along) <= 2:
-        raise InputError(f"landscape: along must name one or two hyperparameters, found {list(along)}: write "
-                         f"{{{next(iter(known))!r}: values}}.")
+        raise InputError(
+            f"landscape: along must name one or two hyperparameters, found {list(along)}: write "
+            f"{{{next(iter(known))!r}: values}}."
+        )
     axes = []
     for name, values in along.items():
         if name not in known:
-            raise InputError(f"landscape: along names {name!r}, which is no entry of hparams"
-                             f"{nearest(name, list(known))}; the entries are {', '.join(list(known)[:10])}.")
+            raise InputError(
+                f"landscape: along names {name!r}, which is no entry of hparams"
+                f"{nearest(name, list(known))}; the entries are {', '.join(list(known)[:10])}."
+            )
         values = np.asarray(values, np.float64)
         if values.ndim != 1 or not values.size:
             raise InputError(f"landscape: along[{name!r}] must be a vector of values, found shape {values.shape}.")

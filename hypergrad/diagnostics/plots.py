@@ -185,8 +185,16 @@ def landscape(grid: Landscape, result: Any = None, *, ax: Any = None) -> Any:
         ax.plot(grid.axes[0], grid.values, label="solved at each point", **_line(0))
         if path is not None and history is not None:
             alone = sum(leaf[:1].size for leaf in jax.tree.leaves(history.hparams)) == 1
-            ax.plot(path[:, 0], history.value, "o", ms=4, color=_COLOURS[1], mec="white", mew=0.4,
-                    label="path of the run" + ("" if alone else ", in which all move"))
+            ax.plot(
+                path[:, 0],
+                history.value,
+                "o",
+                ms=4,
+                color=_COLOURS[1],
+                mec="white",
+                mew=0.4,
+                label="path of the run" + ("" if alone else ", in which all move"),
+            )
             _start(ax, path[0, 0], history.value[0])
         if path is not None and history is not None and star is not None:
             _star(ax, path[star, 0], history.value[star], "best")
@@ -214,7 +222,7 @@ def _contours(ax: Any, grid: Landscape) -> None:
 
     values = np.ma.masked_invalid(grid.values.T)
     low, high = float(values.min()), float(values.max())
-    wide = low > 0 and high / low > 10 ** _DECADES
+    wide = low > 0 and high / low > 10**_DECADES
     if wide:
         levels, norm = np.geomspace(low, high, 24), LogNorm(low, high)
     else:
@@ -232,29 +240,34 @@ def _contours(ax: Any, grid: Landscape) -> None:
 def _path(history: Any, grid: Landscape) -> np.ndarray:
     """Where the run was at each step, `[steps, 1 or 2]`."""
     if history.hparams is None:
-        raise InputError("landscape: the path of a run with more than 1000 hyperparameters is not kept: "
-                         "leave result out.")
+        raise InputError(
+            "landscape: the path of a run with more than 1000 hyperparameters is not kept: leave result out."
+        )
     leaves = [np.asarray(leaf).reshape(len(history.value), -1) for leaf in jax.tree.leaves(history.hparams)]
     return np.concatenate(leaves, axis=1)[:, list(grid.index)]
 
 
 def _leaves(history: Any) -> dict[str, tuple[np.ndarray | None, tuple[np.ndarray, ...]]]:
     """By path: the entries `[steps, n]`, or None where they were not kept, and minimum, mean and maximum `[steps]`."""
+
     def by_path(tree: _tree.PyTree) -> dict[str, np.ndarray]:
         return {_tree.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     summary = [by_path(history.summary[kind]) for kind in ("min", "mean", "max")]
     rows = {} if history.hparams is None else by_path(history.hparams)
-    return {path: (rows[path].reshape(len(rows[path]), -1) if path in rows else None, tuple(s[path] for s in summary))
-            for path in summary[0]}
+    return {
+        path: (rows[path].reshape(len(rows[path]), -1) if path in rows else None, tuple(s[path] for s in summary))
+        for path in summary[0]
+    }
 
 
 def _leaf_name(name: str, leaves: dict[str, Any]) -> str:
     for path in (name, f"[{name!r}]", f".{name}"):
         if path in leaves:
             return path
-    raise InputError(f"hyperparameters: names holds {name!r}, which is no leaf of the hyperparameters: they are "
-                     f"{', '.join(leaves)}.")
+    raise InputError(
+        f"hyperparameters: names holds {name!r}, which is no leaf of the hyperparameters: they are {', '.join(leaves)}."
+    )
 
 
 def _short(path: str) -> str:

@@ -44,9 +44,17 @@ class SolveFn(Protocol):
     scale.
     """
 
-    def __call__(self, objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
-                 scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
-        ...
+    def __call__(
+        self,
+        objective: Objective,
+        params: PyTree,
+        state: PyTree,
+        hparams: PyTree,
+        model_state: PyTree,
+        *,
+        scale: Array,
+        options: Mapping[str, ArrayLike],
+    ) -> InnerResult: ...
 
 
 class Inner(NamedTuple):

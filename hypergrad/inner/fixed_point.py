@@ -49,8 +49,9 @@ class _Carry(NamedTuple):
 
 
 @suggest_names
-def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike | None = None,
-                steps: int | None = None) -> Inner:
+def fixed_point(
+    map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, steps: int | None = None
+) -> Inner:
     """Iterate a map until it leaves the parameters where they are.
 
     Args:
@@ -82,17 +83,23 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
     """
     check_options("fixed_point", tol=tol, max_steps=max_steps, steps=steps)
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer))):
-        raise InputTypeError(f"fixed_point: steps must be a Python integer, found {steps!r}: the number of unrolled "
-                             "steps is part of the compiled program; max_steps= may be traced.")
+        raise InputTypeError(
+            f"fixed_point: steps must be a Python integer, found {steps!r}: the number of unrolled "
+            "steps is part of the compiled program; max_steps= may be traced."
+        )
     if not callable(map):
-        raise InputTypeError("fixed_point: map must be a function (params, hparams, batch[, key]) -> params, found "
-                             f"{type(map).__name__}.")
+        raise InputTypeError(
+            "fixed_point: map must be a function (params, hparams, batch[, key]) -> params, found "
+            f"{type(map).__name__}."
+        )
     use = key_use(map, "fixed_point: map", False)
 
     def apply(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
         if use == "required" and key is None:
-            raise InputError("fixed_point: map takes a key, but none was given: pass key=jax.random.key(0) to "
-                             "hypergrad or tune, or give the map's key a default.")
+            raise InputError(
+                "fixed_point: map takes a key, but none was given: pass key=jax.random.key(0) to "
+                "hypergrad or tune, or give the map's key a default."
+            )
         keys = () if key is None or use == "none" else (key,)
         result = map(params, hparams, batch, *keys)
         _check_result(result, params)
@@ -104,8 +111,16 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
     def move(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, step: Any) -> tuple[PyTree, PyTree]:
         return apply(params, hparams, *objective.batch(step)), state
 
-    def solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
-              scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
+    def solve(
+        objective: Objective,
+        params: PyTree,
+        state: PyTree,
+        hparams: PyTree,
+        model_state: PyTree,
+        *,
+        scale: Array,
+        options: Mapping[str, ArrayLike],
+    ) -> InnerResult:
         step = lambda w: apply(w, hparams, *objective.fixed_batch)
         target = default_tol(options["tol"], params) * scale if claims else None
         params, residual, taken, status = _iterate(step, params, target, jnp.asarray(options["max_steps"], jnp.int32))
@@ -114,12 +129,21 @@ def fixed_point(map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike 
     claims = tol is not None or steps is None
     most = max_steps if max_steps is not None else _MAX_STEPS if steps is None else int(steps)
     options: dict[str, Any] = {"max_steps": most} | ({"tol": tol} if claims else {})
-    return Inner(lambda params, hparams: (), solve, options, claims=claims, symmetric=False, residual=residual,
-                 steps=None if steps is None else int(steps), move=None if steps is None else move)
+    return Inner(
+        lambda params, hparams: (),
+        solve,
+        options,
+        claims=claims,
+        symmetric=False,
+        residual=residual,
+        steps=None if steps is None else int(steps),
+        move=None if steps is None else move,
+    )
 
 
-def _iterate(step: Callable[[PyTree], PyTree], params: PyTree, target: Array | None, max_steps: Array
-             ) -> tuple[PyTree, Array, Array, Array]:
+def _iterate(
+    step: Callable[[PyTree], PyTree], params: PyTree, target: Array | None, max_steps: Array
+) -> tuple[PyTree, Array, Array, Array]:
     dtype, eps = _tree.dtype(params), _tree.eps(params)
 
     def proceed(c: _Carry) -> Array:
@@ -164,11 +188,14 @@ def _broken(residual: Array, last: Array, first: Array, eps: float) -> Array:
 
 
 def _check_result(result: PyTree, params: PyTree) -> None:
-    check_same_structure("fixed_point: the map's result", result, params,
-                         "the map must return parameters like those it is given.")
+    check_same_structure(
+        "fixed_point: the map's result", result, params, "the map must return parameters like those it is given."
+    )
     pairs = zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(params), strict=True)
     for (path, found), expected in pairs:
         if jnp.result_type(found) != jnp.result_type(expected):
-            raise InputTypeError(f"fixed_point: the map's result{_tree.keystr(path)} has dtype "
-                                 f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with "
-                                 ".astype, or give parameters and hyperparameters one dtype.")
+            raise InputTypeError(
+                f"fixed_point: the map's result{_tree.keystr(path)} has dtype "
+                f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with "
+                ".astype, or give parameters and hyperparameters one dtype."
+            )

@@ -94,41 +94,80 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
     """
     check_options("gradient", tol=tol)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise InputTypeError(f"gradient: steps must be a Python integer, found {steps!r}: the number of steps is part "
-                             "of the compiled program; use tol= to stop earlier.")
+        raise InputTypeError(
+            f"gradient: steps must be a Python integer, found {steps!r}: the number of steps is part "
+            "of the compiled program; use tol= to stop earlier."
+        )
     check_options("gradient", steps=steps)
     if not _is_optimizer(optimizer) and not callable(optimizer):
-        raise InputTypeError("gradient: optimizer must be an optax optimizer or a function hparams -> optimizer, found "
-                             f"{_describe(optimizer)}: write optax.sgd(0.1), or "
-                             "lambda hparams: optax.sgd(hparams['lr']).")
+        raise InputTypeError(
+            "gradient: optimizer must be an optax optimizer or a function hparams -> optimizer, found "
+            f"{_describe(optimizer)}: write optax.sgd(0.1), or "
+            "lambda hparams: optax.sgd(hparams['lr'])."
+        )
 
     def init(params: PyTree, hparams: PyTree) -> PyTree:
         _check(optimizer, params, hparams)
         state = _build(optimizer, hparams).init(params)
         return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), state)
 
-    def step(grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None
-             ) -> tuple[PyTree, PyTree]:
+    def step(
+        grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None
+    ) -> tuple[PyTree, PyTree]:
         return _apply(_build(optimizer, hparams), grads, params, state, value)
 
-    def update(grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None = None
-               ) -> tuple[PyTree, PyTree]:
+    def update(
+        grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None = None
+    ) -> tuple[PyTree, PyTree]:
         made = _build(optimizer, hparams)  # outside: what the caller computes from hparams keeps its own derivative
         return differentiable(lambda g, w, s, v: _apply(made, g, w, s, v))(grads, params, state, value)
 
-    def solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
-              scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
+    def solve(
+        objective: Objective,
+        params: PyTree,
+        state: PyTree,
+        hparams: PyTree,
+        model_state: PyTree,
+        *,
+        scale: Array,
+        options: Mapping[str, ArrayLike],
+    ) -> InnerResult:
         target = default_tol(options["tol"], params) * scale if tol is not None else None
-        return _solve(step, objective, params, state, hparams, model_state, target=target,
-                      max_steps=jnp.asarray(options["max_steps"], jnp.int32))
+        return _solve(
+            step,
+            objective,
+            params,
+            state,
+            hparams,
+            model_state,
+            target=target,
+            max_steps=jnp.asarray(options["max_steps"], jnp.int32),
+        )
 
     options: dict[str, Any] = {"max_steps": int(steps)} | ({} if tol is None else {"tol": tol})
-    return Inner(init, solve, options, claims=tol is not None, symmetric=True, residual=gradient_residual,
-                 steps=int(steps), update=update)
+    return Inner(
+        init,
+        solve,
+        options,
+        claims=tol is not None,
+        symmetric=True,
+        residual=gradient_residual,
+        steps=int(steps),
+        update=update,
+    )
 
 
-def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
-           target: Array | None, max_steps: Array) -> InnerResult:
+def _solve(
+    step: _Step,
+    objective: Objective,
+    params: PyTree,
+    state: PyTree,
+    hparams: PyTree,
+    model_state: PyTree,
+    *,
+    target: Array | None,
+    max_steps: Array,
+) -> InnerResult:
     dtype = _tree.dtype(params)
     quarter = max_steps // 4
     loss = jax.value_and_grad(objective.stochastic, has_aux=True)
@@ -143,9 +182,12 @@ def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hpa
         residual = _tree.norm(grads).astype(dtype)
         last = value.astype(dtype)
         losses = _Losses(
-            jnp.where(c.steps == 0, last, c.losses.first), last, jnp.minimum(c.losses.low, last),
+            jnp.where(c.steps == 0, last, c.losses.first),
+            last,
+            jnp.minimum(c.losses.low, last),
             jnp.where(c.steps <= quarter, jnp.maximum(c.losses.early, last), c.losses.early),
-            jnp.where(c.steps >= max_steps - 1 - quarter, jnp.minimum(c.losses.late, last), c.losses.late))
+            jnp.where(c.steps >= max_steps - 1 - quarter, jnp.minimum(c.losses.late, last), c.losses.late),
+        )
         status = _broken(last, residual, losses.first, c.losses.last, c.steps)
         moved, moved_state = step(grads, c.params, c.state, hparams, value)
         met = jnp.asarray(False) if target is None else residual <= target
@@ -157,8 +199,16 @@ def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hpa
 
     zero = jnp.zeros((), dtype)
     inf = jnp.full((), jnp.inf, dtype)
-    start = _Carry(params, state, model_state, zero, _Losses(zero, zero, inf, -inf, inf), jnp.int32(0),
-                   jnp.asarray(False), jnp.int32(Status.OK))
+    start = _Carry(
+        params,
+        state,
+        model_state,
+        zero,
+        _Losses(zero, zero, inf, -inf, inf),
+        jnp.int32(0),
+        jnp.asarray(False),
+        jnp.int32(Status.OK),
+    )
     c = jax.lax.while_loop(proceed, body, start)
     rise = c.losses.late - c.losses.early
     grown = ~c.met & (rise > jnp.abs(c.losses.early)) & (rise > _RISE * (c.losses.early - c.losses.low))
@@ -176,8 +226,11 @@ def _solve(step: _Step, objective: Objective, params: PyTree, state: PyTree, hpa
 def _broken(value: Array, residual: Array, first: Array, last: Array, steps: Array) -> Array:
     """What a number that is not finite means: a loss that had been growing overflowed, any other turned NaN."""
     growing = (steps > 0) & ((last > _GROWTH * jnp.abs(first)) | (value == jnp.inf))
-    kind = jnp.where(growing, int(Status.INNER_DIVERGED),
-                     jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)))
+    kind = jnp.where(
+        growing,
+        int(Status.INNER_DIVERGED),
+        jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)),
+    )
     return jnp.where(jnp.isfinite(value) & jnp.isfinite(residual), int(Status.OK), kind).astype(jnp.int32)
 
 
@@ -192,21 +245,26 @@ def _describe(found: Any) -> str:
 def _build(optimizer: Optimizer, hparams: PyTree) -> optax.GradientTransformationExtraArgs:
     made: Any = optimizer if _is_optimizer(optimizer) else optimizer(hparams)  # pyright: ignore[reportCallIssue]
     if not _is_optimizer(made):
-        raise InputTypeError(f"gradient: optimizer(hparams) must return an optax optimizer, found {_describe(made)}: "
-                             "write lambda hparams: optax.sgd(hparams['lr']).")
+        raise InputTypeError(
+            f"gradient: optimizer(hparams) must return an optax optimizer, found {_describe(made)}: "
+            "write lambda hparams: optax.sgd(hparams['lr'])."
+        )
     return optax.with_extra_args_support(made)
 
 
-def _apply(optimizer: optax.GradientTransformationExtraArgs, grads: PyTree, params: PyTree, state: PyTree,
-           value: Array | None) -> tuple[PyTree, PyTree]:
+def _apply(
+    optimizer: optax.GradientTransformationExtraArgs, grads: PyTree, params: PyTree, state: PyTree, value: Array | None
+) -> tuple[PyTree, PyTree]:
     extra = {} if value is None else {"value": value}
     try:
         updates, fresh = optimizer.update(grads, state, params, **extra)
     except TypeError as error:
         if value is None and "'value'" in str(error):
-            raise InputError("gradient: the optimizer needs the value of the loss at each step (optax.polyak_sgd, "
-                             "reduce_on_plateau), which an unrolled step does not carry: use one that needs only the "
-                             "gradient, or hg.implicit.") from error
+            raise InputError(
+                "gradient: the optimizer needs the value of the loss at each step (optax.polyak_sgd, "
+                "reduce_on_plateau), which an unrolled step does not carry: use one that needs only the "
+                "gradient, or hg.implicit."
+            ) from error
         raise
     # Dtypes are kept: some optimizers promote their state on the way.
     keep = lambda new, old: new if _tree.is_key(old) else jnp.asarray(new, jnp.result_type(old))
@@ -222,18 +280,26 @@ def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
         made = _build(optimizer, hparams)
         state = made.init(params)
         updates, fresh = made.update(params, state, params, value=jnp.zeros((), _tree.dtype(params)))
-        check_same_structure("gradient: the optimizer's update", updates, like,
-                             "an update must have the structure and shapes of the parameters.")
+        check_same_structure(
+            "gradient: the optimizer's update",
+            updates,
+            like,
+            "an update must have the structure and shapes of the parameters.",
+        )
         return optax.apply_updates(params, updates), state, fresh
 
     try:
         moved, state, fresh = jax.eval_shape(once, params, hparams)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
-            jax.errors.TracerIntegerConversionError) as error:
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
         raise InputError(
             f"gradient: {_frame(error)} needs the value of a hyperparameter while tracing, so it cannot be "
             f"differentiated in it ({_culprits(params, hparams, once)}): write schedules as functions of the step, "
-            "such as optax.sgd(lambda step: hparams['lr'] * hparams['rate'] ** (step / 100)), or keep that setting fixed."
+            "such as optax.sgd(lambda step: hparams['lr'] * hparams['rate'] ** (step / 100)), "
+            "or keep that setting fixed."
         ) from error
     except HypergradError:
         raise
@@ -242,25 +308,37 @@ def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
         if known is None:
             raise
         raise known from error
-    check_same_structure("gradient: the parameters after an update", moved, like,
-                         "an update must keep the structure and shapes of the parameters.")
-    check_same_structure("gradient: the optimizer's state after an update", fresh, state,
-                         "an update must keep the structure and shapes of the state.")
+    check_same_structure(
+        "gradient: the parameters after an update",
+        moved,
+        like,
+        "an update must keep the structure and shapes of the parameters.",
+    )
+    check_same_structure(
+        "gradient: the optimizer's state after an update",
+        fresh,
+        state,
+        "an update must keep the structure and shapes of the state.",
+    )
 
 
 def _translated(optimizer: Optimizer, hparams: PyTree, text: str) -> Exception | None:
     """An error of optax's in the caller's terms, where its cause is known."""
     for need in ("value_fn", "obj_fn"):
         if need in text:
-            return InputError(f"gradient: the optimizer needs the loss function itself ({need}), as line searches and "
-                              "Hessian probes do: use hg.inner.lbfgs() or hg.inner.newton(), or switch the line search "
-                              "off (optax.lbfgs(learning_rate, linesearch=None)).")
+            return InputError(
+                f"gradient: the optimizer needs the loss function itself ({need}), as line searches and "
+                "Hessian probes do: use hg.inner.lbfgs() or hg.inner.newton(), or switch the line search "
+                "off (optax.lbfgs(learning_rate, linesearch=None))."
+            )
     module = getattr(optimizer, "__module__", "") or ""
     if not _is_optimizer(optimizer) and module.startswith("optax") and not hasattr(hparams, "shape"):
         name = getattr(optimizer, "__name__", "sgd")
-        return InputTypeError(f"gradient: optimizer is the function optax.{name} itself, so that all of hparams became "
-                              f"its learning rate: write optax.{name}(0.1), or "
-                              f"lambda hparams: optax.{name}(hparams['lr']).")
+        return InputTypeError(
+            f"gradient: optimizer is the function optax.{name} itself, so that all of hparams became "
+            f"its learning rate: write optax.{name}(0.1), or "
+            f"lambda hparams: optax.{name}(hparams['lr'])."
+        )
     return None
 
 
@@ -273,7 +351,7 @@ def _culprits(params: PyTree, hparams: PyTree, once: Callable[..., Any]) -> str:
     found, fixed = [], [np.asarray(leaf) for leaf in leaves]  # NumPy's values stay values while tracing
     for i, path in enumerate(paths):
         try:
-            jax.eval_shape(lambda x, i=i: once(params, treedef.unflatten([*fixed[:i], x, *fixed[i + 1:]])), leaves[i])
+            jax.eval_shape(lambda x, i=i: once(params, treedef.unflatten([*fixed[:i], x, *fixed[i + 1 :]])), leaves[i])
         except jax.errors.JAXTypeError:
             found.append(path)
     return "it depends on " + ", ".join(found or paths)

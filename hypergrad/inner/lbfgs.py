@@ -109,8 +109,14 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
     """
     check_options("lbfgs", tol=tol, max_steps=max_steps, history=history)
     options = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Inner(init=lambda params, hparams: _empty(params, history), solve=_solve, options=options, claims=True,
-                 symmetric=True, residual=gradient_residual)
+    return Inner(
+        init=lambda params, hparams: _empty(params, history),
+        solve=_solve,
+        options=options,
+        claims=True,
+        symmetric=True,
+        residual=gradient_residual,
+    )
 
 
 def _empty(params: PyTree, history: int) -> LbfgsState:
@@ -120,21 +126,35 @@ def _empty(params: PyTree, history: int) -> LbfgsState:
     return LbfgsState(rows, rows, jnp.zeros((history,), dtype), one, jnp.int32(0), one)
 
 
-def _solve(objective: Objective, params: PyTree, state: LbfgsState, hparams: PyTree, model_state: PyTree, *,
-           scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
+def _solve(
+    objective: Objective,
+    params: PyTree,
+    state: LbfgsState,
+    hparams: PyTree,
+    model_state: PyTree,
+    *,
+    scale: Array,
+    options: Mapping[str, ArrayLike],
+) -> InnerResult:
     dtype = _tree.dtype(params)
     scale = jnp.asarray(scale).astype(dtype)
     loss = lambda w: objective.fixed(w, hparams) / scale
-    c = _minimise(jax.value_and_grad(loss), params, _rescaled(state, scale), default_tol(options["tol"], params),
-                  jnp.asarray(options["max_steps"], jnp.int32))
+    c = _minimise(
+        jax.value_and_grad(loss),
+        params,
+        _rescaled(state, scale),
+        default_tol(options["tol"], params),
+        jnp.asarray(options["max_steps"], jnp.int32),
+    )
     found = _tree.where(c.status == int(Status.INNER_DIVERGED), params, c.params)
     # The pairs of a failed solve are no guide to the next.
     memory = _forget(c.memory, (c.status != int(Status.OK)) & (c.status != int(Status.INNER_MAX_STEPS)))
     return InnerResult(found, memory, model_state, c.residual * scale, c.steps, c.status)
 
 
-def _minimise(evaluate: Callable[[PyTree], tuple[Array, PyTree]], params: PyTree, memory: LbfgsState, tol: Array,
-              max_steps: Array) -> _Carry:
+def _minimise(
+    evaluate: Callable[[PyTree], tuple[Array, PyTree]], params: PyTree, memory: LbfgsState, tol: Array, max_steps: Array
+) -> _Carry:
     dtype, eps = _tree.dtype(params), _tree.eps(params)
     zero, inf = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
 
@@ -161,7 +181,8 @@ def _minimise(evaluate: Callable[[PyTree], tuple[Array, PyTree]], params: PyTree
         memory = _learn(c.memory, _tree.scale(c.line.step, c.direction), _tree.sub(grads, c.grads), curved, accept)
         memory = _forget(memory, retry)
         params, value_now, grads_now, residual_now = _tree.where(
-            accept, (trial, value, grads, residual), (c.params, c.value, c.grads, c.residual))
+            accept, (trial, value, grads, residual), (c.params, c.value, c.grads, c.residual)
+        )
         direction, downhill = _aim(memory, grads_now, residual_now)
         direction, slope_now = _tree.where(accept | retry, (direction, downhill), (c.direction, c.slope))
         line = _tree.where(accept | retry, _fresh(slope_now), line)
@@ -177,12 +198,36 @@ def _minimise(evaluate: Callable[[PyTree], tuple[Array, PyTree]], params: PyTree
         status = jnp.where((value == -jnp.inf) | (ended & far), int(Status.INNER_DIVERGED), status)
         broken = jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
         status = jnp.where(~finite & (first | (lost & ~far)), broken, status).astype(jnp.int32)
-        return _Carry(params, value_now, grads_now, residual_now, direction, slope_now, line, memory, best, idle,
-                      c.steps + 1, status)
+        return _Carry(
+            params,
+            value_now,
+            grads_now,
+            residual_now,
+            direction,
+            slope_now,
+            line,
+            memory,
+            best,
+            idle,
+            c.steps + 1,
+            status,
+        )
 
     still = _tree.zeros_like(params)
-    start = _Carry(params, zero, still, inf, still, zero, _fresh(zero)._replace(step=zero), memory, inf, jnp.int32(0),
-                   jnp.int32(0), jnp.int32(Status.OK))
+    start = _Carry(
+        params,
+        zero,
+        still,
+        inf,
+        still,
+        zero,
+        _fresh(zero)._replace(step=zero),
+        memory,
+        inf,
+        jnp.int32(0),
+        jnp.int32(0),
+        jnp.int32(Status.OK),
+    )
     c = jax.lax.while_loop(proceed, body, start)
     missed = (c.status == int(Status.OK)) & (c.residual > tol)
     return c._replace(status=jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32))
@@ -227,9 +272,14 @@ def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -
     good = accept & (sy > 0) & (yy > 0)
     row = memory.count % memory.rho.shape[0]
     put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, _row(rows, row)), row, 0)
-    return LbfgsState(jax.tree.map(put, memory.s, s), jax.tree.map(put, memory.y, y),
-                      put(memory.rho, 1 / jnp.where(good, sy, 1)),
-                      jnp.where(good, sy / jnp.where(good, yy, 1), memory.curvature), memory.count + good, memory.unit)
+    return LbfgsState(
+        jax.tree.map(put, memory.s, s),
+        jax.tree.map(put, memory.y, y),
+        put(memory.rho, 1 / jnp.where(good, sy, 1)),
+        jnp.where(good, sy / jnp.where(good, yy, 1), memory.curvature),
+        memory.count + good,
+        memory.unit,
+    )
 
 
 def _precondition(memory: LbfgsState, grads: PyTree) -> PyTree:
@@ -260,8 +310,9 @@ def _row(rows: Array, i: Array) -> Array:
 def _rescaled(memory: LbfgsState, unit: Array) -> LbfgsState:
     """The same pairs, with gradients measured in another unit."""
     ratio = memory.unit / unit
-    return memory._replace(y=_tree.scale(ratio, memory.y), rho=memory.rho / ratio, curvature=memory.curvature / ratio,
-                           unit=unit)
+    return memory._replace(
+        y=_tree.scale(ratio, memory.y), rho=memory.rho / ratio, curvature=memory.curvature / ratio, unit=unit
+    )
 
 
 def _forget(memory: LbfgsState, condition: Array) -> LbfgsState:

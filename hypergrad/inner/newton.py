@@ -64,12 +64,26 @@ def newton(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None) -> 
     """
     check_options("newton", tol=tol, max_steps=max_steps)
     options = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Inner(init=lambda params, hparams: (), solve=_solve, options=options, claims=True, symmetric=True,
-                 residual=gradient_residual)
+    return Inner(
+        init=lambda params, hparams: (),
+        solve=_solve,
+        options=options,
+        claims=True,
+        symmetric=True,
+        residual=gradient_residual,
+    )
 
 
-def _solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, model_state: PyTree, *,
-           scale: Array, options: Mapping[str, ArrayLike]) -> InnerResult:
+def _solve(
+    objective: Objective,
+    params: PyTree,
+    state: PyTree,
+    hparams: PyTree,
+    model_state: PyTree,
+    *,
+    scale: Array,
+    options: Mapping[str, ArrayLike],
+) -> InnerResult:
     loss = objective.fixed
     target = default_tol(options["tol"], params) * scale
     max_steps = jnp.asarray(options["max_steps"], jnp.int32)
@@ -85,12 +99,18 @@ def _solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree,
         forcing = jnp.minimum(0.1, jnp.sqrt(c.residual / first))
         direction = newton_direction(system, precondition, forcing)
         params, value, residual, moved = _backtrack(loss, c, direction, system.residual, hparams)
-        status = jnp.where(~jnp.isfinite(value), int(Status.NONFINITE_LOSS),
-                           jnp.where(moved, int(Status.OK), int(Status.INNER_STALLED))).astype(jnp.int32)
+        status = jnp.where(
+            ~jnp.isfinite(value),
+            int(Status.NONFINITE_LOSS),
+            jnp.where(moved, int(Status.OK), int(Status.INNER_STALLED)),
+        ).astype(jnp.int32)
         return _Carry(params, value, residual, c.steps + 1, status)
 
-    broken = jnp.where(~jnp.isfinite(value), int(Status.NONFINITE_LOSS),
-                       jnp.where(~jnp.isfinite(first), int(Status.NONFINITE_GRAD), int(Status.OK))).astype(jnp.int32)
+    broken = jnp.where(
+        ~jnp.isfinite(value),
+        int(Status.NONFINITE_LOSS),
+        jnp.where(~jnp.isfinite(first), int(Status.NONFINITE_GRAD), int(Status.OK)),
+    ).astype(jnp.int32)
     c = jax.lax.while_loop(proceed, step, _Carry(params, value, first, jnp.int32(0), broken))
     missed = (c.status == int(Status.OK)) & (c.residual > target)
     status = jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32)
@@ -99,19 +119,35 @@ def _solve(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree,
 
 def newton_direction(system: System, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:
     """`d ≈ H⁻¹ F`, to a relative residual of `forcing`; F itself, scaled, where CG finds no positive curvature at
-    all."""
-    result = solve_linear(cg(tol=1.0), system.matvec, system.residual, precondition=precondition,
-                          options={"tol": forcing, "max_steps": _CG_STEPS})
+    all.
+    """
+    result = solve_linear(
+        cg(tol=1.0),
+        system.matvec,
+        system.residual,
+        precondition=precondition,
+        options={"tol": forcing, "max_steps": _CG_STEPS},
+    )
     stuck = _tree.max_abs(result.solution) == 0
     return _tree.where(stuck, system.residual, result.solution)
 
 
-def polish(loss: Loss, params: PyTree, hparams: PyTree, system: System, precondition: Matvec | None, *,
-           target: Array, max_steps: int) -> tuple[PyTree, Array]:
+def polish(
+    loss: Loss,
+    params: PyTree,
+    hparams: PyTree,
+    system: System,
+    precondition: Matvec | None,
+    *,
+    target: Array,
+    max_steps: int,
+) -> tuple[PyTree, Array]:
     """At most `max_steps` full Newton-CG steps, kept where they reduce ‖F‖; one at least, more only while ‖F‖ > target.
 
     Args:
         loss: `(params, hparams) -> scalar`.
+        params: where to start.
+        hparams: the hyperparameters.
         system: the inner system at `params`.
         precondition: `v -> M⁻¹ v`, used for every step.
         target: norm of F to reach, in the units of F.
@@ -120,6 +156,7 @@ def polish(loss: Loss, params: PyTree, hparams: PyTree, system: System, precondi
     Returns:
         The parameters and the number of steps taken (int32).
     """
+
     def improve(carry: tuple[PyTree, Array, Array, Array]) -> tuple[PyTree, Array, Array, Array]:
         params, before, _, steps = carry
         forcing = jnp.clip(0.3 * target / before, 1e-8, 0.1)
@@ -134,12 +171,15 @@ def polish(loss: Loss, params: PyTree, hparams: PyTree, system: System, precondi
         return (steps < max_steps) & ((steps == 0) | (residual > target)) & (residual < before)
 
     first = _tree.norm(system.residual)
-    params, _, _, steps = jax.lax.while_loop(proceed, improve, (params, first, jnp.full_like(first, jnp.inf), jnp.int32(0)))
+    params, _, _, steps = jax.lax.while_loop(
+        proceed, improve, (params, first, jnp.full_like(first, jnp.inf), jnp.int32(0))
+    )
     return params, steps
 
 
-def _backtrack(loss: Loss, c: _Carry, direction: PyTree, grad: PyTree, hparams: PyTree
-               ) -> tuple[PyTree, Array, Array, Array]:
+def _backtrack(
+    loss: Loss, c: _Carry, direction: PyTree, grad: PyTree, hparams: PyTree
+) -> tuple[PyTree, Array, Array, Array]:
     slope = _tree.vdot(grad, direction)
     direction = _tree.where(slope > 0, direction, grad)  # not a descent direction: fall back to the gradient
     slope = jnp.abs(jnp.where(slope > 0, slope, c.residual**2))
@@ -160,6 +200,7 @@ def _backtrack(loss: Loss, c: _Carry, direction: PyTree, grad: PyTree, hparams: 
 
     size = jnp.ones((), _tree.dtype(c.params))
     _, _, (trial, value, residual, accepted) = jax.lax.while_loop(
-        lambda carry: ~carry[2][3] & (carry[1] < _HALVINGS), halve, (size, jnp.int32(0), attempt(size)))
+        lambda carry: ~carry[2][3] & (carry[1] < _HALVINGS), halve, (size, jnp.int32(0), attempt(size))
+    )
     value = jnp.where(accepted, value.astype(c.value.dtype), c.value)
     return _tree.where(accepted, trial, c.params), value, jnp.where(accepted, residual, c.residual), accepted

@@ -47,16 +47,22 @@ class SolveFn(Protocol):
     scalar arrays, a `tol` of None resolved.
     """
 
-    def __call__(self, matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-                 options: Mapping[str, Array], key: Array) -> LinearResult:
-        ...
+    def __call__(
+        self,
+        matvec: Matvec,
+        rhs: PyTree,
+        *,
+        start: PyTree,
+        precondition: Matvec | None,
+        options: Mapping[str, Array],
+        key: Array,
+    ) -> LinearResult: ...
 
 
 class Preconditioner(Protocol):
     """`build(matvec, params, hparams, key) -> (v -> M⁻¹ v)`, with M⁻¹ symmetric positive definite."""
 
-    def __call__(self, matvec: Matvec, params: PyTree, hparams: PyTree, key: Array) -> Matvec:
-        ...
+    def __call__(self, matvec: Matvec, params: PyTree, hparams: PyTree, key: Array) -> Matvec: ...
 
 
 class Linear(NamedTuple):
@@ -77,9 +83,16 @@ class Linear(NamedTuple):
     preconditioner: Preconditioner | None = None
 
 
-def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None = None,
-          precondition: Matvec | None = None, options: Mapping[str, ArrayLike] | None = None,
-          key: Array | None = None) -> LinearResult:
+def solve(
+    linear: Linear,
+    matvec: Matvec,
+    rhs: PyTree,
+    *,
+    start: PyTree | None = None,
+    precondition: Matvec | None = None,
+    options: Mapping[str, ArrayLike] | None = None,
+    key: Array | None = None,
+) -> LinearResult:
     """Solve `A v = rhs`, whatever the scale of `rhs`; a zero right-hand side gives zero, one that is not finite a
     status.
 
@@ -102,8 +115,14 @@ def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None =
     else:
         start = _tree.where(zero, _tree.zeros_like(rhs), _unit(start, _tree.norm(start)))
     key = jax.random.key(0) if key is None else key
-    result = linear.solve(matvec, _unit(rhs, size), start=start, precondition=precondition, key=key,
-                          options=as_options(dict(linear.options) | dict(options or {}), rhs))
+    result = linear.solve(
+        matvec,
+        _unit(rhs, size),
+        start=start,
+        precondition=precondition,
+        key=key,
+        options=as_options(dict(linear.options) | dict(options or {}), rhs),
+    )
     solution = _tree.where(zero, _tree.zeros_like(rhs), _tree.scale(jnp.where(zero, 1, size), result.solution))
     fine = _tree.all_finite(solution) | (result.status > int(Status.INSENSITIVE))
     status = jnp.where(fine, result.status, int(Status.NONFINITE_GRAD))
@@ -112,7 +131,8 @@ def solve(linear: Linear, matvec: Matvec, rhs: PyTree, *, start: PyTree | None =
         residual=jnp.where(zero, 0, result.residual),
         steps=result.steps,
         status=jnp.where(zero, int(Status.OK), status).astype(jnp.int32),
-        inverse=result.inverse)
+        inverse=result.inverse,
+    )
 
 
 def fit(matvec: Matvec, rhs: PyTree, start: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -139,6 +159,7 @@ def against(stack: PyTree, v: PyTree) -> Array:
 
 def weigh(stack: PyTree, weights: Array) -> PyTree:
     """Sum of the vectors of a stack, weighted, in the dtypes of the stack."""
+
     def one(leaf: Array) -> Array:
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
         factors = weights.reshape((-1,) + (1,) * (leaf.ndim - 1)).astype(wide)

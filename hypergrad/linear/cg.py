@@ -47,8 +47,12 @@ class _Carry(NamedTuple):
 
 
 @suggest_names
-def cg(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *,
-       preconditioner: Preconditioner | Any | None = "default") -> Linear:
+def cg(
+    tol: ArrayLike | None = None,
+    max_steps: ArrayLike | None = None,
+    *,
+    preconditioner: Preconditioner | Any | None = "default",
+) -> Linear:
     """Conjugate gradients, for symmetric positive definite systems: the default.
 
     Args:
@@ -72,8 +76,9 @@ def cg(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *,
     return Linear(_solve, options, claims, symmetric=True, preconditioner=preconditioner)
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-           options: Mapping[str, Array], key: Array) -> LinearResult:
+def _solve(
+    matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array], key: Array
+) -> LinearResult:
     del key
     apply = precondition or (lambda v: v)
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
@@ -109,19 +114,33 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
         rayleigh = pap / c.pmp
         high = jnp.maximum(c.high, jnp.abs(rayleigh))
         ok = (rayleigh > _FLAT * eps * high) & (c.rz > 0)
-        status = jnp.where(ok, int(Status.OK),
-                           jnp.where(~jnp.isfinite(pap), int(Status.NONFINITE_GRAD),
-                                     jnp.where(c.rz > 0, int(Status.NEG_CURVATURE), int(Status.LINEAR_BREAKDOWN))))
+        status = jnp.where(
+            ok,
+            int(Status.OK),
+            jnp.where(
+                ~jnp.isfinite(pap),
+                int(Status.NONFINITE_GRAD),
+                jnp.where(c.rz > 0, int(Status.NEG_CURVATURE), int(Status.LINEAR_BREAKDOWN)),
+            ),
+        )
         alpha = c.rz / jnp.where(ok, pap, 1)
         x, r = _tree.axpy(alpha, c.p, c.x), _tree.axpy(-alpha, ap, c.r)
         z = apply(r)
         rz, residual = squares(r, z)
         beta = rz / jnp.where(ok, c.rz, 1)
         p = _tree.axpy(beta, c.p, z)
-        return _Carry(_tree.where(ok, x, c.x), _tree.where(ok, r, ap), _tree.where(ok, p, c.p), jnp.where(ok, rz, c.rz),
-                      jnp.where(ok, rz + beta**2 * c.pmp, c.pmp), jnp.where(ok, jnp.minimum(c.low, rayleigh), c.low),
-                      jnp.where(jnp.isfinite(high), high, c.high), jnp.where(ok, residual, c.residual), c.steps + 1,
-                      status.astype(jnp.int32))
+        return _Carry(
+            _tree.where(ok, x, c.x),
+            _tree.where(ok, r, ap),
+            _tree.where(ok, p, c.p),
+            jnp.where(ok, rz, c.rz),
+            jnp.where(ok, rz + beta**2 * c.pmp, c.pmp),
+            jnp.where(ok, jnp.minimum(c.low, rayleigh), c.low),
+            jnp.where(jnp.isfinite(high), high, c.high),
+            jnp.where(ok, residual, c.residual),
+            c.steps + 1,
+            status.astype(jnp.int32),
+        )
 
     c = jax.lax.while_loop(proceed, step, first)
     stepped = jnp.isfinite(c.low)

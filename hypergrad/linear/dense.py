@@ -48,8 +48,9 @@ def dense(tol: ArrayLike | None = None) -> Linear:
     return Linear(_solve, {"tol": tol}, claims=True, symmetric=False)
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-           options: Mapping[str, Array], key: Array) -> LinearResult:
+def _solve(
+    matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array], key: Array
+) -> LinearResult:
     del start, precondition
     ravel, unravel, n = _flattener(rhs)
     eps, dtype = _tree.eps(rhs), _tree.dtype(rhs)
@@ -77,8 +78,13 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
     missed = jnp.where(singular & (residual > rounding), int(Status.SINGULAR), int(Status.PRECISION_LIMITED))
     status = jnp.where(residual <= tol, int(Status.OK), missed)
     status = jnp.where(finite, status, int(Status.NONFINITE_GRAD)).astype(jnp.int32)
-    return LinearResult(unravel(x / scale), jnp.where(finite, residual, jnp.nan), jnp.int32(n), status,
-                        lambda r: unravel(apply(ravel(r)) / scale))
+    return LinearResult(
+        unravel(x / scale),
+        jnp.where(finite, residual, jnp.nan),
+        jnp.int32(n),
+        status,
+        lambda r: unravel(apply(ravel(r)) / scale),
+    )
 
 
 def _factorise(matrix: Array, key: Array, eps: float) -> tuple[Callable[[Array], Array], Array]:
@@ -129,7 +135,11 @@ def _flattener(like: PyTree) -> tuple[Callable[[PyTree], Array], Callable[[Array
         return jnp.concatenate([leaf.astype(dtype).ravel() for leaf in jax.tree.leaves(tree)])
 
     def unravel(v: Array) -> PyTree:
-        return treedef.unflatten([v[i:j].reshape(leaf.shape).astype(leaf.dtype)
-                                  for i, j, leaf in zip(ends[:-1], ends[1:], leaves, strict=True)])
+        return treedef.unflatten(
+            [
+                v[i:j].reshape(leaf.shape).astype(leaf.dtype)
+                for i, j, leaf in zip(ends[:-1], ends[1:], leaves, strict=True)
+            ]
+        )
 
     return ravel, unravel, ends[-1]

@@ -61,8 +61,13 @@ class _Carry(NamedTuple):
 
 
 @suggest_names
-def gmres(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, restart: int = 20,
-          preconditioner: Preconditioner | None = None) -> Linear:
+def gmres(
+    tol: ArrayLike | None = None,
+    max_steps: ArrayLike | None = None,
+    *,
+    restart: int = 20,
+    preconditioner: Preconditioner | None = None,
+) -> Linear:
     """Generalised minimal residuals, for systems that are not symmetric: fixed points, and Hessians of saddles.
 
     Args:
@@ -81,16 +86,27 @@ def gmres(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, r
     """
     check_options("gmres", tol=tol, max_steps=max_steps, restart=restart)
     if isinstance(restart, Tracer):
-        raise InputTypeError("gmres: restart must be a Python integer, since it sets the memory, found a traced value: "
-                             "make the solver outside jit.")
+        raise InputTypeError(
+            "gmres: restart must be a Python integer, since it sets the memory, found a traced value: "
+            "make the solver outside jit."
+        )
     claims = tol is not None or max_steps is None
     options = {"tol": tol if claims else 0.0, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Linear(partial(_solve, restart=int(restart)), options, claims, symmetric=False,
-                  preconditioner=preconditioner)
+    return Linear(
+        partial(_solve, restart=int(restart)), options, claims, symmetric=False, preconditioner=preconditioner
+    )
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array],
-           key: Array, restart: int) -> LinearResult:
+def _solve(
+    matvec: Matvec,
+    rhs: PyTree,
+    *,
+    start: PyTree,
+    precondition: Matvec | None,
+    options: Mapping[str, Array],
+    key: Array,
+    restart: int,
+) -> LinearResult:
     del key
     apply = precondition or (lambda v: v)
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
@@ -113,14 +129,30 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
         x, residual, used = jax.lax.cond(_tree.max_abs(c.x) > 0, warm, cold, c.x)
         before = _tree.norm(residual).astype(dtype)
         stuck = before > (1 - _PROGRESS) * c.before
-        k = _arnoldi(lambda v: matvec(apply(v)), residual, before, tol,
-                     jnp.where(stuck, 0, jnp.minimum(size, max_steps - c.products - used)), c.high, size, eps)
+        k = _arnoldi(
+            lambda v: matvec(apply(v)),
+            residual,
+            before,
+            tol,
+            jnp.where(stuck, 0, jnp.minimum(size, max_steps - c.products - used)),
+            c.high,
+            size,
+            eps,
+        )
         y, low = _least_squares(k, before)
         trial = _tree.add(x, apply(weigh(k.basis, y)))
         good = _tree.all_finite(trial)
-        return _Carry(_tree.where(good, trial, x), jnp.where(good, k.residual, jnp.nan), before,
-                      jnp.minimum(c.low, low), jnp.where(stuck, c.last, low), k.high, c.products + used + k.count,
-                      stuck, k.singular)
+        return _Carry(
+            _tree.where(good, trial, x),
+            jnp.where(good, k.residual, jnp.nan),
+            before,
+            jnp.minimum(c.low, low),
+            jnp.where(stuck, c.last, low),
+            k.high,
+            c.products + used + k.count,
+            stuck,
+            k.singular,
+        )
 
     inf = jnp.asarray(jnp.inf, dtype)
     x = _tree.where(max_steps > 0, start, _tree.zeros_like(rhs))
@@ -134,15 +166,17 @@ def _verdict(c: _Carry, asked: Array, eps: float) -> Array:
     """What stopped the loop: the tolerance, rounding, a null space, or the number of products."""
     rounding = (c.residual <= _ROUNDING * eps) | ((c.stuck | c.singular) & (c.residual <= eps**0.5))
     flat = c.singular | (c.stuck & (c.last <= eps**0.5 * c.high))  # what is left of b is next to a null vector
-    missed = jnp.where(rounding, int(Status.PRECISION_LIMITED),
-                       jnp.where(flat, int(Status.SINGULAR), int(Status.LINEAR_MAX_STEPS)))
+    missed = jnp.where(
+        rounding, int(Status.PRECISION_LIMITED), jnp.where(flat, int(Status.SINGULAR), int(Status.LINEAR_MAX_STEPS))
+    )
     unclaimed = (asked == 0) & ~flat
     status = jnp.where((c.residual <= asked) | unclaimed, int(Status.OK), missed)
     return jnp.where(jnp.isnan(c.residual), int(Status.NONFINITE_GRAD), status).astype(jnp.int32)
 
 
-def _arnoldi(operator: Matvec, residual: PyTree, norm: Array, tol: Array, budget: Array, high: Array, size: int,
-             eps: float) -> _Cycle:
+def _arnoldi(
+    operator: Matvec, residual: PyTree, norm: Array, tol: Array, budget: Array, high: Array, size: int, eps: float
+) -> _Cycle:
     """At most `budget` products, each of which adds a vector to an orthonormal basis of the Krylov space."""
     dtype = norm.dtype
 
@@ -179,8 +213,16 @@ def _arnoldi(operator: Matvec, residual: PyTree, norm: Array, tol: Array, budget
         residual = jnp.where(singular & jnp.isfinite(pivot), k.residual, norm * jnp.abs(q[j + 1, 0]))
         return _Cycle(basis, q, r, high, residual, j + 1, closed | singular, singular)
 
-    first = _Cycle(jax.tree.map(empty, residual), jnp.eye(size + 1, dtype=dtype), jnp.zeros((size + 1, size), dtype),
-                   high, norm, jnp.int32(0), jnp.asarray(False), jnp.asarray(False))
+    first = _Cycle(
+        jax.tree.map(empty, residual),
+        jnp.eye(size + 1, dtype=dtype),
+        jnp.zeros((size + 1, size), dtype),
+        high,
+        norm,
+        jnp.int32(0),
+        jnp.asarray(False),
+        jnp.asarray(False),
+    )
     return jax.lax.while_loop(proceed, step, first)
 
 

@@ -44,8 +44,9 @@ def identity(step_size: ArrayLike = 1.0) -> Linear:
     return Linear(_solve, {"step_size": step_size}, claims=False, symmetric=False)
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None,
-           options: Mapping[str, Array], key: Array) -> LinearResult:
+def _solve(
+    matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array], key: Array
+) -> LinearResult:
     del matvec, start, precondition, key
     never = jnp.asarray(jnp.nan, _tree.dtype(rhs))
     solution = _tree.scale(options["step_size"], rhs)

@@ -45,8 +45,9 @@ class _Carry(NamedTuple):
 
 
 @suggest_names
-def neumann(max_steps: ArrayLike, *, tol: ArrayLike | None = None, step_size: ArrayLike | None = None,
-            power_steps: int = 10) -> Linear:
+def neumann(
+    max_steps: ArrayLike, *, tol: ArrayLike | None = None, step_size: ArrayLike | None = None, power_steps: int = 10
+) -> Linear:
     """Sum the terms 0 to `max_steps` of the Neumann series.
 
     Args:
@@ -68,8 +69,9 @@ def neumann(max_steps: ArrayLike, *, tol: ArrayLike | None = None, step_size: Ar
     >>> linear = hg.linear.neumann(max_steps=20)
     """
     empty = isinstance(max_steps, int) and not isinstance(max_steps, bool) and max_steps == 0
-    check_options("neumann", max_steps=None if empty else max_steps, tol=tol, step_size=step_size,
-                  power_steps=power_steps)
+    check_options(
+        "neumann", max_steps=None if empty else max_steps, tol=tol, step_size=step_size, power_steps=power_steps
+    )
     options = {"max_steps": max_steps}
     if tol is not None:
         options["tol"] = tol
@@ -78,8 +80,16 @@ def neumann(max_steps: ArrayLike, *, tol: ArrayLike | None = None, step_size: Ar
     return Linear(partial(_solve, power_steps=int(power_steps)), options, claims=tol is not None, symmetric=False)
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array],
-           key: Array, power_steps: int) -> LinearResult:
+def _solve(
+    matvec: Matvec,
+    rhs: PyTree,
+    *,
+    start: PyTree,
+    precondition: Matvec | None,
+    options: Mapping[str, Array],
+    key: Array,
+    power_steps: int,
+) -> LinearResult:
     del precondition
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
     asked = options["tol"] if "tol" in options else jnp.zeros((), dtype)
@@ -117,8 +127,10 @@ def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec |
         larger = (after > c.norm + noise) | (after > norm)
         grows = (larger & (after > c.halfway[0])) | ((move > c.move + noise) & (move > c.halfway[1]))
         taken, total = c.products + 1 - used, max_steps - used
-        halfway = (jnp.where(taken == total // 2, after, c.halfway[0]),
-                   jnp.where(taken == (total + 1) // 2, move, c.halfway[1]))
+        halfway = (
+            jnp.where(taken == total // 2, after, c.halfway[0]),
+            jnp.where(taken == (total + 1) // 2, move, c.halfway[1]),
+        )
         return _Carry(_tree.add(c.total, term), term, after, move, after / c.norm, halfway, grows, c.products + 1)
 
     c = jax.lax.while_loop(proceed, step, first)

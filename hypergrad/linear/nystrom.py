@@ -56,13 +56,24 @@ def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linea
     check_options("nystrom", rank=rank, damping=damping)
     check_choice("nystrom", "sketch", sketch, ("gaussian", "columns"))
     if not isinstance(damping, Tracer) and damping == 0:
-        raise InputError("nystrom: damping must be greater than 0, found 0: what the sketch does not see would be "
-                         "divided by it; write damping=1e-3.")
+        raise InputError(
+            "nystrom: damping must be greater than 0, found 0: what the sketch does not see would be "
+            "divided by it; write damping=1e-3."
+        )
     return Linear(partial(_solve, rank=int(rank), sketch=sketch), {"damping": damping}, claims=False, symmetric=True)
 
 
-def _solve(matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array],
-           key: Array, rank: int, sketch: str) -> LinearResult:
+def _solve(
+    matvec: Matvec,
+    rhs: PyTree,
+    *,
+    start: PyTree,
+    precondition: Matvec | None,
+    options: Mapping[str, Array],
+    key: Array,
+    rank: int,
+    sketch: str,
+) -> LinearResult:
     del start, precondition
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
     n = _tree.size(rhs)
@@ -111,8 +122,12 @@ def _gaussian(key: Array, like: PyTree, rank: int) -> PyTree:
     """An orthonormal basis of a random space with the structure of `like`, stacked on a leading axis of `rank`."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
-    draws = treedef.unflatten([jax.random.normal(k, (rank, *leaf.shape), jnp.promote_types(leaf.dtype, jnp.float32))
-                               for k, leaf in zip(keys, leaves, strict=False)])
+    draws = treedef.unflatten(
+        [
+            jax.random.normal(k, (rank, *leaf.shape), jnp.promote_types(leaf.dtype, jnp.float32))
+            for k, leaf in zip(keys, leaves, strict=False)
+        ]
+    )
     for _ in range(2):  # twice, since the first pass loses digits where the vectors are nearly dependent
         values, vectors = jnp.linalg.eigh(_gram(draws, draws))
         draws = _mix((vectors / jnp.sqrt(jnp.maximum(values, 1e-6 * values[-1]))[None, :]) @ vectors.T, draws)

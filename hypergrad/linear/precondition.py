@@ -89,12 +89,14 @@ def positive_diagonal(matvec: Matvec, like: PyTree, key: Array, probes: int) -> 
     return jax.lax.fori_loop(0, rounds, refine, jax.tree.map(jnp.ones_like, like))
 
 
-def hutchinson_diagonal(matvec: Matvec, like: PyTree, key: Array, probes: int, first: ArrayLike = 0
-                        ) -> tuple[PyTree, PyTree]:
+def hutchinson_diagonal(
+    matvec: Matvec, like: PyTree, key: Array, probes: int, first: ArrayLike = 0
+) -> tuple[PyTree, PyTree]:
     """Unbiased estimate of the diagonal of A and its standard error, pytrees like `like`.
 
     `first` numbers the first probe, so that two calls with one key can draw different ones.
     """
+
     def one(index: Array) -> PyTree:
         z = _tree.rademacher_like(key, like, index)
         return jax.tree.map(jnp.multiply, z, matvec(z))

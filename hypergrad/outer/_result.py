@@ -131,8 +131,16 @@ class History(NamedTuple):
 
 
 # The fields of History that a step of tune computes, in the order of the vector it sends to the host.
-SCALARS = ("value", "grad_norm", "status", "inner_residual", "linear_residual", "error_estimate", "inner_steps",
-           "linear_steps")
+SCALARS = (
+    "value",
+    "grad_norm",
+    "status",
+    "inner_residual",
+    "linear_residual",
+    "error_estimate",
+    "inner_steps",
+    "linear_steps",
+)
 
 
 class Result(NamedTuple):
@@ -167,8 +175,11 @@ class Result(NamedTuple):
             lines.append(f"  last   outer loss {history.value[-1]:.6g} at step {steps - 1}")
             codes, counts = np.unique(history.status, return_counts=True)
             skipped = int(np.sum(~history.usable))
-            lines.append("  status " + ", ".join(f"{status_name(c)} {n}" for c, n in zip(codes, counts, strict=True))
-                         + (f"; {skipped} update{'s' * (skipped != 1)} skipped" if skipped else ""))
+            lines.append(
+                "  status "
+                + ", ".join(f"{status_name(c)} {n}" for c, n in zip(codes, counts, strict=True))
+                + (f"; {skipped} update{'s' * (skipped != 1)} skipped" if skipped else "")
+            )
         lines.append(f"  final  {_brief(self.hparams)}")
         return "\n".join(lines)
 
@@ -203,6 +214,7 @@ def make_history(rows: list[Row], example: PyTree, metrics: tuple[str, ...], ext
         metrics: names among the scalars.
         extra: names among the scalars.
     """
+
     def column(name: str, dtype: Any = np.float64) -> np.ndarray:
         return np.asarray([row.scalars[name] for row in rows], dtype)
 
@@ -214,17 +226,26 @@ def make_history(rows: list[Row], example: PyTree, metrics: tuple[str, ...], ext
     table = np.stack([row.hparams for row in rows])
     if total <= TRAJECTORY:
         ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-        path = [part.reshape(len(rows), *leaf.shape).astype(dtype)
-                for part, leaf, dtype in zip(np.split(table, ends, axis=1), leaves, dtypes, strict=True)]
+        path = [
+            part.reshape(len(rows), *leaf.shape).astype(dtype)
+            for part, leaf, dtype in zip(np.split(table, ends, axis=1), leaves, dtypes, strict=True)
+        ]
         trajectory = treedef.unflatten(path)
         spread = [_spread(part) for part in path]
     else:
         trajectory = None
-        spread = [[column.astype(dtype) for column in part.T] for part, dtype in
-                  zip(table.reshape(len(rows), len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)]
+        spread = [
+            [column.astype(dtype) for column in part.T]
+            for part, dtype in zip(table.reshape(len(rows), len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)
+        ]
     summary = {name: treedef.unflatten([part[i] for part in spread]) for i, name in enumerate(("min", "mean", "max"))}
-    return History(**fields, hparams=trajectory, summary=summary, metrics={name: column(name) for name in metrics},
-                   extra={name: column(name) for name in extra})
+    return History(
+        **fields,
+        hparams=trajectory,
+        summary=summary,
+        metrics={name: column(name) for name in metrics},
+        extra={name: column(name) for name in extra},
+    )
 
 
 def _spread(part: np.ndarray) -> list[np.ndarray]:

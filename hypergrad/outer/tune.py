@@ -71,10 +71,23 @@ class _Record:
 
 
 @suggest_names
-def tune(solver: Solver, params: PyTree, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-         outer: optax.GradientTransformation | Any, steps: int, key: Array | None = None, domain: PyTree = None,
-         model_state: PyTree = None, callbacks: Callback | Iterable[Callback] = (), max_failures: int = 5,
-         patience: int | None = None, progress: bool = True) -> Result:
+def tune(
+    solver: Solver,
+    params: PyTree,
+    hparams: PyTree,
+    train: PyTree = None,
+    valid: PyTree = None,
+    *,
+    outer: optax.GradientTransformation | Any,
+    steps: int,
+    key: Array | None = None,
+    domain: PyTree = None,
+    model_state: PyTree = None,
+    callbacks: Callback | Iterable[Callback] = (),
+    max_failures: int = 5,
+    patience: int | None = None,
+    progress: bool = True,
+) -> Result:
     """Tune hyperparameters by gradient descent on the outer loss.
 
     A step whose status is not usable (see `hg.Status`), or whose hypergradient or update is not finite, changes neither
@@ -190,12 +203,15 @@ def _make_step(solver: Solver, outer: Any, domain: PyTree) -> Callable[..., tupl
         try:
             updates, outer_state = update(grad, loop.outer, loop.free, value=out.value, grad=grad)
         except TypeError as error:
-            raise InputTypeError(f"tune: outer cannot take a step from a gradient and a value alone ({error}): use "
-                                 "optax.adam or optax.sgd, and optax.lbfgs with linesearch=None.") from error
+            raise InputTypeError(
+                f"tune: outer cannot take a step from a gradient and a value alone ({error}): use "
+                "optax.adam or optax.sgd, and optax.lbfgs with linesearch=None."
+            ) from error
         free = settle(domain, optax.apply_updates(loop.free, updates), loop.free)
         # An optimizer's state that overflows (a second moment of 1e60) would silently stop all later steps.
-        sound = (_tree.all_finite((out.grad, grad, free))
-                 & (_tree.all_finite(outer_state) | ~_tree.all_finite(loop.outer)))
+        sound = _tree.all_finite((out.grad, grad, free)) & (
+            _tree.all_finite(outer_state) | ~_tree.all_finite(loop.outer)
+        )
         status = jnp.asarray(out.info.status, jnp.int32)
         bad = jnp.where(jnp.isfinite(out.value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
         status = jnp.where((status <= int(Status.INSENSITIVE)) & ~(sound & jnp.isfinite(out.value)), bad, status)
@@ -217,11 +233,14 @@ def _make_report(out: Hypergradient, status: Array, hparams: PyTree) -> _Report:
     if _tree.size(hparams) <= TRAJECTORY:
         parts = [leaf.ravel() for leaf in leaves]
     else:
-        parts = [jnp.stack([leaf.min(), leaf.mean(), leaf.max()]) if leaf.size else jnp.full(3, jnp.nan, leaf.dtype)
-                 for leaf in leaves]
+        parts = [
+            jnp.stack([leaf.min(), leaf.mean(), leaf.max()]) if leaf.size else jnp.full(3, jnp.nan, leaf.dtype)
+            for leaf in leaves
+        ]
     dtype = _tree.dtype([jnp.asarray(value) for value in (*values, *leaves)])
-    vector = jnp.concatenate([jnp.stack([jnp.asarray(value).astype(dtype) for value in values]),
-                              *(part.astype(dtype) for part in parts)])
+    vector = jnp.concatenate(
+        [jnp.stack([jnp.asarray(value).astype(dtype) for value in values]), *(part.astype(dtype) for part in parts)]
+    )
     return _Report(vector, tuple(out.metrics), tuple(info.extra))
 
 
@@ -236,7 +255,7 @@ def _note(record: _Record, report: _Report, started: float) -> dict[str, Any]:
     record.names = report.metrics, report.extra
     record.skipped += not usable
     record.in_a_row = 0 if usable else record.in_a_row + 1
-    record.rows.append(Row(metrics, vector[len(names):]))  # in one piece, since Ctrl-C may come at any instant
+    record.rows.append(Row(metrics, vector[len(names) :]))  # in one piece, since Ctrl-C may come at any instant
     return metrics
 
 
@@ -247,8 +266,9 @@ def _usable(metrics: dict[str, Any]) -> bool:
 def _source(name: str, data: PyTree, key: Array | None) -> Callable[[], PyTree]:
     """A function that gives the data of the next outer step, on the device."""
     if isinstance(data, Minibatches) and key is None:
-        raise InputError(f"tune: {name} is hg.minibatches, which draws rows at random, but key is None: "
-                         "pass key=jax.random.key(0).")
+        raise InputError(
+            f"tune: {name} is hg.minibatches, which draws rows at random, but key is None: pass key=jax.random.key(0)."
+        )
     if isinstance(data, Stream):
         return functools.partial(_pull, name, data, [])
     data = prepare(name, data)
@@ -263,8 +283,10 @@ def _pull(name: str, data: Stream, first: list[Any]) -> PyTree:
     if not first:
         first.append(found)
     if found != first[0]:
-        raise InputError(f"tune: the batches of {name} changed from {first[0]} to {found} (first axis: their number): "
-                         "every shape needs a compilation of its own: drop or pad the odd batch.")
+        raise InputError(
+            f"tune: the batches of {name} changed from {first[0]} to {found} (first axis: their number): "
+            "every shape needs a compilation of its own: drop or pad the odd batch."
+        )
     return batches
 
 
@@ -275,8 +297,9 @@ def _strong(tree: PyTree) -> PyTree:
 
 def _check_output(out: Any, hparams: PyTree) -> None:
     if not isinstance(out, Hypergradient):
-        raise InputTypeError("tune: solver.hypergrad must return (hg.Hypergradient, state), "
-                             f"found {type(out).__name__} first.")
+        raise InputTypeError(
+            f"tune: solver.hypergrad must return (hg.Hypergradient, state), found {type(out).__name__} first."
+        )
     if jnp.shape(out.value) != ():
         raise InputError(f"tune: the outer loss must be a scalar, found shape {jnp.shape(out.value)}: take its mean.")
     check_same_structure("the hypergradient", out.grad, hparams, "it must be a pytree like hparams.")
@@ -292,23 +315,29 @@ def _check_output(out: Any, hparams: PyTree) -> None:
 
 def _check_stable(new: _Loop, old: _Loop) -> None:
     remedy = "a step must return the state with which it can be called again."
-    for part, found, expected in (("state of the solver", new.solver, old.solver),
-                                  ("state of outer", new.outer, old.outer)):
+    for part, found, expected in (
+        ("state of the solver", new.solver, old.solver),
+        ("state of outer", new.outer, old.outer),
+    ):
         check_same_structure(part, found, expected, remedy)
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
             if x.dtype != y.dtype:
                 raise InputTypeError(f"tune: {part}{keystr(path)} changed from {y.dtype} to {x.dtype}: {remedy}")
 
 
-def _check_arguments(solver: Any, params: PyTree, outer: Any, steps: Any, max_failures: Any, patience: Any,
-                     callbacks: Any, key: Any) -> tuple[Callback, ...]:
+def _check_arguments(
+    solver: Any, params: PyTree, outer: Any, steps: Any, max_failures: Any, patience: Any, callbacks: Any, key: Any
+) -> tuple[Callback, ...]:
     if not all(callable(getattr(solver, name, None)) for name in ("init", "hypergrad", "response")):
-        raise InputTypeError(f"tune: solver must be an hg.Solver, found {type(solver).__name__}: "
-                             "write hg.implicit(problem), or another method.")
+        raise InputTypeError(
+            f"tune: solver must be an hg.Solver, found {type(solver).__name__}: "
+            "write hg.implicit(problem), or another method."
+        )
     if not (callable(getattr(outer, "init", None)) and callable(getattr(outer, "update", None))):
         found = getattr(outer, "__name__", type(outer).__name__)
-        raise InputTypeError(f"tune: outer must be an optax GradientTransformation, found {found}: "
-                             "write optax.adam(3e-2), for example.")
+        raise InputTypeError(
+            f"tune: outer must be an optax GradientTransformation, found {found}: write optax.adam(3e-2), for example."
+        )
     check_options("tune", steps=steps, max_failures=max_failures, patience=patience)
     if steps is None or steps < 1:
         raise InputError(f"tune: steps must be at least 1, found {steps!r}: write how many outer steps to take.")
@@ -316,13 +345,16 @@ def _check_arguments(solver: Any, params: PyTree, outer: Any, steps: Any, max_fa
     if key is not None and not old_key and not (_tree.is_key(key) and key.shape == ()):
         raise InputTypeError(f"tune: key must be one PRNG key, found {key!r}: write jax.random.key(0).")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
-        raise InputTypeError("tune: params is traced, but tune is a loop on the host: "
-                             "call it outside jit, grad and vmap.")
+        raise InputTypeError(
+            "tune: params is traced, but tune is a loop on the host: call it outside jit, grad and vmap."
+        )
     functions = (callbacks,) if callable(callbacks) else callbacks
     if isinstance(functions, Iterable) and all(map(callable, functions := tuple(functions))):
         return functions
-    raise InputTypeError(f"tune: callbacks must be functions fn(step, metrics), found {callbacks!r}: write a function, "
-                         "or a list of them.")
+    raise InputTypeError(
+        f"tune: callbacks must be functions fn(step, metrics), found {callbacks!r}: write a function, "
+        "or a list of them."
+    )
 
 
 def _attach(error: Exception, finish: Callable[[], Result]) -> None:
@@ -338,6 +370,9 @@ def _warn(message: str) -> None:
 def _warn_failed(record: _Record) -> None:
     last = record.rows[-1].scalars["status"]
     advice = f"{status_name(last)}: {Status(last).advice}" if last in set(Status) else status_name(last)
-    best = (f"result.best holds the best step before, {record.best.step} with outer loss {record.best.value:.6g}."
-            if record.best.step >= 0 else "No step before it was usable: result.best is the start.")
+    best = (
+        f"result.best holds the best step before, {record.best.step} with outer loss {record.best.value:.6g}."
+        if record.best.step >= 0
+        else "No step before it was usable: result.best is the start."
+    )
     _warn(f"tune: stopped after {record.in_a_row} unusable hypergradients in a row. {best} The last was {advice}")

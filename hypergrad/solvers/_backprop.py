@@ -91,6 +91,7 @@ def _factors(steps: int, depth: int) -> Plan:
 
 def train(step: Step, point: Point, begin: Any, length: Any, record: Record) -> tuple[Point, Record]:
     """`length` steps from step `begin` on, storing nothing."""
+
     def body(i: Any, carry: tuple[Point, Record]) -> tuple[Point, Record]:
         taken = step.take(carry[0], begin + i)
         return taken.point, step.watch(carry[1], taken, begin + i)
@@ -98,8 +99,9 @@ def train(step: Step, point: Point, begin: Any, length: Any, record: Record) -> 
     return _loop(length, body, (point, record))
 
 
-def train_and_store(step: Step, layout: Plan, point: Point, begin: int, length: int,
-                    record: Record) -> tuple[Point, Stored, Record]:
+def train_and_store(
+    step: Step, layout: Plan, point: Point, begin: int, length: int, record: Record
+) -> tuple[Point, Stored, Record]:
     """As `train`, keeping where the children of the top block start."""
     size = math.prod(layout[1:])
 

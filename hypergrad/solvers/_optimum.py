@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -61,9 +60,20 @@ def linearize(inner: Inner, objective: Objective, params: PyTree, hparams: PyTre
     return map_system(lambda w, h: inner.residual(objective, w, h), params, hparams)
 
 
-def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state: PyTree, model_state: PyTree,
-                 hparams: PyTree, *, scale: Array, options: Mapping[str, ArrayLike], polish_steps: int,
-                 preconditioner: Preconditioner | None, key: Array) -> Optimum:
+def find_optimum(
+    inner: Inner,
+    objective: Objective,
+    params: PyTree,
+    inner_state: PyTree,
+    model_state: PyTree,
+    hparams: PyTree,
+    *,
+    scale: Array,
+    options: Mapping[str, ArrayLike],
+    polish_steps: int,
+    preconditioner: Preconditioner | None,
+    key: Array,
+) -> Optimum:
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
     With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares
@@ -75,29 +85,48 @@ def find_optimum(inner: Inner, objective: Objective, params: PyTree, inner_state
     tol = default_tol(options.get("tol"), params)
     handover = jnp.maximum(tol, jnp.sqrt(tol)) if polish_steps else tol
     solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
-    result = inner.solve(objective, params, inner_state, hparams, model_state,
-                         scale=jnp.where(scale > 0, scale, 1), options=solve_options)
+    result = inner.solve(
+        objective,
+        params,
+        inner_state,
+        hparams,
+        model_state,
+        scale=jnp.where(scale > 0, scale, 1),
+        options=solve_options,
+    )
     safe = _tree.all_finite(result.params)
     solution = _tree.where(safe, result.params, params)
     steps = result.steps
     system = linearize(inner, objective, solution, hparams)
     precondition = None if preconditioner is None else preconditioner(system.matvec, solution, hparams, key)
     if polish_steps:
-        solution, polished = polish(objective.fixed, solution, hparams, system, precondition,
-                                    target=tol * scale, max_steps=polish_steps)
+        solution, polished = polish(
+            objective.fixed, solution, hparams, system, precondition, target=tol * scale, max_steps=polish_steps
+        )
         steps = steps + polished
         system = linearize(inner, objective, solution, hparams)
     if not inner.claims:
         size = jnp.maximum(scale, result.residual.astype(scale.dtype))
         residual = result.residual / jnp.where(size > 0, size, 1)
-        return Optimum(solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status)
+        return Optimum(
+            solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status
+        )
     norm = _tree.norm(system.residual)
     size = jnp.maximum(_tree.norm(system.matvec(solution)), norm).astype(scale.dtype)
     largest = jnp.maximum(size, scale)
     residual = norm / jnp.where(largest > 0, largest, 1)  # F may vanish at the start, with w = 0
     status = _verdict(result.status, residual, tol, _tree.eps(params), polished=polish_steps > 0)
-    return Optimum(solution, result.state, result.model_state, system, precondition, residual,
-                   jnp.maximum(size, _FORGET * scale), steps, status)
+    return Optimum(
+        solution,
+        result.state,
+        result.model_state,
+        system,
+        precondition,
+        residual,
+        jnp.maximum(size, _FORGET * scale),
+        steps,
+        status,
+    )
 
 
 def _verdict(status: Array, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:
@@ -105,7 +134,14 @@ def _verdict(status: Array, residual: Array, tol: Array, eps: float, *, polished
     # A solver that handed over as agreed did its part: too few polish steps are too few steps.
     short = Status.INNER_MAX_STEPS if polished else Status.INNER_STALLED
     met = residual <= tol
-    hard = (status == int(Status.NONFINITE_LOSS)) | (status == int(Status.NONFINITE_GRAD)) | (status == int(Status.INNER_DIVERGED))
-    missed = jnp.where(residual <= _ROUNDING * eps, int(Status.PRECISION_LIMITED),
-                       jnp.where(status == int(Status.OK), int(short), status))
+    hard = (
+        (status == int(Status.NONFINITE_LOSS))
+        | (status == int(Status.NONFINITE_GRAD))
+        | (status == int(Status.INNER_DIVERGED))
+    )
+    missed = jnp.where(
+        residual <= _ROUNDING * eps,
+        int(Status.PRECISION_LIMITED),
+        jnp.where(status == int(Status.OK), int(short), status),
+    )
     return jnp.where(hard, status, jnp.where(met, int(Status.OK), missed)).astype(jnp.int32)

@@ -49,8 +49,16 @@ def basis(hparams: PyTree) -> PyTree:
     return treedef.unflatten(rows)
 
 
-def push(step: Step, hparams: PyTree, point: Point, tangent: Moving, begin: int, length: int, record: Record,
-         keep_sizes: bool) -> tuple[Forward, Array]:
+def push(
+    step: Step,
+    hparams: PyTree,
+    point: Point,
+    tangent: Moving,
+    begin: int,
+    length: int,
+    record: Record,
+    keep_sizes: bool,
+) -> tuple[Forward, Array]:
     """Carry tangents through `length` steps; returns also how far they grew beyond what the steps put in, scalar."""
     units = basis(hparams)
 
@@ -71,13 +79,23 @@ def push(step: Step, hparams: PyTree, point: Point, tangent: Moving, begin: int,
             change = jax.vmap(_tree.max_abs)(_tree.sub(tangent.params, carry.tangent.params))
             sizes = sizes.at[i].set(change.astype(sizes.dtype))
         record = step.watch(carry.record, taken, begin + i)
-        return Forward(taken.point, record, tangent, jnp.where(i == 0, size, carry.first),
-                       jnp.where(size > carry.peak, size, carry.peak), sizes)
+        return Forward(
+            taken.point,
+            record,
+            tangent,
+            jnp.where(i == 0, size, carry.first),
+            jnp.where(size > carry.peak, size, carry.peak),
+            sizes,
+        )
 
     count, dtype = _tree.size(hparams), _tree.dtype(point.params)
     zero = jnp.zeros((count,), dtype)
-    result = jax.lax.fori_loop(0, length, body, Forward(
-        point, record, tangent, zero, zero, jnp.zeros((length, count), dtype) if keep_sizes else None))
+    result = jax.lax.fori_loop(
+        0,
+        length,
+        body,
+        Forward(point, record, tangent, zero, zero, jnp.zeros((length, count), dtype) if keep_sizes else None),
+    )
     # What a step puts in is Z after it, had Z been zero before. In a stable run Z never exceeds the sum of that.
     final, _ = one(result.point, jax.tree.map(jnp.zeros_like, tangent), begin + max(length - 1, 0))
     injected = jnp.fmax(result.first, jax.vmap(_tree.max_abs)(final.params).astype(dtype))
@@ -93,6 +111,6 @@ def pull_out(tangent: Moving, cotangent: PyTree, hparams: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(hparams)
     parts, offset = [], 0
     for leaf in leaves:
-        parts.append(flat[offset:offset + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
+        parts.append(flat[offset : offset + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
         offset += leaf.size
     return treedef.unflatten(parts)

@@ -112,8 +112,12 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point)
     def take(point: Point, t: Any) -> Taken:
         return through(_moving(point), hparams, point, t)[1]
 
-    return Step(take, lambda point, grads, t, cotangent: pull(hparams, point, grads, t, cotangent), through,
-                lambda record, taken, t: _watch(record, taken, t, inner.steps or 0))
+    return Step(
+        take,
+        lambda point, grads, t, cotangent: pull(hparams, point, grads, t, cotangent),
+        through,
+        lambda record, taken, t: _watch(record, taken, t, inner.steps or 0),
+    )
 
 
 def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> tuple[Any, Any]:
@@ -152,7 +156,9 @@ def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
     def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         _, combine = _tree.partition(point.state)
         params, state = move(objective, moving.params, combine(moving.floats), hparams, t)
-        check_same_structure("the map's result", params, point.params, "a map returns parameters like those it is given.")
+        check_same_structure(
+            "the map's result", params, point.params, "a map returns parameters like those it is given."
+        )
         params, state = like(params, point.params), like(state, point.state)
         size = _tree.max_abs(_tree.sub(params, point.params))
         after = Point(params, state, point.model_state)
@@ -172,7 +178,7 @@ def _moving(point: Point) -> Moving:
 def _depends_on_first(f: Callable[..., Any], first: PyTree, *rest: Any) -> bool:
     """Whether an output of `f` depends on its first argument, as far as its program shows."""
     program = jax.make_jaxpr(f)(first, *rest).jaxpr
-    reached = set(program.invars[:len(jax.tree.leaves(first))])
+    reached = set(program.invars[: len(jax.tree.leaves(first))])
     touched = lambda variables: any(isinstance(v, Var) and v in reached for v in variables)
     for equation in program.eqns:
         if touched(equation.invars):
@@ -186,7 +192,9 @@ def like(new: PyTree, old: PyTree) -> PyTree:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's trace."""
+    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's
+    trace.
+    """
     return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x).astype(jnp.result_type(x)), tree)
 
 
@@ -202,15 +210,22 @@ def _watch(record: Record, taken: Taken, t: Any, steps: int) -> Record:
     height, residual = taken.height.astype(dtype), taken.residual.astype(dtype)
     first = jnp.where(t == 0, height, record.first)
     growing = (t > 0) & ((record.last > _OVERFLOW * jnp.abs(first)) | (height == jnp.inf))
-    kind = jnp.where(growing, int(Status.INNER_DIVERGED),
-                     jnp.where(jnp.isfinite(height), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)))
+    kind = jnp.where(
+        growing,
+        int(Status.INNER_DIVERGED),
+        jnp.where(jnp.isfinite(height), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)),
+    )
     found = jnp.where(jnp.isfinite(height) & jnp.isfinite(residual), int(Status.OK), kind)
     return Record(
         status=jnp.where(record.status == int(Status.OK), found, record.status).astype(jnp.int32),
-        first=first, last=height, low=jnp.minimum(record.low, height),
+        first=first,
+        last=height,
+        low=jnp.minimum(record.low, height),
         early=jnp.where(t <= quarter, jnp.maximum(record.early, height), record.early),
         late=jnp.where(t >= steps - 1 - quarter, jnp.minimum(record.late, height), record.late),
-        peak=jnp.fmax(record.peak, residual), residual=residual)
+        peak=jnp.fmax(record.peak, residual),
+        residual=residual,
+    )
 
 
 def training_status(inner: Inner, record: Record, end: PyTree) -> Array:

@@ -33,11 +33,12 @@ from hypergrad.solvers._optimum import find_optimum
 
 class BestResponseFn(Protocol):
     """`(hparams, params0, batch=None, *, key=None) -> params`; composes with `jax.grad`, `jax.jvp`, `jax.vmap` and
-    `jax.jit`."""
+    `jax.jit`.
+    """
 
-    def __call__(
-        self, hparams: PyTree, params0: PyTree, batch: PyTree = None, *, key: Array | None = None
-    ) -> PyTree: ...
+    def __call__(self, hparams: PyTree, params0: PyTree, batch: PyTree = None, *, key: Array | None = None) -> PyTree:
+        """Best-response parameters, a pytree like `params0`."""
+        ...
 
 
 @suggest_names
@@ -58,7 +59,8 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
         InputError: for solvers without a tolerance, and for `cg` with a fixed-point inner solver.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
-    >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((w - 1.0)**2) + l2 * jnp.sum(w**2), lambda w, l2, batch: jnp.sum(w))
+    >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((w - 1.0)**2) + l2 * jnp.sum(w**2),
+    ...                      lambda w, l2, batch: jnp.sum(w))
     >>> w_star = hg.best_response(problem)
     >>> slope = jax.grad(lambda l2: jnp.sum(w_star(l2, jnp.zeros(2))))(1.0)
     >>> print(f"{slope:.4f}")  # w = 1 / (1 + l2)
@@ -68,11 +70,15 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
     method = linear if linear is not None else (cg() if solver.symmetric else gmres())
     if not solver.claims or not method.claims:
         which = "inner" if not solver.claims else "linear"
-        raise InputError(f"best_response: {which} must solve to a tolerance, since a derivative has nowhere to report its error: "
-                         f"give it tol=, or use hg.implicit, whose out.info reports it.")
+        raise InputError(
+            f"best_response: {which} must solve to a tolerance, since a derivative has nowhere to report its error: "
+            f"give it tol=, or use hg.implicit, whose out.info reports it."
+        )
     if method.symmetric and not solver.symmetric:
-        raise InputError("best_response: linear=hg.linear.cg needs a symmetric operator, and that of hg.inner.fixed_point is not: "
-                         "use hg.linear.gmres().")
+        raise InputError(
+            "best_response: linear=hg.linear.cg needs a symmetric operator, and that of hg.inner.fixed_point is not: "
+            "use hg.linear.gmres()."
+        )
 
     def w_star(hparams: PyTree, params0: PyTree, batch: PyTree = None, *, key: Array | None = None) -> PyTree:
         hparams, params0 = check_hparams(hparams), jax.lax.stop_gradient(check_params(params0))
@@ -96,9 +102,19 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
 
 
 def _solve(inner: Inner, objective: Objective, start: PyTree, hparams: PyTree) -> tuple[PyTree, Array]:
-    optimum = find_optimum(inner, objective, start, inner.init(start, hparams), None, hparams,
-                           scale=jnp.zeros((), _tree.dtype(start)), options=as_options(inner.options, start),
-                           polish_steps=2 if inner.symmetric else 0, preconditioner=None, key=jax.random.key(0))
+    optimum = find_optimum(
+        inner,
+        objective,
+        start,
+        inner.init(start, hparams),
+        None,
+        hparams,
+        scale=jnp.zeros((), _tree.dtype(start)),
+        options=as_options(inner.options, start),
+        polish_steps=2 if inner.symmetric else 0,
+        preconditioner=None,
+        key=jax.random.key(0),
+    )
     # Auxiliary outputs of custom_root must be floating: it gives integer ones tangents of the wrong type.
     return optimum.params, optimum.status.astype(_tree.dtype(start))
 

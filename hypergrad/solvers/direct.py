@@ -2,11 +2,12 @@ r"""First order only: what the outer loss sees of the hyperparameters directly, 
 
     g = ∂_λ f(w, λ)   at w ≈ w*(λ)
 
-Exact where the solution does not matter to first order: the outer loss *is* the inner one (the envelope theorem; evidence
-objectives), or does not depend on the parameters. Elsewhere it is a bias that buys speed, as in first-order DARTS.
+Exact where the solution does not matter to first order: the outer loss *is* the inner one (the envelope theorem;
+evidence objectives), or does not depend on the parameters. Elsewhere it is a bias that buys speed, as in first-order
+DARTS.
 
-Source: Liu, Simonyan & Yang 2019, arXiv:1806.09055 (ξ = 0). Differs: the outer gradient with respect to the parameters is
-reported, since it is what is left out. Cost: the inner solve and a gradient of the outer loss. Memory O(|w|).
+Source: Liu, Simonyan & Yang 2019, arXiv:1806.09055 (ξ = 0). Differs: the outer gradient with respect to the parameters
+is reported, since it is what is left out. Cost: the inner solve and a gradient of the outer loss. Memory O(|w|).
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         inner: how parameters are found; each call goes on from where the last one ended.
 
     Returns:
-        A `Solver`. `info.linear_residual` is NaN. `info.error_estimate` is infinite, since nothing is known of the part that
-        is left out, unless the outer loss has no gradient with respect to the parameters; `info.extra["outer_grad_norm"]`
-        is the norm of that gradient.
+        A `Solver`. `info.linear_residual` is NaN. `info.error_estimate` is infinite, since nothing is known of the part
+        that is left out, unless the outer loss has no gradient with respect to the parameters;
+        `info.extra["outer_grad_norm"]` is the norm of that gradient.
 
     Raises:
         InputTypeError: for an unknown option; from `init` and `hypergrad`, for leaves that are no real numbers.
@@ -69,38 +70,65 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
     >>> print(f"{out.grad:.4f}")  # w = 1/2, and the envelope theorem
     0.2500
     """
+
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> DirectState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
-        return DirectState(params, inner.init(params, hparams), model_state, jnp.zeros((), _tree.dtype(params)),
-                           {"inner": as_options(inner.options, params)})
+        return DirectState(
+            params,
+            inner.init(params, hparams),
+            model_state,
+            jnp.zeros((), _tree.dtype(params)),
+            {"inner": as_options(inner.options, params)},
+        )
 
-    def hypergrad(state: DirectState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-                  key: Array | None = None) -> tuple[Hypergradient, DirectState]:
+    def hypergrad(
+        state: DirectState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, DirectState]:
         hparams = check_hparams(hparams)
         check_data("train", train)
         check_data("valid", valid)
         inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
         objective = bind_inner(problem, train, inner_key, state.model_state)
-        optimum = find_optimum(inner, objective, state.params, state.inner_state, state.model_state, hparams,
-                               scale=state.scale, options=state.options["inner"], polish_steps=0, preconditioner=None,
-                               key=jax.random.key(0) if probe_key is None else probe_key)
+        optimum = find_optimum(
+            inner,
+            objective,
+            state.params,
+            state.inner_state,
+            state.model_state,
+            hparams,
+            scale=state.scale,
+            options=state.options["inner"],
+            polish_steps=0,
+            preconditioner=None,
+            key=jax.random.key(0) if probe_key is None else probe_key,
+        )
         outer = bind_outer(problem, valid, outer_key, optimum.model_state)
         differentiate = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)
         (value, metrics), (rhs, grad) = differentiate(optimum.params, hparams)
         left_out = _tree.norm(rhs)
-        status = first_failure(code(~jnp.isfinite(value), Status.NONFINITE_LOSS), optimum.status,
-                               code(~(_tree.all_finite(grad) & _tree.all_finite(rhs)), Status.NONFINITE_GRAD),
-                               code((_tree.max_abs(grad) == 0) & (left_out > 0), Status.INSENSITIVE))
-        info = Info(status=status, inner_residual=optimum.residual, linear_residual=jnp.full_like(left_out, jnp.nan),
-                    inner_steps=optimum.steps, linear_steps=jnp.int32(0),
-                    error_estimate=jnp.where(left_out > 0, jnp.inf, optimum.residual.astype(left_out.dtype)),
-                    extra={"outer_grad_norm": left_out})
+        status = first_failure(
+            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
+            optimum.status,
+            code(~(_tree.all_finite(grad) & _tree.all_finite(rhs)), Status.NONFINITE_GRAD),
+            code((_tree.max_abs(grad) == 0) & (left_out > 0), Status.INSENSITIVE),
+        )
+        info = Info(
+            status=status,
+            inner_residual=optimum.residual,
+            linear_residual=jnp.full_like(left_out, jnp.nan),
+            inner_steps=optimum.steps,
+            linear_steps=jnp.int32(0),
+            error_estimate=jnp.where(left_out > 0, jnp.inf, optimum.residual.astype(left_out.dtype)),
+            extra={"outer_grad_norm": left_out},
+        )
         sound = _tree.all_finite(optimum.inner_state)
         state = state._replace(
-            params=optimum.params, inner_state=_tree.where(sound, optimum.inner_state, state.inner_state),
+            params=optimum.params,
+            inner_state=_tree.where(sound, optimum.inner_state, state.inner_state),
             model_state=optimum.model_state,
-            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale))
+            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
+        )
         return Hypergradient(value, grad, info, metrics), state
 
     def response(state: DirectState, hparams: PyTree) -> PyTree:

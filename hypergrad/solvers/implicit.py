@@ -67,8 +67,16 @@ class ImplicitState(NamedTuple):
 
 
 @suggest_names
-def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | None = None, polish: int | None = None,
-             curvature: str = "hessian", damping: ArrayLike | None = None, warm_start: bool = True) -> Solver:
+def implicit(
+    problem: Problem,
+    *,
+    inner: Inner | None = None,
+    linear: Linear | None = None,
+    polish: int | None = None,
+    curvature: str = "hessian",
+    damping: ArrayLike | None = None,
+    warm_start: bool = True,
+) -> Solver:
     """Hypergradients by the implicit function theorem: memory and cost do not grow with the length of training.
 
     Only hyperparameters that move the *optimum* of the inner loss have an implicit hypergradient. Learning rates and
@@ -109,26 +117,44 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
     chosen = inner if inner is not None else lbfgs()
     method = linear if linear is not None else (cg() if chosen.symmetric else gmres())
     if method.symmetric and not chosen.symmetric:
-        raise InputError("implicit: linear=hg.linear.cg needs a symmetric operator, and that of hg.inner.fixed_point is not: "
-                         "use hg.linear.gmres() or hg.linear.neumann().")
+        raise InputError(
+            "implicit: linear=hg.linear.cg needs a symmetric operator, and that of hg.inner.fixed_point is not: "
+            "use hg.linear.gmres() or hg.linear.neumann()."
+        )
     if not chosen.symmetric and (polish or curvature != "hessian"):
-        raise InputError("implicit: polish and curvature='gauss_newton' need an inner loss; leave them out with hg.inner.fixed_point.")
+        raise InputError(
+            "implicit: polish and curvature='gauss_newton' need an inner loss; leave them out with "
+            "hg.inner.fixed_point."
+        )
     polish_steps = int((2 if chosen.claims and chosen.symmetric else 0) if polish is None else polish)
     if polish_steps and not chosen.claims:
-        raise InputError("implicit: polish works towards the tolerance of the inner solver, which has none: "
-                         "give hg.inner.gradient a tol=, or leave polish out.")
+        raise InputError(
+            "implicit: polish works towards the tolerance of the inner solver, which has none: "
+            "give hg.inner.gradient a tol=, or leave polish out."
+        )
 
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> ImplicitState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
-        options: dict[str, Any] = {"inner": as_options(chosen.options, params), "linear": as_options(method.options, params)}
+        options: dict[str, Any] = {
+            "inner": as_options(chosen.options, params),
+            "linear": as_options(method.options, params),
+        }
         if damping is not None:
             options["damping"] = jnp.asarray(damping, _tree.dtype(params))
-        return ImplicitState(params, chosen.init(params, hparams), model_state, _tree.zeros_like(params),
-                             None if warm_start else params, jnp.zeros((), _tree.dtype(params)), options)
+        return ImplicitState(
+            params,
+            chosen.init(params, hparams),
+            model_state,
+            _tree.zeros_like(params),
+            None if warm_start else params,
+            jnp.zeros((), _tree.dtype(params)),
+            options,
+        )
 
-    def hypergrad(state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-                  key: Array | None = None) -> tuple[Hypergradient, ImplicitState]:
+    def hypergrad(
+        state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, ImplicitState]:
         hparams = check_hparams(hparams)
         check_data("train", train)
         check_data("valid", valid)
@@ -138,14 +164,31 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
         # The probes only steer the preconditioner; any fixed signs serve where the problem itself needs no key.
         probe_key = jax.random.key(0) if probe_key is None else probe_key
         objective = bind_inner(problem, train, inner_key, state.model_state)
-        check_implicit_sensitivity(lambda w, h: chosen.residual(objective, w, h), bind_outer(problem, valid, outer_key, state.model_state),
-                                   chosen.update, state.params, state.inner_state, hparams, "hg.implicit")
+        check_implicit_sensitivity(
+            lambda w, h: chosen.residual(objective, w, h),
+            bind_outer(problem, valid, outer_key, state.model_state),
+            chosen.update,
+            state.params,
+            state.inner_state,
+            hparams,
+            "hg.implicit",
+        )
         begin, inner_state, scale = state.params, state.inner_state, state.scale
         if not warm_start:  # every call is the first
             begin, inner_state, scale = state.start, chosen.init(state.start, hparams), jnp.zeros_like(state.scale)
-        optimum = find_optimum(chosen, objective, begin, inner_state, state.model_state, hparams, scale=scale,
-                               options=state.options["inner"], polish_steps=polish_steps,
-                               preconditioner=method.preconditioner, key=probe_key)
+        optimum = find_optimum(
+            chosen,
+            objective,
+            begin,
+            inner_state,
+            state.model_state,
+            hparams,
+            scale=scale,
+            options=state.options["inner"],
+            polish_steps=polish_steps,
+            preconditioner=method.preconditioner,
+            key=probe_key,
+        )
         params, system = optimum.params, optimum.system
         if curvature == "gauss_newton":
             product = gauss_newton(objective, params, hparams)
@@ -160,8 +203,15 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
         tol = state.options["linear"].get("tol")
         # Recursions lose a little to rounding: aiming at half the tolerance lets the true residual meet it.
         aim = {"tol": tol / 2} if method.claims else {}
-        result = solve_linear(method, operator, rhs, start=state.adjoint if warm_start else None,
-                              precondition=optimum.precondition, options=state.options["linear"] | aim, key=probe_key)
+        result = solve_linear(
+            method,
+            operator,
+            rhs,
+            start=state.adjoint if warm_start else None,
+            precondition=optimum.precondition,
+            options=state.options["linear"] | aim,
+            key=probe_key,
+        )
         if method.claims:
             product, indirect = system.both(result.solution)
             gap = _tree.sub(rhs, _tree.axpy(shift, result.solution, product))
@@ -174,20 +224,34 @@ def implicit(problem: Problem, *, inner: Inner | None = None, linear: Linear | N
 
         unmet = ~(residual <= tol) if method.claims else jnp.asarray(False)
         finite_grad = _tree.all_finite(grad) & _tree.all_finite(rhs)
-        hard = first_failure(code(~jnp.isfinite(value), Status.NONFINITE_LOSS), _hard(optimum.status), _hard(result.status),
-                             code(~finite_grad, Status.NONFINITE_GRAD))
+        hard = first_failure(
+            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
+            _hard(optimum.status),
+            _hard(result.status),
+            code(~finite_grad, Status.NONFINITE_GRAD),
+        )
         silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0)
-        status = first_failure(hard, optimum.status, result.status, code(unmet, Status.PRECISION_LIMITED),
-                               code(silent, Status.INSENSITIVE))
-        info = Info(status=status, inner_residual=optimum.residual, linear_residual=residual, inner_steps=optimum.steps,
-                    linear_steps=result.steps, error_estimate=error,
-                    extra={"damping": shift, "indirect_norm": _tree.norm(indirect)})
+        status = first_failure(
+            hard, optimum.status, result.status, code(unmet, Status.PRECISION_LIMITED), code(silent, Status.INSENSITIVE)
+        )
+        info = Info(
+            status=status,
+            inner_residual=optimum.residual,
+            linear_residual=residual,
+            inner_steps=optimum.steps,
+            linear_steps=result.steps,
+            error_estimate=error,
+            extra={"damping": shift, "indirect_norm": _tree.norm(indirect)},
+        )
         usable = status <= int(Status.INSENSITIVE)
         adjoint = _tree.where(usable, result.solution, _tree.zeros_like(rhs))
         state = state._replace(
-            params=params, inner_state=_tree.where(_tree.all_finite(optimum.inner_state), optimum.inner_state, state.inner_state),
-            model_state=optimum.model_state, adjoint=adjoint,
-            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale))
+            params=params,
+            inner_state=_tree.where(_tree.all_finite(optimum.inner_state), optimum.inner_state, state.inner_state),
+            model_state=optimum.model_state,
+            adjoint=adjoint,
+            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
+        )
         return Hypergradient(value, grad, info, metrics), state
 
     def response(state: ImplicitState, hparams: PyTree) -> PyTree:
@@ -202,8 +266,14 @@ def _hard(status: Array) -> Array:
     return jnp.where(status > int(Status.INSENSITIVE), status, int(Status.OK)).astype(jnp.int32)
 
 
-def _first_order_error(outer: Callable[..., tuple[Array, Any]], params: PyTree, hparams: PyTree, system: System, gap: PyTree,
-                       result: LinearResult) -> PyTree:
+def _first_order_error(
+    outer: Callable[..., tuple[Array, Any]],
+    params: PyTree,
+    hparams: PyTree,
+    system: System,
+    gap: PyTree,
+    result: LinearResult,
+) -> PyTree:
     """How much the hypergradient would move if both systems were solved exactly, to first order; a pytree like
     `hparams`.
 
@@ -213,13 +283,22 @@ def _first_order_error(outer: Callable[..., tuple[Array, Any]], params: PyTree, 
     """
     step = result.inverse(system.residual)
     _, (rhs_change, direct_change) = jax.jvp(
-        lambda w: jax.grad(outer, argnums=(0, 1), has_aux=True)(w, hparams)[0], (params,), (step,))
+        lambda w: jax.grad(outer, argnums=(0, 1), has_aux=True)(w, hparams)[0], (params,), (step,)
+    )
     adjoint_change = result.inverse(_tree.sub(gap, rhs_change))
     return jax.tree.map(jnp.add, direct_change, system.cross(adjoint_change))
 
 
-def _error_estimate(grad: PyTree, indirect: PyTree, change: PyTree | None, linear_residual: Array, inner_residual: Array,
-                    params: PyTree, system: System, result: LinearResult) -> Array:
+def _error_estimate(
+    grad: PyTree,
+    indirect: PyTree,
+    change: PyTree | None,
+    linear_residual: Array,
+    inner_residual: Array,
+    params: PyTree,
+    system: System,
+    result: LinearResult,
+) -> Array:
     """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless); inf where nothing is known."""
     size = _tree.norm(grad)
     safe = jnp.where(size > 0, size, 1)

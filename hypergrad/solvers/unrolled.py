@@ -76,8 +76,16 @@ class _Pass(NamedTuple):
 
 
 @suggest_names
-def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: int | None = None, remat: str = "auto",
-             memory: float | None = None, warm_start: bool = False) -> Solver:
+def unrolled(
+    problem: Problem,
+    *,
+    inner: Inner,
+    mode: str = "auto",
+    truncate: int | None = None,
+    remat: str = "auto",
+    memory: float | None = None,
+    warm_start: bool = False,
+) -> Solver:
     """Hypergradients by differentiating a run of training, whatever it reached.
 
     Args:
@@ -125,9 +133,11 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
     check_choice("unrolled", "mode", mode, ("auto", "reverse", "forward"))
     check_choice("unrolled", "remat", remat, ("auto", "none", "step", "sqrt", "tree"))
     if inner.steps is None or (inner.update is None and inner.move is None):
-        raise InputError("unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: "
-                         "write hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), "
-                         "or use hg.implicit.")
+        raise InputError(
+            "unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: "
+            "write hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), "
+            "or use hg.implicit."
+        )
     steps = inner.steps
     length = steps if truncate is None else min(int(truncate), steps)
     skip = steps - length
@@ -136,12 +146,17 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
         del key
         params, hparams = check_params(params), check_hparams(hparams)
         model_state = strong(model_state)
-        return UnrolledState(params, strong(inner.init(params, hparams)), model_state,
-                             start=None if warm_start else (params, model_state),
-                             options={"inner": as_options(inner.options, params)})
+        return UnrolledState(
+            params,
+            strong(inner.init(params, hparams)),
+            model_state,
+            start=None if warm_start else (params, model_state),
+            options={"inner": as_options(inner.options, params)},
+        )
 
-    def hypergrad(state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *,
-                  key: Array | None = None) -> tuple[Hypergradient, UnrolledState]:
+    def hypergrad(
+        state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, UnrolledState]:
         hparams = check_hparams(hparams)
         check_data("train", train)
         check_data("valid", valid)
@@ -152,7 +167,11 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
         objective = bind_inner(problem, train, inner_key, model_state)
         check_unrolled_sensitivity(
             lambda w, s, h: make_step(inner, objective, h, start).take(Point(w, first_state(h), model_state), 0)[0],
-            bind_outer(problem, valid, outer_key, model_state), params, start.state, hparams)
+            bind_outer(problem, valid, outer_key, model_state),
+            params,
+            start.state,
+            hparams,
+        )
         step = make_step(inner, objective, hparams, start)
         point, record = start, new_record(params)
         if skip:
@@ -187,15 +206,24 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
             code(~(_tree.all_finite(done.rhs) & _tree.all_finite(done.direct)), Status.NONFINITE_GRAD),
             code(rounding > _MEANINGLESS, Status.UNROLL_EXPLODED),
             code(~_tree.all_finite(grad), Status.NONFINITE_GRAD),
-            code(silent, Status.INSENSITIVE))
+            code(silent, Status.INSENSITIVE),
+        )
         residual = done.record.residual / jnp.where(done.record.peak > 0, done.record.peak, 1)
-        info = Info(status=status, inner_residual=residual, linear_residual=jnp.full_like(residual, jnp.nan),
-                    inner_steps=jnp.int32(steps), linear_steps=jnp.int32(0), error_estimate=error,
-                    extra={"adjoint_growth": done.growth})
+        info = Info(
+            status=status,
+            inner_residual=residual,
+            linear_residual=jnp.full_like(residual, jnp.nan),
+            inner_steps=jnp.int32(steps),
+            linear_steps=jnp.int32(0),
+            error_estimate=error,
+            extra={"adjoint_growth": done.growth},
+        )
         end, keep = done.point, _tree.all_finite(done.point)
-        state = state._replace(params=_tree.where(keep, end.params, state.params),
-                               inner_state=_tree.where(keep, end.state, state.inner_state),
-                               model_state=_tree.where(keep, end.model_state, state.model_state))
+        state = state._replace(
+            params=_tree.where(keep, end.params, state.params),
+            inner_state=_tree.where(keep, end.state, state.inner_state),
+            model_state=_tree.where(keep, end.model_state, state.model_state),
+        )
         return Hypergradient(done.value, grad, info, done.metrics), state
 
     def response(state: UnrolledState, hparams: PyTree) -> PyTree:
@@ -205,16 +233,25 @@ def unrolled(problem: Problem, *, inner: Inner, mode: str = "auto", truncate: in
     return Solver(init, hypergrad, response)
 
 
-def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
-             floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+def _forward(
+    step: Step,
+    hparams: PyTree,
+    point: Point,
+    begin: int,
+    length: int,
+    record: Record,
+    floats: Callable[[PyTree], list[Array]] | None,
+    finish: Callable[[Point], Any],
+) -> _Pass:
     units, count = _pushforward.basis(hparams), _tree.size(hparams)
     stack = lambda tree: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree)
     if floats is None:
         z = stack(_tree.partition(point.state)[0])
     else:
         z = jax.vmap(lambda unit: jax.jvp(floats, (hparams,), (unit,))[1])(units)
-    result, growth = _pushforward.push(step, hparams, point, Moving(stack(point.params), z), begin, length, record,
-                                       keep_sizes=begin > 0)
+    result, growth = _pushforward.push(
+        step, hparams, point, Moving(stack(point.params), z), begin, length, record, keep_sizes=begin > 0
+    )
     (value, metrics), (rhs, direct) = finish(result.point)
     indirect = _pushforward.pull_out(result.tangent, rhs, hparams)
     if result.sizes is None:
@@ -228,8 +265,17 @@ def _forward(step: Step, hparams: PyTree, point: Point, begin: int, length: int,
     return _Pass(result.point, result.record, value, metrics, direct, rhs, indirect, growth, dropped)
 
 
-def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
-             floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+def _reverse(
+    step: Step,
+    layout: _backprop.Plan,
+    hparams: PyTree,
+    point: Point,
+    begin: int,
+    length: int,
+    record: Record,
+    floats: Callable[[PyTree], list[Array]] | None,
+    finish: Callable[[Point], Any],
+) -> _Pass:
     sweep = lambda back: back
     if length:
         point, stored, record = _backprop.train_and_store(step, layout, point, begin, length, record)
@@ -238,8 +284,14 @@ def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, 
     size, unit = _unit(rhs)
     dtype = _tree.dtype(rhs)
     still = [jnp.zeros_like(x) for x in _tree.partition(point.state)[0]]
-    back = sweep(_backprop.Backward(Moving(unit, still), _tree.zeros_like(hparams), jnp.ones((), dtype),
-                                    jnp.zeros((length,), dtype) if begin else None))
+    back = sweep(
+        _backprop.Backward(
+            Moving(unit, still),
+            _tree.zeros_like(hparams),
+            jnp.ones((), dtype),
+            jnp.zeros((length,), dtype) if begin else None,
+        )
+    )
     total = back.total
     if floats is not None:
         total = _tree.add(total, jax.vjp(floats, hparams)[1](back.adjoint.floats)[0])
@@ -249,8 +301,16 @@ def _reverse(step: Step, layout: _backprop.Plan, hparams: PyTree, point: Point, 
     return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total), back.growth, dropped)
 
 
-def _reverse_whole(step: Step, hparams: PyTree, point: Point, begin: int, length: int, record: Record,
-                   floats: Callable[[PyTree], list[Array]] | None, finish: Callable[[Point], Any]) -> _Pass:
+def _reverse_whole(
+    step: Step,
+    hparams: PyTree,
+    point: Point,
+    begin: int,
+    length: int,
+    record: Record,
+    floats: Callable[[PyTree], list[Array]] | None,
+    finish: Callable[[Point], Any],
+) -> _Pass:
     """Plain reverse mode over a scan: stores every intermediate, and only sees the adjoint at the beginning."""
     from_state, _ = _tree.partition(point.state)
 
@@ -287,7 +347,7 @@ def _tail(sizes: Array, more: int) -> Array:
     window = sizes.shape[0] // 4 or sizes.shape[0] // 2
     if not window:
         return jnp.full((), jnp.inf, sizes.dtype)
-    old, new = jnp.sum(sizes[-2 * window:-window]), jnp.sum(sizes[-window:])
+    old, new = jnp.sum(sizes[-2 * window : -window]), jnp.sum(sizes[-window:])
     ratio = jnp.where(old > 0, new / jnp.where(old > 0, old, 1), 0)
     safe = jnp.where(ratio < 1, ratio, 0)
     tail = new * safe * (1 - safe ** (more / window)) / (1 - safe)

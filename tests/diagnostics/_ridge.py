@@ -22,8 +22,15 @@ class State(NamedTuple):
 
 def make_info(**fields: Any) -> Info:
     nothing = jnp.zeros(())
-    given = {"status": jnp.int32(Status.OK), "inner_residual": nothing, "linear_residual": nothing,
-             "inner_steps": nothing, "linear_steps": nothing, "error_estimate": nothing, "extra": {}}
+    given = {
+        "status": jnp.int32(Status.OK),
+        "inner_residual": nothing,
+        "linear_residual": nothing,
+        "inner_steps": nothing,
+        "linear_steps": nothing,
+        "error_estimate": nothing,
+        "extra": {},
+    }
     return Info(**(given | fields))
 
 
@@ -55,9 +62,14 @@ def outer_of(hparams: PyTree, train: Any, valid: Any) -> Any:
     return outer_loss(best_response(hparams, train), hparams, valid)
 
 
-def solver(change=lambda total, direct: total, info=lambda grad: make_info(), value=lambda value, hparams, key: value,
-           response=best_response) -> Solver:
+def solver(
+    change=lambda total, direct: total,
+    info=lambda grad: make_info(),
+    value=lambda value, hparams, key: value,
+    response=best_response,
+) -> Solver:
     """A solver by the closed form, whose hypergradient is `change(total, direct)`."""
+
     def init(params, hparams, *, key=None, model_state=None):
         return State(params, (), model_state, {})
 

@@ -38,8 +38,12 @@ def true_gradients():
 
 def scaled_norm(tree):
     """Each leaf in units of its own size."""
-    return np.sqrt(sum(np.mean(flat(h) ** 2) * np.sum(flat(g) ** 2)
-                       for h, g in zip(jax.tree.leaves(H), jax.tree.leaves(tree), strict=True)))
+    return np.sqrt(
+        sum(
+            np.mean(flat(h) ** 2) * np.sum(flat(g) ** 2)
+            for h, g in zip(jax.tree.leaves(H), jax.tree.leaves(tree), strict=True)
+        )
+    )
 
 
 def scale(tree, factor):
@@ -60,15 +64,23 @@ def test_a_right_hypergradient_is_confirmed(directions):
     assert report.directions[0].name == ("random 1" if directions < 5 else "['l2'][0]")
 
 
-@pytest.mark.parametrize(("name", "change", "error", "cause"), [
-    ("sign", lambda total, direct: scale(total, -1.0), 2.0, "-1 times"),
-    ("factor", lambda total, direct: scale(total, 1.1), 0.1, "1.1 times"),
-    ("zero", lambda total, direct: scale(total, 0.0), 1.0, "insensitive"),
-    ("no direct term", lambda total, direct: subtract(total, direct), None, "['shift'] has a hypergradient of exactly"),
-    ("direct term twice", lambda total, direct: jax.tree.map(jnp.add, total, direct), None, "wrong"),
-    ("only the direct term", lambda total, direct: direct, None, "wrong"),
-    ("reversed", lambda total, direct: {**total, "l2": total["l2"][::-1]}, None, "wrong"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "error", "cause"),
+    [
+        ("sign", lambda total, direct: scale(total, -1.0), 2.0, "-1 times"),
+        ("factor", lambda total, direct: scale(total, 1.1), 0.1, "1.1 times"),
+        ("zero", lambda total, direct: scale(total, 0.0), 1.0, "insensitive"),
+        (
+            "no direct term",
+            lambda total, direct: subtract(total, direct),
+            None,
+            "['shift'] has a hypergradient of exactly",
+        ),
+        ("direct term twice", lambda total, direct: jax.tree.map(jnp.add, total, direct), None, "wrong"),
+        ("only the direct term", lambda total, direct: direct, None, "wrong"),
+        ("reversed", lambda total, direct: {**total, "l2": total["l2"][::-1]}, None, "wrong"),
+    ],
+)
 def test_a_wrong_hypergradient_is_refused_by_as_much_as_it_is_wrong(name, change, error, cause):
     total, direct = true_gradients()
     if error is None:
@@ -123,12 +135,17 @@ def test_any_pytree_of_hyperparameters_can_be_checked():
         def hypergrad(state, hparams, train=None, valid=None, *, key=None):
             value, grad = jax.value_and_grad(lambda h: jnp.sum(jnp.sin(read(h))))(hparams)
             return Hypergradient(value, grad, ridge.make_info(), {}), state
+
         return Solver(init, hypergrad, lambda state, hparams: state)
 
     cases: list[tuple[Any, Any]] = [
-        (0.3, lambda h: h), (jnp.asarray([0.3, 0.9]), lambda h: h**2), (1, lambda h: h * 2.0),
+        (0.3, lambda h: h),
+        (jnp.asarray([0.3, 0.9]), lambda h: h**2),
+        (1, lambda h: h * 2.0),
         ((jnp.asarray(0.2), None, [jnp.asarray([[0.5]])]), lambda h: h[0] * jax.tree.leaves(h)[1]),
-        ({"zero": 0.0}, lambda h: h["zero"] + 0.3), ({"many": jnp.linspace(-1, 1, 40)}, lambda h: h["many"])]
+        ({"zero": 0.0}, lambda h: h["zero"] + 0.3),
+        ({"many": jnp.linspace(-1, 1, 40)}, lambda h: h["many"]),
+    ]
     for hparams, read in cases:
         report = check(solver_of(read), W, hparams, per_leaf=True)
         assert report.ok, report
@@ -140,6 +157,7 @@ def test_any_pytree_of_hyperparameters_can_be_checked():
 
 def gradient_descent(steps, status=Status.OK):
     """Warm-started gradient descent with the hypergradient that would be right at its end."""
+
     def init(params, hparams, *, key=None, model_state=None):
         return ridge.State(params, (), model_state, {})
 
@@ -154,7 +172,9 @@ def gradient_descent(steps, status=Status.OK):
         grad = {**direct, "l2": direct["l2"] - indirect}
         residual = jnp.linalg.norm(jax.grad(loss)(w))
         return Hypergradient(value, grad, ridge.make_info(inner_residual=residual, status=jnp.int32(status)), {}), (
-            state._replace(params=w))
+            state._replace(params=w)
+        )
+
     return Solver(init, hypergrad, lambda state, hparams: state.params)
 
 
@@ -262,8 +282,14 @@ def test_a_draw_that_differs_in_float64_is_compared_in_the_given_precision():
     def value(value, hparams, key):
         return value * (1 + 0.3 * jax.random.normal(key, (), value.dtype))
 
-    report = check(ridge.solver(value=value), w, hparams, ridge.data(jnp.float32), ridge.data(jnp.float32, seed=1),
-                   key=jax.random.key(3))
+    report = check(
+        ridge.solver(value=value),
+        w,
+        hparams,
+        ridge.data(jnp.float32),
+        ridge.data(jnp.float32, seed=1),
+        key=jax.random.key(3),
+    )
     assert report.precision == "float32" and report.ok and words(report) == {"precision", "stochastic"}
 
 
@@ -329,8 +355,15 @@ def test_a_zero_hypergradient_of_a_flat_loss_is_confirmed():
 
 def test_the_table_names_directions_leaves_and_causes():
     text = str(run(ridge.solver(lambda total, direct: scale(total, 1.1)), per_leaf=True, directions=2))
-    for part in ("NOT confirmed", "relative error 0.1", "random 2", "hparams['l2'] (4 entries)", "['l2'][3]",
-                 "what can be seen", "scaled: the hypergradient is 1.1 times"):
+    for part in (
+        "NOT confirmed",
+        "relative error 0.1",
+        "random 2",
+        "hparams['l2'] (4 entries)",
+        "['l2'][3]",
+        "what can be seen",
+        "scaled: the hypergradient is 1.1 times",
+    ):
         assert part in text
     assert max(map(len, text.splitlines()[:6])) < 100
 

@@ -22,11 +22,17 @@ def slope_of(f, at, eps=EPS):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("f", "derivative"), [
-    (np.sin, np.cos), (np.exp, np.exp), (lambda x: 1e6 + x**3, lambda x: 3 * x**2),
-    (np.tanh, lambda x: 1 / np.cosh(x) ** 2), (lambda x: np.sin(300 * x), lambda x: 300 * np.cos(300 * x)),
-    (lambda x: x * 1e-12, lambda x: 1e-12),
-])
+@pytest.mark.parametrize(
+    ("f", "derivative"),
+    [
+        (np.sin, np.cos),
+        (np.exp, np.exp),
+        (lambda x: 1e6 + x**3, lambda x: 3 * x**2),
+        (np.tanh, lambda x: 1 / np.cosh(x) ** 2),
+        (lambda x: np.sin(300 * x), lambda x: 300 * np.cos(300 * x)),
+        (lambda x: x * 1e-12, lambda x: 1e-12),
+    ],
+)
 def test_the_error_estimate_bounds_the_error(f, derivative, seed):
     at = np.random.default_rng(seed).uniform(0.2, 1.8)
     found = slope_of(f, at)

@@ -175,8 +175,12 @@ def test_the_path_over_a_landscape_is_that_of_the_run(result):
     np.testing.assert_array_equal(path.get_ydata(), result.history.value)
     assert start.get_xdata()[0] == path.get_xdata()[0] and best.get_xdata()[0] == path.get_xdata()[result.best.step]
     assert "path of the run, in which all move" in labels(ax)
-    two = Landscape(("l2[1]", "shift"), (1, 4), (np.geomspace(0.01, 1, 4), np.linspace(-1, 1, 5)),
-                    10.0 ** np.arange(20).reshape(4, 5))
+    two = Landscape(
+        ("l2[1]", "shift"),
+        (1, 4),
+        (np.geomspace(0.01, 1, 4), np.linspace(-1, 1, 5)),
+        10.0 ** np.arange(20).reshape(4, 5),
+    )
     ax = plots.landscape(two, result)
     path = next(line for line in ax.get_lines() if line.get_label() == "path of the run")
     np.testing.assert_array_equal(path.get_xdata(), result.history.hparams["l2"][:, 1])

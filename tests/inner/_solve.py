@@ -13,10 +13,12 @@ def problem(loss, model_state=False):
     return hg.Problem(loss, lambda *_: jnp.zeros(()), model_state=model_state)
 
 
-def solve(inner, loss, params, hparams=0.0, data=None, *, state=None, key=None, model_state=None, scale=1.0, options=None):
+def solve(
+    inner, loss, params, hparams=0.0, data=None, *, state=None, key=None, model_state=None, scale=1.0, options=None
+):
     """The result of one solve, from the state of `inner.init` unless another is given."""
     state = inner.init(params, hparams) if state is None else state
-    options = {name: value for name, value in {**inner.options, **(options or {})}.items()}
+    options = {**inner.options, **(options or {})}
 
     @jax.jit
     def run(params, state, hparams, data, key, model_state, scale, options):

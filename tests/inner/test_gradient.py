@@ -26,16 +26,23 @@ def start():
 
 # Closed forms on quadratics.
 
+
 def test_gradient_descent_is_the_power_of_its_contraction():
     result = solve(hg.inner.gradient(optax.sgd(0.13), steps=17), quadratic, start())
     assert relative_error(result.params, AIM + (1 - 0.13 * CURVATURE) ** 17 * (START - AIM)) < tol(1e-13, 1e-5)
-    assert relative_error(result.residual, np.linalg.norm(CURVATURE * (1 - 0.13 * CURVATURE) ** 16 * (START - AIM))) < 1e-5
+    assert (
+        relative_error(result.residual, np.linalg.norm(CURVATURE * (1 - 0.13 * CURVATURE) ** 16 * (START - AIM))) < 1e-5
+    )
     assert int(result.steps) == 17 and status(result) == "OK"
 
 
 def test_momentum_is_the_power_of_its_two_by_two_matrix():
-    result = solve(hg.inner.gradient(lambda h: optax.sgd(h["lr"], momentum=h["b"]), steps=9), quadratic, start(),
-                   {"lr": 0.11, "b": 0.63})
+    result = solve(
+        hg.inner.gradient(lambda h: optax.sgd(h["lr"], momentum=h["b"]), steps=9),
+        quadratic,
+        start(),
+        {"lr": 0.11, "b": 0.63},
+    )
     for i, c in enumerate(CURVATURE):  # v ← b v + c (w − a),  w ← w − lr v
         matrix = np.array([[1 - 0.11 * c, -0.11 * 0.63], [c, 0.63]])
         expected = AIM[i] + (np.linalg.matrix_power(matrix, 9) @ [START[i] - AIM[i], 0.0])[0]
@@ -44,8 +51,12 @@ def test_momentum_is_the_power_of_its_two_by_two_matrix():
 
 def test_a_schedule_of_one_rate_per_step_is_a_product_of_contractions():
     rates = np.linspace(0.05, 0.3, 6)
-    result = solve(hg.inner.gradient(lambda h: optax.sgd(lambda t: h["lr"][t]), steps=6), quadratic, start(),
-                   {"lr": jnp.asarray(rates)})
+    result = solve(
+        hg.inner.gradient(lambda h: optax.sgd(lambda t: h["lr"][t]), steps=6),
+        quadratic,
+        start(),
+        {"lr": jnp.asarray(rates)},
+    )
     expected = AIM + np.prod(1 - rates[:, None] * CURVATURE, axis=0) * (START - AIM)
     assert relative_error(result.params, expected) < tol(1e-13, 1e-5)
 
@@ -69,8 +80,7 @@ def test_derivatives_in_learning_rate_and_schedule_are_those_of_the_products():
 
 def test_a_rate_per_layer_moves_its_own_layer(x64):
     labels = {"a": "a", "b": "b"}
-    inner = hg.inner.gradient(
-        lambda h: optax.partition({name: optax.sgd(h[name]) for name in labels}, labels), steps=3)
+    inner = hg.inner.gradient(lambda h: optax.partition({name: optax.sgd(h[name]) for name in labels}, labels), steps=3)
     params = {"a": start(), "b": 2.0 * start()}
     loss = lambda w, h, batch: quadratic(w["a"], h, batch) + quadratic(w["b"], h, batch)
     result = solve(inner, loss, params, {"a": 0.1, "b": 0.25})
@@ -88,8 +98,10 @@ def test_a_hyperparameter_of_the_initial_state_counts(x64):
 
 # Carrying on.
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.8), optax.adam(lambda t: 0.1 / (1 + t))],
-                         ids=["momentum", "schedule"])
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd(0.1, momentum=0.8), optax.adam(lambda t: 0.1 / (1 + t))], ids=["momentum", "schedule"]
+)
 def test_two_calls_of_five_steps_are_one_of_ten(optimizer):
     half, whole = hg.inner.gradient(optimizer, steps=5), hg.inner.gradient(optimizer, steps=10)
     first = solve(half, quadratic, start())
@@ -124,6 +136,7 @@ def test_no_steps_change_nothing():
 
 # To a tolerance.
 
+
 def test_a_solve_to_a_tolerance_stops_there_and_reports_the_residual_of_what_it_returns():
     inner = hg.inner.gradient(optax.sgd(0.4), steps=10_000, tol=1e-4)
     result = solve(inner, quadratic, start(), scale=2.0)
@@ -148,6 +161,7 @@ def test_a_start_at_the_optimum_takes_no_step():
 
 # Outcomes.
 
+
 @pytest.mark.parametrize("steps", [20, 2000])
 @pytest.mark.parametrize("tolerance", [None, 1e-6])
 def test_a_learning_rate_beyond_two_over_the_largest_eigenvalue_is_inner_diverged(steps, tolerance):
@@ -162,8 +176,13 @@ def test_losses_that_jump_from_batch_to_batch_have_not_diverged(key):
     x = jnp.exp(3.0 * jax.random.normal(key, (200,)))  # over five decades
     loss = lambda w, hparams, batch: jnp.mean(batch) * jnp.sum(w**2) / 1e6
     for seed in range(20):
-        result = solve(hg.inner.gradient(optax.sgd(0.1), steps=20), loss, start(), data=hg.minibatches(x, 1),
-                       key=jax.random.key(seed))
+        result = solve(
+            hg.inner.gradient(optax.sgd(0.1), steps=20),
+            loss,
+            start(),
+            data=hg.minibatches(x, 1),
+            key=jax.random.key(seed),
+        )
         assert status(result) == "OK"
 
 
@@ -188,13 +207,19 @@ def test_an_optimizer_that_makes_parameters_nan_has_diverged():
 
 # Under the transformations.
 
+
 def test_traced_tolerance_and_step_count_never_recompile():
     inner = hg.inner.gradient(optax.sgd(0.3), steps=50, tol=1e-4)
     objective = bind_inner(problem(quadratic), None, None, None)
-    run = jax.jit(lambda options: inner.solve(objective, start(), inner.init(start(), 0.0), 0.0, None,
-                                              scale=jnp.ones(()), options=options))
-    steps = [int(run({"tol": jnp.asarray(t), "max_steps": jnp.asarray(m)}).steps)
-             for t, m in ((1e-2, 50), (1e-4, 50), (1e-4, 3))]
+    run = jax.jit(
+        lambda options: inner.solve(
+            objective, start(), inner.init(start(), 0.0), 0.0, None, scale=jnp.ones(()), options=options
+        )
+    )
+    steps = [
+        int(run({"tol": jnp.asarray(t), "max_steps": jnp.asarray(m)}).steps)
+        for t, m in ((1e-2, 50), (1e-4, 50), (1e-4, 3))
+    ]
     assert run._cache_size() == 1 and steps[0] < steps[1] and steps[2] == 3
 
 
@@ -202,8 +227,9 @@ def test_traced_tolerance_and_step_count_never_recompile():
 def test_lanes_of_a_vmap_are_independent(tolerance):
     inner = hg.inner.gradient(lambda lr: optax.adam(lr) if tolerance else optax.sgd(lr), steps=40, tol=tolerance)
     objective = bind_inner(problem(quadratic), None, None, None)
-    run = lambda lr: inner.solve(objective, start(), inner.init(start(), lr), lr, None, scale=jnp.ones(()),
-                                 options=inner.options)
+    run = lambda lr: inner.solve(
+        objective, start(), inner.init(start(), lr), lr, None, scale=jnp.ones(()), options=inner.options
+    )
     rates = jnp.asarray([0.3, 3.0, 0.5])  # the second one diverges
     batched = jax.jit(jax.vmap(run))(rates)
     for i, lr in enumerate(rates):
@@ -213,18 +239,24 @@ def test_lanes_of_a_vmap_are_independent(tolerance):
 
 
 def test_odd_pytrees_and_their_dtypes_are_kept():
-    params = {"a": jnp.ones((), jnp.float32), "b": [None, (jnp.ones(2, jnp.bfloat16),)], "c": jnp.ones((1, 2), jnp.float16)}
+    params = {
+        "a": jnp.ones((), jnp.float32),
+        "b": [None, (jnp.ones(2, jnp.bfloat16),)],
+        "c": jnp.ones((1, 2), jnp.float16),
+    }
     loss = lambda w, h, batch: sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(w))
     inner = hg.inner.gradient(optax.adam(0.1), steps=3)
     result = solve(inner, loss, params)
     assert jax.tree.structure(result.params) == jax.tree.structure(params)
     assert [x.dtype for x in jax.tree.leaves(result.params)] == [x.dtype for x in jax.tree.leaves(params)]
     before, after = inner.init(params, 0.0), result.state
-    assert [(x.dtype, x.weak_type) for x in jax.tree.leaves(before)] == [(x.dtype, x.weak_type) for x in
-                                                                        jax.tree.leaves(after)]
+    assert [(x.dtype, x.weak_type) for x in jax.tree.leaves(before)] == [
+        (x.dtype, x.weak_type) for x in jax.tree.leaves(after)
+    ]
 
 
 # Optimizers that need more than the gradient.
+
 
 def test_polyak_steps_see_the_loss_in_a_solve_and_are_refused_in_an_unroll():
     inner = hg.inner.gradient(optax.polyak_sgd(1.0), steps=1)
@@ -235,8 +267,9 @@ def test_polyak_steps_see_the_loss_in_a_solve_and_are_refused_in_an_unroll():
         unrolled(inner, 0.0, 1)
 
 
-@pytest.mark.parametrize(("optimizer", "need"), [(optax.lbfgs(), "value_fn"), (optax.contrib.sophia(0.1), "obj_fn")],
-                         ids=["lbfgs", "sophia"])
+@pytest.mark.parametrize(
+    ("optimizer", "need"), [(optax.lbfgs(), "value_fn"), (optax.contrib.sophia(0.1), "obj_fn")], ids=["lbfgs", "sophia"]
+)
 def test_line_searches_and_hessian_probes_are_refused_by_name(optimizer, need):
     with pytest.raises(hg.InputError, match=rf"needs the loss function itself \({need}\).*hg.inner.lbfgs\(\)"):
         hg.inner.gradient(optimizer, steps=1).init(start(), 0.0)
@@ -244,17 +277,27 @@ def test_line_searches_and_hessian_probes_are_refused_by_name(optimizer, need):
 
 # Mistakes.
 
-@pytest.mark.parametrize(("optimizer", "where", "culprit"), [
-    (lambda h: optax.sgd(optax.exponential_decay(h["lr"], 10, h["rate"])), "optax's exponential_decay", "rate"),
-    (lambda h: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, h["lr"], 5, 10)),
-     "optax's warmup_cosine_decay_schedule", "lr"),
-    (lambda h: optax.sgd(float(h["lr"])), "the function optimizer\\(hparams\\)", "lr"),
-    (lambda h: optax.adam(0.1, b1=np.asarray(h["rate"])), "the function optimizer\\(hparams\\)", "rate"),
-], ids=["exponential_decay", "warmup_cosine", "float", "numpy"])
+
+@pytest.mark.parametrize(
+    ("optimizer", "where", "culprit"),
+    [
+        (lambda h: optax.sgd(optax.exponential_decay(h["lr"], 10, h["rate"])), "optax's exponential_decay", "rate"),
+        (
+            lambda h: optax.sgd(optax.warmup_cosine_decay_schedule(0.0, h["lr"], 5, 10)),
+            "optax's warmup_cosine_decay_schedule",
+            "lr",
+        ),
+        (lambda h: optax.sgd(float(h["lr"])), "the function optimizer\\(hparams\\)", "lr"),
+        (lambda h: optax.adam(0.1, b1=np.asarray(h["rate"])), "the function optimizer\\(hparams\\)", "rate"),
+    ],
+    ids=["exponential_decay", "warmup_cosine", "float", "numpy"],
+)
 def test_a_setting_that_cannot_be_traced_is_named_with_its_hyperparameter(optimizer, where, culprit):
     hparams = {"lr": jnp.asarray(0.1), "rate": jnp.asarray(0.9)}
     inner = hg.inner.gradient(optimizer, steps=1)
-    message = rf"gradient: {where} needs the value of a hyperparameter.*\(it depends on hparams\['{culprit}'\]\).*lambda step"
+    message = (
+        rf"gradient: {where} needs the value of a hyperparameter.*\(it depends on hparams\['{culprit}'\]\).*lambda step"
+    )
     with pytest.raises(hg.InputError, match=message):
         inner.init(start(), hparams)
     with pytest.raises(hg.InputError, match=rf"{where}.*one of hparams\['lr'\], hparams\['rate'\]"):
@@ -265,31 +308,67 @@ def broken(update=lambda g, s, p=None: (g, s), init=lambda p: ()):
     return optax.GradientTransformation(init, update)
 
 
-@pytest.mark.parametrize(("optimizer", "message"), [
-    (broken(lambda g, s, p=None: ({"w": g["w"][:1]}, s)),
-     r"the optimizer's update\['w'\] has shape \(1,\), expected \(3,\)"),
-    (broken(lambda g, s, p=None: ({"v": g["w"]}, s)), r"the optimizer's update\['w'\] is missing"),
-    (broken(lambda g, s, p=None: (g, {"m": jnp.zeros(2)}), lambda p: {"m": jnp.zeros(3)}),
-     r"the optimizer's state after an update\['m'\] has shape \(2,\), expected \(3,\)"),
-])
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            broken(lambda g, s, p=None: ({"w": g["w"][:1]}, s)),
+            r"the optimizer's update\['w'\] has shape \(1,\), expected \(3,\)",
+        ),
+        (broken(lambda g, s, p=None: ({"v": g["w"]}, s)), r"the optimizer's update\['w'\] is missing"),
+        (
+            broken(lambda g, s, p=None: (g, {"m": jnp.zeros(2)}), lambda p: {"m": jnp.zeros(3)}),
+            r"the optimizer's state after an update\['m'\] has shape \(2,\), expected \(3,\)",
+        ),
+    ],
+)
 def test_an_update_that_changes_a_structure_is_named_by_its_path(optimizer, message):
     with pytest.raises(hg.InputError, match=f"gradient: {message}"):
         hg.inner.gradient(optimizer, steps=1).init({"w": start()}, 0.0)
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda: hg.inner.gradient(0.1, steps=3), hg.InputTypeError, "optimizer must be an optax optimizer.*found float"),
-    (lambda: hg.inner.gradient(jnp.ones(2), steps=3), hg.InputTypeError, r"found an array of shape \(2,\)"),
-    (lambda: hg.inner.gradient(optax.sgd(0.1), steps=1.5), hg.InputTypeError, "steps must be a Python integer, found 1.5"),
-    (lambda: hg.inner.gradient(optax.sgd(0.1), steps=True), hg.InputTypeError, "steps must be a Python integer, found True"),
-    (lambda: hg.inner.gradient(optax.sgd(0.1), steps=-1), hg.InputError, "steps must be at least 0, found -1"),
-    (lambda: hg.inner.gradient(optax.sgd(0.1), steps=3, tol=0.0), hg.InputError, "tol must be greater than 0, found 0.0"),
-    (lambda: hg.inner.gradient(optax.sgd(0.1), stps=3), hg.InputTypeError, "unknown option 'stps', did you mean 'steps'"),
-    (lambda: hg.inner.gradient(lambda h: 0.1, steps=3).init(start(), 0.0), hg.InputTypeError,
-     r"optimizer\(hparams\) must return an optax optimizer, found float: write lambda hparams"),
-    (lambda: hg.inner.gradient(optax.adam, steps=3).init(start(), {"lr": 0.1}), hg.InputTypeError,
-     r"optimizer is the function optax.adam itself.*lambda hparams: optax.adam\(hparams\['lr'\]\)"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: hg.inner.gradient(0.1, steps=3),
+            hg.InputTypeError,
+            "optimizer must be an optax optimizer.*found float",
+        ),
+        (lambda: hg.inner.gradient(jnp.ones(2), steps=3), hg.InputTypeError, r"found an array of shape \(2,\)"),
+        (
+            lambda: hg.inner.gradient(optax.sgd(0.1), steps=1.5),
+            hg.InputTypeError,
+            "steps must be a Python integer, found 1.5",
+        ),
+        (
+            lambda: hg.inner.gradient(optax.sgd(0.1), steps=True),
+            hg.InputTypeError,
+            "steps must be a Python integer, found True",
+        ),
+        (lambda: hg.inner.gradient(optax.sgd(0.1), steps=-1), hg.InputError, "steps must be at least 0, found -1"),
+        (
+            lambda: hg.inner.gradient(optax.sgd(0.1), steps=3, tol=0.0),
+            hg.InputError,
+            "tol must be greater than 0, found 0.0",
+        ),
+        (
+            lambda: hg.inner.gradient(optax.sgd(0.1), stps=3),
+            hg.InputTypeError,
+            "unknown option 'stps', did you mean 'steps'",
+        ),
+        (
+            lambda: hg.inner.gradient(lambda h: 0.1, steps=3).init(start(), 0.0),
+            hg.InputTypeError,
+            r"optimizer\(hparams\) must return an optax optimizer, found float: write lambda hparams",
+        ),
+        (
+            lambda: hg.inner.gradient(optax.adam, steps=3).init(start(), {"lr": 0.1}),
+            hg.InputTypeError,
+            r"optimizer is the function optax.adam itself.*lambda hparams: optax.adam\(hparams\['lr'\]\)",
+        ),
+    ],
+)
 def test_mistakes_name_the_argument_and_the_remedy(make, error, message):
     with pytest.raises(error, match=message):
         make()
@@ -299,5 +378,5 @@ def test_errors_that_are_not_about_hypergrad_pass_through():
     def optimizer(hparams):
         raise ValueError("mine")
 
-    with pytest.raises(ValueError, match="^mine$"):
+    with pytest.raises(ValueError, match=r"^mine$"):
         hg.inner.gradient(optimizer, steps=1).init(start(), 0.0)

@@ -50,10 +50,18 @@ class Outcome(NamedTuple):
 @functools.cache
 def compiled(name: str) -> Any:
     """`(matrix, rhs, start, options, scales) -> (result fields, inverse of the true gap)`, compiled once a shape."""
+
     def run(matrix, rhs, start, options, scales=None):
         apply = None if scales is None else lambda v: scales * v
-        result = solve(SOLVERS[name], lambda v: matrix @ v, rhs, start=start, precondition=apply, options=options,
-                       key=jax.random.key(7))
+        result = solve(
+            SOLVERS[name],
+            lambda v: matrix @ v,
+            rhs,
+            start=start,
+            precondition=apply,
+            options=options,
+            key=jax.random.key(7),
+        )
         gap = rhs - matrix @ result.solution
         return result.solution, result.residual, result.steps, result.status, gap, result.inverse(gap)
 
@@ -74,8 +82,14 @@ def run(name: str, matrix: Any, rhs: Any, start: Any = None, scales: Any = None,
     d = () if scales is None else (jnp.asarray(scales, float),)
     x, residual, steps, status, gap, inverse = compiled(name)(a, b, x0, all_options(name, **options), *d)
     size = float(jnp.linalg.norm(b)) or 1.0
-    return Outcome(np.asarray(x), float(residual), float(jnp.linalg.norm(gap)) / size, int(steps),
-                   hg.Status(int(status)), np.asarray(inverse))
+    return Outcome(
+        np.asarray(x),
+        float(residual),
+        float(jnp.linalg.norm(gap)) / size,
+        int(steps),
+        hg.Status(int(status)),
+        np.asarray(inverse),
+    )
 
 
 def rotation(seed: int, n: int = N) -> np.ndarray:

@@ -218,8 +218,12 @@ def test_tolerance_below_the_precision_is_named(name):
 def test_a_failing_lane_leaves_the_others_bit_equal(name):
     good = [(spd(20.0, seed), vector(seed)) for seed in range(3)]
     saddle = spd(20.0) - 0.3 * np.eye(N)
-    bad = [(np.full((N, N), np.nan), vector()), (saddle, vector()), (np.zeros((N, N)), vector()),
-           (spd(20.0), np.full(N, np.inf))]
+    bad = [
+        (np.full((N, N), np.nan), vector()),
+        (saddle, vector()),
+        (np.zeros((N, N)), vector()),
+        (spd(20.0), np.full(N, np.inf)),
+    ]
     mapped = jax.jit(jax.vmap(compiled(name), in_axes=(0, 0, 0, None)))
 
     def lanes(systems):
@@ -237,9 +241,12 @@ def odd_tree():
     """A parameter tree with None, a scalar, nesting and two dtypes, and a positive definite operator on it."""
     f = jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
     rng = np.random.default_rng(0)
-    tree = {"none": None, "scalar": jnp.asarray(rng.normal(), f),
-            "pair": (jnp.asarray(rng.normal(size=(2, 3)), f), [jnp.asarray(rng.normal(size=4), jnp.float32)]),
-            "empty": jnp.zeros((0, 2), f)}
+    tree = {
+        "none": None,
+        "scalar": jnp.asarray(rng.normal(), f),
+        "pair": (jnp.asarray(rng.normal(size=(2, 3)), f), [jnp.asarray(rng.normal(size=4), jnp.float32)]),
+        "empty": jnp.zeros((0, 2), f),
+    }
     scales = jax.tree.map(lambda x: 1 + jnp.abs(x), tree)
     ones = jax.tree.map(jnp.ones_like, tree)
 
@@ -308,27 +315,32 @@ def test_inverse_turns_residuals_into_errors(name):
     assert np.median(ratios) < 30, np.sort(ratios)
 
 
-@pytest.mark.parametrize(("make", "match"), [
-    (lambda: hg.linear.cg(tol=-1.0), "cg: tol must be greater than 0, found -1.0"),
-    (lambda: hg.linear.cg(max_steps=2.5), "cg: max_steps must be an integer, found 2.5"),
-    (lambda: hg.linear.cg(**{"max_step": 3}), "cg: unknown option 'max_step', did you mean 'max_steps'"),
-    (lambda: hg.linear.gmres(restart=0), "gmres: restart must be at least 1, found 0"),
-    (lambda: hg.linear.gmres(**{"restart": 2.0}), "gmres: restart must be an integer, found 2.0"),
-    (lambda: jax.jit(lambda m: solve(hg.linear.gmres(restart=m), lambda v: v, jnp.ones(2)).solution)(3),
-     "gmres: restart must be a Python integer"),
-    (lambda: hg.linear.neumann(-1), "neumann: max_steps must be at least 1, found -1"),
-    (lambda: hg.linear.neumann(True), "neumann: max_steps must be a number, found True"),
-    (lambda: hg.linear.neumann(3, step_size=0.0), "neumann: step_size must be greater than 0, found 0.0"),
-    (lambda: hg.linear.neumann(3, power_steps=0), "neumann: power_steps must be at least 1, found 0"),
-    (lambda: hg.linear.neumann(3, **{"stepsize": 0.1}), "neumann: unknown option 'stepsize', did you mean 'step_size'"),
-    (lambda: hg.linear.nystrom(0, damping=0.1), "nystrom: rank must be at least 1, found 0"),
-    (lambda: hg.linear.nystrom(3, damping=0.0), "nystrom: damping must be greater than 0, found 0"),
-    (lambda: hg.linear.nystrom(3, damping=-0.1), "nystrom: damping must be at least 0, found -0.1"),
-    (lambda: hg.linear.nystrom(3, damping=0.1, sketch="gauss"), "nystrom: sketch must be one of.*found 'gauss'"),
-    (lambda: hg.linear.dense(tol=0.0), "dense: tol must be greater than 0, found 0.0"),
-    (lambda: hg.linear.identity(step_size=-1.0), "identity: step_size must be greater than 0, found -1.0"),
-    (lambda: hg.linear.jacobi(probes=0), "jacobi: probes must be at least 1, found 0"),
-])
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: hg.linear.cg(tol=-1.0), "cg: tol must be greater than 0, found -1.0"),
+        (lambda: hg.linear.cg(max_steps=2.5), "cg: max_steps must be an integer, found 2.5"),
+        (lambda: hg.linear.cg(max_step=3), "cg: unknown option 'max_step', did you mean 'max_steps'"),
+        (lambda: hg.linear.gmres(restart=0), "gmres: restart must be at least 1, found 0"),
+        (lambda: hg.linear.gmres(restart=2.0), "gmres: restart must be an integer, found 2.0"),
+        (
+            lambda: jax.jit(lambda m: solve(hg.linear.gmres(restart=m), lambda v: v, jnp.ones(2)).solution)(3),
+            "gmres: restart must be a Python integer",
+        ),
+        (lambda: hg.linear.neumann(-1), "neumann: max_steps must be at least 1, found -1"),
+        (lambda: hg.linear.neumann(True), "neumann: max_steps must be a number, found True"),
+        (lambda: hg.linear.neumann(3, step_size=0.0), "neumann: step_size must be greater than 0, found 0.0"),
+        (lambda: hg.linear.neumann(3, power_steps=0), "neumann: power_steps must be at least 1, found 0"),
+        (lambda: hg.linear.neumann(3, stepsize=0.1), "neumann: unknown option 'stepsize', did you mean 'step_size'"),
+        (lambda: hg.linear.nystrom(0, damping=0.1), "nystrom: rank must be at least 1, found 0"),
+        (lambda: hg.linear.nystrom(3, damping=0.0), "nystrom: damping must be greater than 0, found 0"),
+        (lambda: hg.linear.nystrom(3, damping=-0.1), "nystrom: damping must be at least 0, found -0.1"),
+        (lambda: hg.linear.nystrom(3, damping=0.1, sketch="gauss"), "nystrom: sketch must be one of.*found 'gauss'"),
+        (lambda: hg.linear.dense(tol=0.0), "dense: tol must be greater than 0, found 0.0"),
+        (lambda: hg.linear.identity(step_size=-1.0), "identity: step_size must be greater than 0, found -1.0"),
+        (lambda: hg.linear.jacobi(probes=0), "jacobi: probes must be at least 1, found 0"),
+    ],
+)
 def test_mistakes_are_named(make, match):
     with pytest.raises(hg.HypergradError, match=match):
         make()

@@ -21,8 +21,16 @@ from tests.outer._ridge import counted, data, ridge
 
 TRAIN, VALID = data()
 X, Y = TRAIN
-GOOD = {"solver": ridge(), "params": jnp.zeros(6), "hparams": {"l2": 0.1}, "train": TRAIN, "valid": VALID,
-        "outer": optax.adam(0.1), "steps": 3, "progress": False}
+GOOD = {
+    "solver": ridge(),
+    "params": jnp.zeros(6),
+    "hparams": {"l2": 0.1},
+    "train": TRAIN,
+    "valid": VALID,
+    "outer": optax.adam(0.1),
+    "steps": 3,
+    "progress": False,
+}
 
 
 def call(**changes):
@@ -30,8 +38,11 @@ def call(**changes):
 
 
 MISTAKES = {
-    "solver": ({"solver": Problem(lambda w, h, b: 0.0, lambda w, h, b: 0.0)}, InputTypeError,
-               ["solver", "Problem", "hg.implicit"]),
+    "solver": (
+        {"solver": Problem(lambda w, h, b: 0.0, lambda w, h, b: 0.0)},
+        InputTypeError,
+        ["solver", "Problem", "hg.implicit"],
+    ),
     "outer a number": ({"outer": 0.1}, InputTypeError, ["outer", "float", "optax.adam"]),
     "outer not called": ({"outer": optax.adam}, InputTypeError, ["outer", "found adam", "optax.adam(3e-2)"]),
     "outer with a line search": ({"outer": optax.lbfgs()}, InputTypeError, ["outer", "value_fn", "linesearch=None"]),
@@ -50,8 +61,11 @@ MISTAKES = {
     "hparams complex": ({"hparams": {"l2": 1j}}, InputTypeError, ["hparams['l2']", "complex"]),
     "hparams empty": ({"hparams": {}}, InputError, ["hparams", "no leaves"]),
     "hparams NaN": ({"hparams": {"l2": np.nan}}, InputError, ["hparams['l2']", "NaN"]),
-    "hparams outside": ({"hparams": {"l2": -1.0}, "domain": domains.positive()}, InputError,
-                        ["hparams['l2']", "greater than 0", "-1", "start from"]),
+    "hparams outside": (
+        {"hparams": {"l2": -1.0}, "domain": domains.positive()},
+        InputError,
+        ["hparams['l2']", "greater than 0", "-1", "start from"],
+    ),
     "domain elsewhere": ({"domain": {"l1": domains.log()}}, InputError, ["domain['l1']", "['l2']"]),
     "train empty": ({"train": (X[:0], Y[:0])}, InputError, ["train[0]", "empty", "(0, 6)"]),
     "valid empty": ({"valid": {"x": Y[:0]}}, InputError, ["valid['x']", "empty"]),
@@ -75,24 +89,31 @@ def test_a_mistake_is_named_before_it_is_compiled(mistake):
     assert isinstance(error.value, HypergradError)
 
 
-@pytest.mark.parametrize(("make", "kind", "words"), [
-    (lambda: minibatches(TRAIN, 31), InputError, ["size", "between 1 and the 30 rows", "31"]),
-    (lambda: minibatches(TRAIN, 0), InputError, ["size", "found 0"]),
-    (lambda: minibatches(TRAIN, 2.0), InputTypeError, ["size", "2.0"]),
-    (lambda: minibatches((X, Y[:-1]), 4), InputError, ["[0] has 30", "[1] has 29"]),
-    (lambda: minibatches({"x": X, "y": Y[:-1]}, 4), InputError, ["['x'] has 30", "['y'] has 29"]),
-    (lambda: minibatches((X[:0], Y[:0]), 1), InputError, ["[0] is empty"]),
-    (lambda: minibatches((), 1), InputError, ["no arrays"]),
-    (lambda: minibatches((X, 3.0), 1), InputError, ["[1] is a scalar"]),
-    (lambda: minibatches(iter([X]), 1), InputTypeError, ["list_iterator", "hg.stream"]),
-    (lambda: stream([TRAIN], 0), InputError, ["per_step", "0"]),
-    (lambda: stream([TRAIN], 1.5), InputError, ["per_step", "1.5"]),
-    (lambda: stream(7, 1), InputTypeError, ["iterable", "int"]),
-    (lambda: stream([], 1).next(), InputError, ["ended after 0 of the 1"]),
-    (lambda: stream(iter([TRAIN]), 2).next(), InputError, ["ended after 1 of the 2", "while True"]),
-    (lambda: stream([(X, Y), (X[:5], Y[:5])], 2).next(), InputError, ["one shape", "[30, 6]", "[5, 6]", "drop or pad"]),
-    (lambda: stream([{"x": np.zeros((0, 2))}], 1).next(), InputError, ["['x'] is empty"]),
-])
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: minibatches(TRAIN, 31), InputError, ["size", "between 1 and the 30 rows", "31"]),
+        (lambda: minibatches(TRAIN, 0), InputError, ["size", "found 0"]),
+        (lambda: minibatches(TRAIN, 2.0), InputTypeError, ["size", "2.0"]),
+        (lambda: minibatches((X, Y[:-1]), 4), InputError, ["[0] has 30", "[1] has 29"]),
+        (lambda: minibatches({"x": X, "y": Y[:-1]}, 4), InputError, ["['x'] has 30", "['y'] has 29"]),
+        (lambda: minibatches((X[:0], Y[:0]), 1), InputError, ["[0] is empty"]),
+        (lambda: minibatches((), 1), InputError, ["no arrays"]),
+        (lambda: minibatches((X, 3.0), 1), InputError, ["[1] is a scalar"]),
+        (lambda: minibatches(iter([X]), 1), InputTypeError, ["list_iterator", "hg.stream"]),
+        (lambda: stream([TRAIN], 0), InputError, ["per_step", "0"]),
+        (lambda: stream([TRAIN], 1.5), InputError, ["per_step", "1.5"]),
+        (lambda: stream(7, 1), InputTypeError, ["iterable", "int"]),
+        (lambda: stream([], 1).next(), InputError, ["ended after 0 of the 1"]),
+        (lambda: stream(iter([TRAIN]), 2).next(), InputError, ["ended after 1 of the 2", "while True"]),
+        (
+            lambda: stream([(X, Y), (X[:5], Y[:5])], 2).next(),
+            InputError,
+            ["one shape", "[30, 6]", "[5, 6]", "drop or pad"],
+        ),
+        (lambda: stream([{"x": np.zeros((0, 2))}], 1).next(), InputError, ["['x'] is empty"]),
+    ],
+)
 def test_unusable_data_are_named(make, kind, words):
     with pytest.raises(kind) as error:
         make()
@@ -109,17 +130,28 @@ def wrapped(change):
     return solver._replace(hypergrad=hypergrad)
 
 
-@pytest.mark.parametrize(("change", "kind", "words"), [
-    (lambda out, state: (out.value, state), InputTypeError, ["hg.Hypergradient"]),
-    (lambda out, state: (out._replace(value=jnp.ones(3)), state), InputError, ["outer loss must be a scalar", "(3,)"]),
-    (lambda out, state: (out._replace(grad={}), state), InputError, ["hypergradient['l2'] is missing"]),
-    (lambda out, state: (out._replace(metrics={"value": 1.0}), state), InputError, ["metric", "'value'", "rename"]),
-    (lambda out, state: (out._replace(metrics={"norm": 1.0}), state), InputError, ["metric", "'norm'", "rename"]),
-    (lambda out, state: (out._replace(metrics={"all": jnp.ones(2)}), state), InputError, ["all", "(2,)", "reduce"]),
-    (lambda out, state: (out, state | {"new": jnp.ones(2)}), InputError, ["the solver['new']", "not expected"]),
-    (lambda out, state: (out, state | {"params": jnp.ones(2)}), InputError, ["the solver['params']", "(2,)", "(6,)"]),
-    (lambda out, state: (out, state | {"calls": jnp.float32(1)}), InputTypeError, ["['calls']", "int32", "float"]),
-])
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda out, state: (out.value, state), InputTypeError, ["hg.Hypergradient"]),
+        (
+            lambda out, state: (out._replace(value=jnp.ones(3)), state),
+            InputError,
+            ["outer loss must be a scalar", "(3,)"],
+        ),
+        (lambda out, state: (out._replace(grad={}), state), InputError, ["hypergradient['l2'] is missing"]),
+        (lambda out, state: (out._replace(metrics={"value": 1.0}), state), InputError, ["metric", "'value'", "rename"]),
+        (lambda out, state: (out._replace(metrics={"norm": 1.0}), state), InputError, ["metric", "'norm'", "rename"]),
+        (lambda out, state: (out._replace(metrics={"all": jnp.ones(2)}), state), InputError, ["all", "(2,)", "reduce"]),
+        (lambda out, state: (out, state | {"new": jnp.ones(2)}), InputError, ["the solver['new']", "not expected"]),
+        (
+            lambda out, state: (out, state | {"params": jnp.ones(2)}),
+            InputError,
+            ["the solver['params']", "(2,)", "(6,)"],
+        ),
+        (lambda out, state: (out, state | {"calls": jnp.float32(1)}), InputTypeError, ["['calls']", "int32", "float"]),
+    ],
+)
 def test_a_solver_that_breaks_the_interface_is_named(change, kind, words):
     with pytest.raises(kind) as error:
         call(solver=wrapped(change))
@@ -136,8 +168,9 @@ def test_nan_in_the_data_is_a_warning():
     x = X.copy()
     x[2, 3] = np.nan
     solver = ridge()
-    masked = solver._replace(hypergrad=lambda state, h, train=None, valid=None, *, key=None: solver.hypergrad(
-        state, h, train["pair"], valid))
+    masked = solver._replace(
+        hypergrad=lambda state, h, train=None, valid=None, *, key=None: solver.hypergrad(state, h, train["pair"], valid)
+    )
     with pytest.warns(UserWarning, match=r"train\['x'\] holds 1 NaN") as caught:
         call(train={"x": x, "pair": TRAIN}, solver=masked)
     assert caught[0].filename == __file__
@@ -152,5 +185,10 @@ def test_a_label_outside_its_classes_is_named(wrap):
     labels = np.arange(30) % 3
     labels[7] = 3
     with pytest.raises(InputError, match=r"train\[1\]: labels run from 0 to 2, found 3 at (row 7|index \(0, 7\))"):
-        call(solver=hg.implicit(hg.Problem(loss, loss)), params=jnp.zeros((6, 3)), train=wrap((X, labels)),
-             valid=(X, np.arange(30) % 3), key=jax.random.key(0))
+        call(
+            solver=hg.implicit(hg.Problem(loss, loss)),
+            params=jnp.zeros((6, 3)),
+            train=wrap((X, labels)),
+            valid=(X, np.arange(30) % 3),
+            key=jax.random.key(0),
+        )

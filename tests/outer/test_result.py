@@ -20,12 +20,21 @@ TRAIN, VALID = data()
 
 
 def run(steps=12, **options):
-    return tune(ridge(), jnp.zeros(6), {"l2": 0.01}, TRAIN, VALID, outer=optax.adam(0.3), steps=steps,
-                **{"domain": domains.log(), "progress": False} | options)
+    return tune(
+        ridge(),
+        jnp.zeros(6),
+        {"l2": 0.01},
+        TRAIN,
+        VALID,
+        outer=optax.adam(0.3),
+        steps=steps,
+        **{"domain": domains.log(), "progress": False} | options,
+    )
 
 
 def quadratic():
     """Outer loss |h|², so that any number of hyperparameters is cheap."""
+
     def hypergrad(state, hparams, train=None, valid=None, *, key=None):
         value, grad = jax.value_and_grad(lambda h: sum(jnp.sum(x**2) for x in jax.tree.leaves(h)))(hparams)
         return Hypergradient(value, grad, info(), {}), state
@@ -38,8 +47,13 @@ def quadratic():
 
 def test_every_column_has_one_entry_a_step():
     history = run().history
-    columns = [*history[:9], history.hparams["l2"], *history.metrics.values(), *history.extra.values(),
-               *(tree["l2"] for tree in history.summary.values())]
+    columns = [
+        *history[:9],
+        history.hparams["l2"],
+        *history.metrics.values(),
+        *history.extra.values(),
+        *(tree["l2"] for tree in history.summary.values()),
+    ]
     assert [column.shape for column in columns] == [(12,)] * len(columns)
     assert set(history.metrics) == {"rmse"} and set(history.extra) == {"norm"}
     assert history.status.dtype == history.inner_steps.dtype == np.int64

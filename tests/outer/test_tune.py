@@ -27,8 +27,16 @@ START = jnp.zeros(6)
 
 def run(solver=None, hparams=None, *, steps=20, outer=None, **options) -> Result:
     options = {"train": TRAIN, "valid": VALID, "domain": domains.log(), "progress": False} | options
-    return tune(solver or ridge(), START, {"l2": 0.01} if hparams is None else hparams, options.pop("train"),
-                options.pop("valid"), outer=outer or optax.adam(0.3), steps=steps, **options)
+    return tune(
+        solver or ridge(),
+        START,
+        {"l2": 0.01} if hparams is None else hparams,
+        options.pop("train"),
+        options.pop("valid"),
+        outer=outer or optax.adam(0.3),
+        steps=steps,
+        **options,
+    )
 
 
 def test_the_tuned_strength_is_the_closed_form_optimum():
@@ -66,8 +74,14 @@ def test_a_step_in_a_domain_follows_the_chain_rule():
 
 def test_a_thousand_steps_trace_once():
     solver, traces = counted(ridge())
-    result = run(solver, steps=1000, outer=optax.adam(0.05), key=jax.random.key(3),
-                 callbacks=lambda step, metrics: None, train=minibatches(TRAIN, 20))
+    result = run(
+        solver,
+        steps=1000,
+        outer=optax.adam(0.05),
+        key=jax.random.key(3),
+        callbacks=lambda step, metrics: None,
+        train=minibatches(TRAIN, 20),
+    )
     assert len(result.history.value) == 1000
     assert len(traces) == 1
 
@@ -336,6 +350,7 @@ def test_a_stream_that_ends_or_changes_shape_stops_with_the_result():
 def test_odd_hyperparameters_keep_structure_and_dtypes():
     def fold(solver):
         """The same solver over (l2, (bfloat16 vector, None)): only l2 matters."""
+
         def hypergrad(state, h, train=None, valid=None, *, key=None):
             out, state = solver.hypergrad(state, {"l2": h[0]}, train, valid, key=key)
             return out._replace(grad=(out.grad["l2"], [jnp.ones_like(h[1][0]), None])), state
@@ -373,6 +388,7 @@ def test_an_optimizer_that_wants_the_loss_gets_it():
 
 def test_ridge_losses_alone_lead_to_the_closed_form_optimum():
     """The whole way: two losses, the implicit solver, the loop."""
+
     def inner_loss(w, h, batch):
         x, y = batch
         return 0.5 * jnp.mean((x @ w - y) ** 2) + 0.5 * h["l2"] * jnp.sum(w**2)

@@ -2,8 +2,9 @@
 
     g = ∂_λ f − (∂²_{λw} h) H⁻¹ ∂_w f,     H = ∂²_{ww} h,   at ∂_w h(w, λ) = 0
 
-Each case is a `Problem` in JAX beside the same problem as an `Analytic`: no automatic differentiation, no code of the library, one
-dense solve. Data are rounded to float32, so that both precisions solve the same problem; hyperparameters are random.
+Each case is a `Problem` in JAX beside the same problem as an `Analytic`: no automatic differentiation, no code of the
+library, one dense solve. Data are rounded to float32, so that both precisions solve the same problem; hyperparameters
+are random.
 """
 
 from __future__ import annotations
@@ -139,8 +140,10 @@ def label_data(rng: np.random.Generator, n: int = 40, d: int = 5) -> tuple[tuple
 def squares(valid: tuple[ndarray, ndarray], p: int) -> dict[str, Callable]:
     """The outer loss ½ mean (Xw − y)², by hand."""
     x, y = valid
-    return {"outer": lambda w, h: 0.5 * np.mean((x @ w - y) ** 2),
-            "outer_grads": lambda w, h: (x.T @ (x @ w - y) / len(y), np.zeros(p))}
+    return {
+        "outer": lambda w, h: 0.5 * np.mean((x @ w - y) ** 2),
+        "outer_grads": lambda w, h: (x.T @ (x @ w - y) / len(y), np.zeros(p)),
+    }
 
 
 def half_mse(w, hparams, batch):
@@ -156,14 +159,19 @@ def ridge(kind: str) -> Case:
     train, valid = regression_data(rng)
     (x, y), d = train, train[0].shape[1]
     hparams = {"scalar": rng.uniform(0.2, 0.7), "log": rng.normal(), "per coordinate": rng.normal(size=d)}[kind]
-    rho, rho_grad = {"scalar": (lambda h: h * np.ones(d), lambda h: np.ones((1, d))),
-                     "log": (lambda h: np.exp(h) * np.ones(d), lambda h: np.exp(h) * np.ones((1, d))),
-                     "per coordinate": (np.exp, lambda h: np.diag(np.exp(h)))}[kind]
+    rho, rho_grad = {
+        "scalar": (lambda h: h * np.ones(d), lambda h: np.ones((1, d))),
+        "log": (lambda h: np.exp(h) * np.ones(d), lambda h: np.exp(h) * np.ones((1, d))),
+        "per coordinate": (np.exp, lambda h: np.diag(np.exp(h))),
+    }[kind]
     strength = (lambda h: h) if kind == "scalar" else jnp.exp
     problem = hg.Problem(lambda w, h, b: half_mse(w, h, b) + 0.5 * jnp.sum(strength(h) * w**2), half_mse)
-    analytic = Analytic(grad=lambda w, h: x.T @ (x @ w - y) / len(y) + rho(h) * w,
-                        hess=lambda w, h: x.T @ x / len(y) + np.diag(rho(h)),
-                        cross=lambda w, h: rho_grad(h) * w, **squares(valid, np.size(hparams)))
+    analytic = Analytic(
+        grad=lambda w, h: x.T @ (x @ w - y) / len(y) + rho(h) * w,
+        hess=lambda w, h: x.T @ x / len(y) + np.diag(rho(h)),
+        cross=lambda w, h: rho_grad(h) * w,
+        **squares(valid, np.size(hparams)),
+    )
     return Case(problem, np.zeros(d), np.asarray(rounded(hparams)), train, valid, analytic)
 
 
@@ -179,9 +187,12 @@ def tikhonov() -> Case:
         return (np.einsum("jc,i->ijc", np.eye(d), m @ w) + np.einsum("ic,j->ijc", m, w)).reshape(k * d, d)
 
     problem = hg.Problem(lambda w, h, b: half_mse(w, h, b) + 0.5 * jnp.sum((h @ w) ** 2), half_mse)
-    analytic = Analytic(grad=lambda w, h: x.T @ (x @ w - y) / len(y) + h.reshape(k, d).T @ h.reshape(k, d) @ w,
-                        hess=lambda w, h: x.T @ x / len(y) + h.reshape(k, d).T @ h.reshape(k, d),
-                        cross=cross, **squares(valid, k * d))
+    analytic = Analytic(
+        grad=lambda w, h: x.T @ (x @ w - y) / len(y) + h.reshape(k, d).T @ h.reshape(k, d) @ w,
+        hess=lambda w, h: x.T @ x / len(y) + h.reshape(k, d).T @ h.reshape(k, d),
+        cross=cross,
+        **squares(valid, k * d),
+    )
     return Case(problem, np.zeros(d), rounded(0.7 * rng.normal(size=(k, d))), train, valid, analytic)
 
 
@@ -193,10 +204,14 @@ def example_weights() -> Case:
     sigmoid = lambda h: 1 / (1 + np.exp(-h))
     slope = lambda h: sigmoid(h) * (1 - sigmoid(h))
     problem = hg.Problem(
-        lambda w, h, b: 0.5 * jnp.mean(jax.nn.sigmoid(h) * (b[0] @ w - b[1]) ** 2) + 0.15 * jnp.sum(w**2), half_mse)
-    analytic = Analytic(grad=lambda w, h: x.T @ (sigmoid(h) * (x @ w - y)) / n + 0.3 * w,
-                        hess=lambda w, h: x.T @ (sigmoid(h)[:, None] * x) / n + 0.3 * np.eye(d),
-                        cross=lambda w, h: (slope(h) * (x @ w - y))[:, None] * x / n, **squares(valid, n))
+        lambda w, h, b: 0.5 * jnp.mean(jax.nn.sigmoid(h) * (b[0] @ w - b[1]) ** 2) + 0.15 * jnp.sum(w**2), half_mse
+    )
+    analytic = Analytic(
+        grad=lambda w, h: x.T @ (sigmoid(h) * (x @ w - y)) / n + 0.3 * w,
+        hess=lambda w, h: x.T @ (sigmoid(h)[:, None] * x) / n + 0.3 * np.eye(d),
+        cross=lambda w, h: (slope(h) * (x @ w - y))[:, None] * x / n,
+        **squares(valid, n),
+    )
     return Case(problem, np.zeros(d), rounded(rng.normal(size=n)), train, valid, analytic)
 
 
@@ -225,8 +240,12 @@ def data_as_hparams(which: str) -> Case:
         return a.T @ (a @ w - b) / n + 0.4 * w
 
     hparams = x + rounded(0.3 * rng.normal(size=(n, d))) if inputs else y + rounded(0.3 * rng.normal(size=n))
-    analytic = Analytic(grad=grad, hess=lambda w, h: at(h)[0].T @ at(h)[0] / n + 0.4 * np.eye(d), cross=cross,
-                        **squares(valid, np.size(hparams)))
+    analytic = Analytic(
+        grad=grad,
+        hess=lambda w, h: at(h)[0].T @ at(h)[0] / n + 0.4 * np.eye(d),
+        cross=cross,
+        **squares(valid, np.size(hparams)),
+    )
     return Case(hg.Problem(inner, half_mse), np.zeros(d), rounded(hparams), train, valid, analytic)
 
 
@@ -240,24 +259,34 @@ def direct_terms() -> Case:
         return half_mse(w, h, batch) + 0.5 * jnp.exp(2 * h[0]) * jnp.sum(w**2) + jnp.sin(h[0]) * jnp.cos(h[1])
 
     def outer_grads(w: ndarray, h: ndarray) -> tuple[ndarray, ndarray]:
-        return (xv.T @ (xv @ w - yv) / len(yv) + np.exp(2 * h[0]) * w,
-                np.array([np.exp(2 * h[0]) * w @ w + np.cos(h[0]) * np.cos(h[1]), -np.sin(h[0]) * np.sin(h[1])]))
+        return (
+            xv.T @ (xv @ w - yv) / len(yv) + np.exp(2 * h[0]) * w,
+            np.array([np.exp(2 * h[0]) * w @ w + np.cos(h[0]) * np.cos(h[1]), -np.sin(h[0]) * np.sin(h[1])]),
+        )
 
     problem = hg.Problem(lambda w, h, b: half_mse(w, h, b) + 0.5 * jnp.exp(h[0] + h[1]) * jnp.sum(w**2), outer)
     analytic = Analytic(
         grad=lambda w, h: x.T @ (x @ w - y) / len(y) + np.exp(h[0] + h[1]) * w,
         hess=lambda w, h: x.T @ x / len(y) + np.exp(h[0] + h[1]) * np.eye(d),
-        cross=lambda w, h: np.exp(h[0] + h[1]) * np.stack([w, w]), outer_grads=outer_grads,
-        outer=lambda w, h: float(0.5 * np.mean((xv @ w - yv) ** 2) + 0.5 * np.exp(2 * h[0]) * w @ w
-                                 + np.sin(h[0]) * np.cos(h[1])))
+        cross=lambda w, h: np.exp(h[0] + h[1]) * np.stack([w, w]),
+        outer_grads=outer_grads,
+        outer=lambda w, h: float(
+            0.5 * np.mean((xv @ w - yv) ** 2) + 0.5 * np.exp(2 * h[0]) * w @ w + np.sin(h[0]) * np.cos(h[1])
+        ),
+    )
     return Case(problem, np.zeros(d), rounded(rng.normal(size=2) * 0.6), train, valid, analytic)
 
 
 def odd_pytree() -> Case:
-    """h = ½ wᵀAw + ½ Σ exp(Pλ)ᵢ wᵢ² − (Bλ + c)ᵀw over trees with None, tuples, scalars, nesting; f = ½‖Cw − e‖² + ½ λᵀDλ."""
+    """h = ½ wᵀAw + ½ Σ exp(Pλ)ᵢ wᵢ² − (Bλ + c)ᵀw over trees with None, tuples, scalars, nesting; f = ½‖Cw − e‖² + ½
+    λᵀDλ."""
     rng = np.random.default_rng(6)
     params = {"a": (np.zeros(()), None, np.zeros(3)), "b": [np.zeros((2, 2)), {"c": ()}]}
-    hparams = {"x": rounded(rng.normal()), "y": (rounded(rng.normal(size=3)), None), "z": [rounded(rng.normal(size=(2, 1)))]}
+    hparams = {
+        "x": rounded(rng.normal()),
+        "y": (rounded(rng.normal(size=3)), None),
+        "z": [rounded(rng.normal(size=(2, 1)))],
+    }
     d, p = 8, 6
     root = rng.normal(size=(d, d))
     a = rounded(root @ root.T / d + 0.5 * np.eye(d))
@@ -273,16 +302,19 @@ def odd_pytree() -> Case:
         w, h = ravel_pytree(w)[0], ravel_pytree(h)[0]
         return 0.5 * jnp.sum((cc @ w - e) ** 2) + 0.5 * jnp.sum(dd * h**2)
 
-    analytic = Analytic(grad=lambda w, h: a @ w + np.exp(mix @ h) * w - b @ h - c,
-                        hess=lambda w, h: a + np.diag(np.exp(mix @ h)),
-                        cross=lambda w, h: (mix * (np.exp(mix @ h) * w)[:, None] - b).T,
-                        outer=lambda w, h: float(0.5 * np.sum((cc @ w - e) ** 2) + 0.5 * np.sum(dd * h**2)),
-                        outer_grads=lambda w, h: (cc.T @ (cc @ w - e), dd * h))
+    analytic = Analytic(
+        grad=lambda w, h: a @ w + np.exp(mix @ h) * w - b @ h - c,
+        hess=lambda w, h: a + np.diag(np.exp(mix @ h)),
+        cross=lambda w, h: (mix * (np.exp(mix @ h) * w)[:, None] - b).T,
+        outer=lambda w, h: float(0.5 * np.sum((cc @ w - e) ** 2) + 0.5 * np.sum(dd * h**2)),
+        outer_grads=lambda w, h: (cc.T @ (cc @ w - e), dd * h),
+    )
     return Case(hg.Problem(inner, outer), params, hparams, (a, mix, b, c), (cc, e, dd), analytic)
 
 
 def kernel_ridge() -> Case:
-    """h = ½ αᵀ(K + ρI)α − yᵀα, K = exp(−‖x − x'‖²/2ℓ²), λ = (log ℓ, log ρ); f = ½ mean (K_v α − y_v)² sees ℓ directly."""
+    """h = ½ αᵀ(K + ρI)α − yᵀα, K = exp(−‖x − x'‖²/2ℓ²), λ = (log ℓ, log ρ); f = ½ mean (K_v α − y_v)² sees ℓ
+    directly."""
     rng = np.random.default_rng(7)
     (x, y), (xv, yv) = regression_data(rng, n=18, d=2)
     sq = lambda u, v: np.sum((u[:, None] - v[None]) ** 2, -1)
@@ -305,9 +337,18 @@ def kernel_ridge() -> Case:
         r = (gram(sv, h) @ w - yv) / len(yv)
         return gram(sv, h).T @ r, np.array([r @ gram_slope(sv, h) @ w, 0.0])
 
-    analytic = Analytic(grad=lambda w, h: gram(st, h) @ w + np.exp(h[1]) * w - y,
-                        hess=lambda w, h: gram(st, h) + np.exp(h[1]) * np.eye(n),
-                        cross=lambda w, h: np.stack([gram_slope(st, h) @ w, np.exp(h[1]) * w]),
-                        outer=lambda w, h: float(0.5 * np.mean((gram(sv, h) @ w - yv) ** 2)), outer_grads=outer_grads)
-    return Case(hg.Problem(inner, outer), np.zeros(n), rounded([0.4, -1.3] + 0.2 * rng.normal(size=2)), (x, y), (x, xv, yv),
-                analytic)
+    analytic = Analytic(
+        grad=lambda w, h: gram(st, h) @ w + np.exp(h[1]) * w - y,
+        hess=lambda w, h: gram(st, h) + np.exp(h[1]) * np.eye(n),
+        cross=lambda w, h: np.stack([gram_slope(st, h) @ w, np.exp(h[1]) * w]),
+        outer=lambda w, h: float(0.5 * np.mean((gram(sv, h) @ w - yv) ** 2)),
+        outer_grads=outer_grads,
+    )
+    return Case(
+        hg.Problem(inner, outer),
+        np.zeros(n),
+        rounded([0.4, -1.3] + 0.2 * rng.normal(size=2)),
+        (x, y),
+        (x, xv, yv),
+        analytic,
+    )

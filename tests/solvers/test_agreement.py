@@ -65,8 +65,11 @@ def test_long_unrolls_implicit_and_the_neumann_series_agree(name):
         assert error <= tol(1e-8, 1e-4), f"{route}: {error:.2g}"
 
 
-@pytest.mark.parametrize("linear", [hg.linear.gmres(), hg.linear.dense(), hg.linear.neumann(1000, tol=1e-6),
-                                    hg.linear.cg(preconditioner=None)], ids=["gmres", "dense", "neumann", "plain cg"])
+@pytest.mark.parametrize(
+    "linear",
+    [hg.linear.gmres(), hg.linear.dense(), hg.linear.neumann(1000, tol=1e-6), hg.linear.cg(preconditioner=None)],
+    ids=["gmres", "dense", "neumann", "plain cg"],
+)
 def test_every_linear_solver_that_claims_agrees_with_the_closed_form(linear):
     case = problems.direct_terms()
     out = hypergradient(hg.implicit(case.problem, linear=linear), case)
@@ -135,7 +138,8 @@ def test_a_small_budget_that_is_warm_started_reaches_the_closed_form_over_many_c
 
 @pytest.mark.parametrize("damping", [0.05, 0.6])
 def test_damping_equals_the_dense_damped_solve_at_the_documented_scale(damping):
-    """(H + δ I) v = ∂_w f with δ relative to the root mean square eigenvalue, which one probe finds exactly where H is diagonal."""
+    """(H + δ I) v = ∂_w f with δ relative to the root mean square eigenvalue, which one probe finds exactly where H is
+    diagonal."""
     case = curved.diagonal("unit", spread=30)
     hess, cross, f_w, f_h = parts(case)
     scale = np.sqrt(np.mean(np.linalg.eigvalsh(hess) ** 2))
@@ -153,7 +157,7 @@ def test_damping_scales_with_the_inner_loss_and_is_found_within_a_factor():
     hess, cross, f_w, f_h = parts(case)
     scale = np.sqrt(np.mean(np.linalg.eigvalsh(hess) ** 2))
     for size in (1.0, 1e5):
-        scaled = hg.Problem(lambda w, h, b: size * inner(w, h, b), case.problem.outer_loss)  # noqa: B023
+        scaled = hg.Problem(lambda w, h, b: size * inner(w, h, b), case.problem.outer_loss)
         out = hypergradient(hg.implicit(scaled, damping=0.3), case)
         shift = float(out.info.extra["damping"]) / size
         assert 0.3 * scale / 3 < shift < 0.3 * scale * 3
@@ -173,8 +177,10 @@ def test_damping_in_the_state_may_be_replaced():
 
 def test_gauss_newton_equals_the_hessian_on_a_linear_model():
     case = curved.logistic()
-    inner = hg.compose(lambda w, h, b: b[0] @ w,
-                       lambda z, w, h, b: jnp.mean(jnp.logaddexp(0.0, -b[1] * z)) + 0.5 * jnp.sum(jnp.exp(h) * w**2))
+    inner = hg.compose(
+        lambda w, h, b: b[0] @ w,
+        lambda z, w, h, b: jnp.mean(jnp.logaddexp(0.0, -b[1] * z)) + 0.5 * jnp.sum(jnp.exp(h) * w**2),
+    )
     solver = hg.implicit(hg.Problem(inner, curved.logistic_loss), curvature="gauss_newton")
     out = hypergradient(solver, case)
     assert int(out.info.status) == hg.Status.OK
@@ -209,7 +215,9 @@ def test_gauss_newton_on_a_network_equals_the_dense_product():
     @compiled
     def reference(w, h):
         jac = jax.jacobian(lambda w: outputs(unravel(w), hparams, batch).ravel())(w)
-        curve = jax.hessian(lambda z, w: loss(z.reshape(9, 2), unravel(w), unravel_h(h), batch), argnums=(0, 1))(jac @ w, w)
+        curve = jax.hessian(lambda z, w: loss(z.reshape(9, 2), unravel(w), unravel_h(h), batch), argnums=(0, 1))(
+            jac @ w, w
+        )
         matrix = jac.T @ curve[0][0] @ jac + curve[1][1]
         full = lambda w, h: inner(unravel(w), unravel_h(h), batch)
         cross = jax.jacobian(jax.grad(full), argnums=1)(w, h).T
@@ -233,7 +241,9 @@ def test_the_solve_the_hessian_and_the_cross_product_see_one_minibatch():
     params, hparams, train, valid = case.arrays()
     key = jax.random.key(3)
     solver = hg.implicit(case.problem)
-    out, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key)
+    out, _ = compiled(solver.hypergrad)(
+        solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key
+    )
     drawn = bind_inner(case.problem, hg.minibatches(train, 20), jax.random.split(key, 3)[0], None).fixed_batch[0]
     again, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, drawn, valid)
     assert int(out.info.status) == int(again.info.status) == hg.Status.OK

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from tests._helpers import assert_trees_close, central_difference, relative_error, tol
+from tests._helpers import assert_trees_close, relative_error, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
 from tests.solvers._problems import Case, compiled, flatten
@@ -67,7 +67,9 @@ def test_second_derivative_equals_central_differences_of_the_closed_form(name):
 def test_reverse_over_reverse_equals_forward_over_reverse():
     case = problems.ridge("log")
     loss, h = composed(case), case.arrays()[1]
-    twice, mixed = compiled(lambda h: (jax.grad(jax.grad(loss))(h), jax.jvp(jax.grad(loss), (h,), (jnp.ones_like(h),))[1]))(h)
+    twice, mixed = compiled(
+        lambda h: (jax.grad(jax.grad(loss))(h), jax.jvp(jax.grad(loss), (h,), (jnp.ones_like(h),))[1])
+    )(h)
     expected = second_derivative(case)
     assert relative_error(twice, expected.reshape(())) <= tol(1e-6, 1e-3)
     assert relative_error(mixed, expected.reshape(())) <= tol(1e-6, 1e-3)
@@ -81,7 +83,7 @@ def test_vmap_of_first_and_second_derivatives_equals_a_loop():
     batched = compiled(jax.vmap(both))(many)
     one = compiled(both)
     for i in range(3):
-        assert_trees_close(jax.tree.map(lambda x: x[i], batched), one(many[i]), tol(1e-8, 1e-3))  # noqa: B023
+        assert_trees_close(jax.tree.map(lambda x: x[i], batched), one(many[i]), tol(1e-8, 1e-3))
         assert relative_error(batched[0][i], problems.hypergradient(case, flatten(many[i]))) <= tol(1e-7, 1e-4)
 
 
@@ -131,7 +133,7 @@ def test_derivatives_reach_the_batch_and_arrays_that_a_loss_closes_over():
 
     expected = problems.hypergradient(case)
     for loss in (through_batch, through_closure):
-        reverse, forward = compiled(lambda y: (jax.grad(loss)(y), jax.jacfwd(loss)(y)))(labels)  # noqa: B023
+        reverse, forward = compiled(lambda y: (jax.grad(loss)(y), jax.jacfwd(loss)(y)))(labels)
         assert relative_error(reverse, expected) <= tol(1e-7, 1e-4)
         assert relative_error(forward, expected) <= tol(1e-7, 1e-4)
 

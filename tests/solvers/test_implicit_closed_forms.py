@@ -1,4 +1,5 @@
-"""Implicit hypergradients equal their closed forms: raw gradients, at random hyperparameters, to what the mathematics allows."""
+"""Implicit hypergradients equal their closed forms: raw gradients, at random hyperparameters, to what the mathematics
+allows."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def test_closed_form_equals_central_differences_of_the_re_solved_problem(name):
     case = SMOOTH[name]() if name in SMOOTH else curved.l1(L1[name])[0]
     hparams = flatten(case.hparams)
     assert not np.any(np.isin(hparams, [0.0, 1.0]))
-    found = central_difference(lambda h: problems.outer_value(case, np.asarray(h, np.float64)), hparams, eps=tol(1e-4, 3e-3))
+    found = central_difference(
+        lambda h: problems.outer_value(case, np.asarray(h, np.float64)), hparams, eps=tol(1e-4, 3e-3)
+    )
     assert relative_error(found, problems.hypergradient(case)) <= tol(1e-8, 1e-3)
 
 
@@ -95,7 +98,7 @@ def test_scaling_the_outer_loss_scales_the_hypergradient(make, scale):
     case = make()
     outer = case.problem.outer_loss
     scaled = hg.Problem(case.problem.inner_loss, lambda w, h, b: scale * outer(w, h, b))
-    out, state = hypergradient(hg.implicit(scaled), case)
+    out, _ = hypergradient(hg.implicit(scaled), case)
     assert int(out.info.status) == hg.Status.OK
     assert relative_error(flatten(out.grad) / scale, problems.hypergradient(case)) <= EXACT
     plain, _ = hypergradient(hg.implicit(case.problem), case)
@@ -107,8 +110,12 @@ def test_scaling_the_outer_loss_by_a_power_of_two_changes_no_bit(power):
     case = problems.ridge("per coordinate")
     outer = case.problem.outer_loss
     plain, _ = hypergradient(hg.implicit(case.problem), case)
-    scaled, _ = hypergradient(hg.implicit(hg.Problem(case.problem.inner_loss, lambda w, h, b: 2.0**power * outer(w, h, b))), case)
-    np.testing.assert_array_equal(np.asarray(scaled.grad), np.asarray(plain.grad) * np.asarray(2.0**power, plain.grad.dtype))
+    scaled, _ = hypergradient(
+        hg.implicit(hg.Problem(case.problem.inner_loss, lambda w, h, b: 2.0**power * outer(w, h, b))), case
+    )
+    np.testing.assert_array_equal(
+        np.asarray(scaled.grad), np.asarray(plain.grad) * np.asarray(2.0**power, plain.grad.dtype)
+    )
     for field in ("error_estimate", "inner_residual", "linear_residual", "inner_steps", "linear_steps", "status"):
         assert float(getattr(scaled.info, field)) == float(getattr(plain.info, field)), field
 
@@ -119,7 +126,9 @@ def test_scaling_the_inner_loss_changes_nothing(make, scale):
     case = make()
     inner = case.problem.inner_loss
     assert inner is not None
-    out, _ = hypergradient(hg.implicit(hg.Problem(lambda w, h, b: scale * inner(w, h, b), case.problem.outer_loss)), case)
+    out, _ = hypergradient(
+        hg.implicit(hg.Problem(lambda w, h, b: scale * inner(w, h, b), case.problem.outer_loss)), case
+    )
     check(case, out)
 
 
@@ -127,7 +136,9 @@ def test_a_term_of_the_hyperparameters_alone_changes_nothing_in_the_inner_loss_a
     case = problems.ridge("per coordinate")
     inner, outer = case.problem.inner_loss, case.problem.outer_loss
     assert inner is not None
-    moved = hg.Problem(lambda w, h, b: inner(w, h, b) + jnp.sum(jnp.sin(h)), lambda w, h, b: outer(w, h, b) + jnp.sum(jnp.cos(h)))
+    moved = hg.Problem(
+        lambda w, h, b: inner(w, h, b) + jnp.sum(jnp.sin(h)), lambda w, h, b: outer(w, h, b) + jnp.sum(jnp.cos(h))
+    )
     out, _ = hypergradient(hg.implicit(moved), case)
     expected = problems.hypergradient(case) - np.sin(flatten(case.hparams))
     assert relative_error(flatten(out.grad), expected) <= EXACT

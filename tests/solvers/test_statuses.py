@@ -1,4 +1,5 @@
-"""What can go wrong does, with the status that names it: eager, jitted, and in a batch whose other members stay as they are.
+"""What can go wrong does, with the status that names it: eager, jitted, and in a batch whose other members stay as they
+are.
 
 One program serves most faults, since what is wrong is in the data and in the traced options:
 
@@ -7,18 +8,16 @@ One program serves most faults, since what is wrong is in the data and in the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import hypergrad as hg
 from hypergrad import Status
-from tests._helpers import assert_trees_close, assert_trees_equal, central_difference, relative_error, tol
+from tests._helpers import assert_trees_equal, tol
 from tests.solvers._problems import compiled
 
 
@@ -75,7 +74,8 @@ FAULTS: dict[str, Member] = {
     "outer loss is infinite": Member(Status.NONFINITE_LOSS, c=(float("inf"), 0.0, 1.0)),
     "saddle": Member(Status.NEG_CURVATURE, a=np.diag([1.0, -1.0, 2.0]), b=(0.0, 0.0, 0.0)),
     "no curvature along the right-hand side": Member(
-        Status.NEG_CURVATURE, a=np.array([[0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]]), b=(0.0, 0.0, 0.0), c=(1.0, 0.0, 0.0)),
+        Status.NEG_CURVATURE, a=np.array([[0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]]), b=(0.0, 0.0, 0.0), c=(1.0, 0.0, 0.0)
+    ),
     "singular, no solution": Member(Status.SINGULAR, a=FLAT, b=(1.0, 1.0, 0.0), c=(1.0, 1.0, 1.0)),
     "singular, a solution": Member(Status.OK, a=FLAT, b=(1.0, 1.0, 0.0), c=(1.0, 1.0, 0.0)),
     "outer gradient is zero": Member(Status.OK, c=(0.0, 0.0, 0.0)),
@@ -106,7 +106,8 @@ def batch(solver: hg.Solver, members: list[Member]) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def together() -> dict[str, Any]:
-    """All faults in one batch, each between two good members; then the same without the faults; then a good call after each."""
+    """All faults in one batch, each between two good members; then the same without the faults; then a good call after
+    each."""
     members = [m for fault in FAULTS.values() for m in (Member(), fault)] + [Member()]
     good = [Member()] * len(members)
     step = compiled(jax.vmap(SOLVER.hypergrad))
@@ -115,8 +116,16 @@ def together() -> dict[str, Any]:
     clean_arguments = batch(SOLVER, good)
     clean, clean_state = step(*clean_arguments)
     after, recovered = step(state._replace(options=clean_arguments[0].options), *clean_arguments[1:])
-    return {"out": out, "state": state, "clean": clean, "clean_state": clean_state, "after": after, "recovered": recovered,
-            "hparams": arguments[1], "step": step}
+    return {
+        "out": out,
+        "state": state,
+        "clean": clean,
+        "clean_state": clean_state,
+        "after": after,
+        "recovered": recovered,
+        "hparams": arguments[1],
+        "step": step,
+    }
 
 
 def pick(tree: Any, index: Any) -> Any:
@@ -160,7 +169,9 @@ def test_what_can_be_used_is_finite_and_right(together):
             m = FAULTS[name]
             inverse = np.linalg.pinv(m.a)
             found = float(together["out"].grad[1 + 2 * i])
-            np.testing.assert_allclose(found, np.asarray(m.c) @ inverse @ np.asarray(m.b), rtol=tol(1e-7, 1e-4), atol=1e-12)
+            np.testing.assert_allclose(
+                found, np.asarray(m.c) @ inverse @ np.asarray(m.b), rtol=tol(1e-7, 1e-4), atol=1e-12
+            )
 
 
 SINGLE = [n for n in FAULTS if n != "kink"]
