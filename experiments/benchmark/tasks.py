@@ -15,7 +15,6 @@ alarm.
 from __future__ import annotations
 
 import itertools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

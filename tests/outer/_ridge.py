@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from hypergrad import domains
 from hypergrad._data import draw
 from hypergrad._solver import Hypergradient, Info, Solver, Status
+from hypergrad.outer import Result, tune
 
 
 def data(seed=6, n=30, d=6):
@@ -86,3 +89,21 @@ def counted(solver: Solver) -> tuple[Solver, list[int]]:
         return solver.hypergrad(*args, **kwargs)
 
     return solver._replace(hypergrad=hypergrad), traces
+
+
+TRAIN, VALID = data()
+START = jnp.zeros(6)
+
+
+def run(solver=None, hparams=None, *, steps=20, outer=None, **options) -> Result:
+    options = {"train": TRAIN, "valid": VALID, "domain": domains.log(), "progress": False} | options
+    return tune(
+        solver or ridge(),
+        START,
+        {"l2": 0.01} if hparams is None else hparams,
+        options.pop("train"),
+        options.pop("valid"),
+        outer=outer or optax.adam(0.3),
+        steps=steps,
+        **options,
+    )

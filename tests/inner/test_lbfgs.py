@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad._problem import bind_inner
+from tests._helpers import assert_trees_equal, relative_error, tol
+from tests.inner._solve import problem, solve, status
+
+EIGENVALUES = np.geomspace(1.0, 300.0, 12)
+AIM = np.linspace(-1.0, 2.0, 12)
+
+
+def quadratic(w, hparams, batch):
+    return 0.5 * jnp.sum(jnp.asarray(EIGENVALUES, w.dtype) * (w - jnp.asarray(AIM, w.dtype)) ** 2)
+
+
+def logistic(w, log_l2, data):
+    x, y = data
+    z = x @ w
+    return jnp.mean(jax.nn.softplus(z) - y * z) + 0.5 * jnp.sum(jnp.exp(log_l2) * w**2)
+
+
+@pytest.fixture
+def data(key):
+    x = jax.random.normal(key, (150, 8)) * jnp.geomspace(1, 0.1, 8)[None, :]
+    return x, (jax.random.uniform(jax.random.key(1), (150,)) < jax.nn.sigmoid(x @ jnp.linspace(-2, 2, 8))).astype(
+        x.dtype
+    )
+
+
+def scale_of(loss, params, *args):
+    return jnp.linalg.norm(jax.grad(loss)(params, *args))
+
+
+# What it finds.
+
+
+def test_the_minimum_of_a_quadratic():
+    result = solve(
+        hg.inner.lbfgs(tol=tol(1e-10, 1e-5)),
+        quadratic,
+        jnp.zeros(12),
+        scale=scale_of(quadratic, jnp.zeros(12), 0, None),
+    )
+    assert status(result) == "OK"
+    assert relative_error(result.params, AIM) < tol(1e-7, 1e-3)
+
+
+def test_the_reported_residual_is_the_gradient_norm_at_the_returned_parameters_and_meets_the_tolerance(data):
+    l2 = jnp.linspace(-6.0, -3.0, 8)
+    scale = scale_of(logistic, jnp.zeros(8), l2, data)
+    result = solve(hg.inner.lbfgs(tol=1e-4), logistic, jnp.zeros(8), l2, data, scale=scale)
+    residual = jnp.linalg.norm(jax.grad(logistic)(result.params, l2, data))
+    assert status(result) == "OK" and residual <= 1.001e-4 * scale
+    assert relative_error(result.residual, residual) < tol(1e-6, 1e-2)
+
+
+def test_the_default_tolerance_is_reached(data):
+    l2 = jnp.full(8, -4.0)
+    scale = scale_of(logistic, jnp.zeros(8), l2, data)
+    result = solve(hg.inner.lbfgs(), logistic, jnp.zeros(8), l2, data, scale=scale)
+    assert status(result) == "OK" and result.residual <= tol(1e-10, 1e-6) * scale
+
+
+def test_the_bottom_of_a_curved_valley():
+    rosenbrock = lambda w, h, b: jnp.sum(100.0 * (w[1:] - w[:-1] ** 2) ** 2 + (1.0 - w[:-1]) ** 2)
+    result = solve(hg.inner.lbfgs(tol=1e-6), rosenbrock, jnp.full(6, -1.2), scale=100.0)
+    assert status(result) == "OK" and relative_error(result.params, np.ones(6)) < 1e-3
+
+
+def test_odd_pytrees_keep_their_dtypes():
+    params = {"a": jnp.zeros((), jnp.float32), "b": [None, (jnp.zeros(2, jnp.bfloat16),)], "c": jnp.zeros((1, 2))}
+    loss = lambda w, h, b: sum(jnp.sum((x.astype(jnp.float32) - 1.5) ** 2) for x in jax.tree.leaves(w))
+    inner = hg.inner.lbfgs(tol=1e-3)
+    result = solve(inner, loss, params)
+    assert [x.dtype for x in jax.tree.leaves(result.params)] == [x.dtype for x in jax.tree.leaves(params)]
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+    assert all(np.allclose(np.asarray(x, np.float32), 1.5) for x in jax.tree.leaves(result.params))
+    assert jax.tree.map(jnp.result_type, result.state) == jax.tree.map(jnp.result_type, inner.init(params, 0.0))
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_a_loss_of_another_scale_takes_the_same_steps(factor, data):
+    l2, params = jnp.full(8, -4.0), jnp.zeros(8)
+    scaled = lambda w, h, d: factor * logistic(w, h, d)
+    scale = scale_of(logistic, params, l2, data)
+    expected = solve(hg.inner.lbfgs(tol=1e-4), logistic, params, l2, data, scale=scale)
+    result = solve(hg.inner.lbfgs(tol=1e-4), scaled, params, l2, data, scale=factor * scale)
+    assert int(result.steps) == int(expected.steps) and status(result) == "OK"
+    assert relative_error(result.params, expected.params) < tol(1e-8, 1e-3)
+    assert relative_error(result.residual, factor * expected.residual) < tol(1e-6, 1e-2)
+
+
+# Carrying on.
+
+
+def test_the_pairs_of_one_call_save_evaluations_in_the_next(data):
+    inner, scale = hg.inner.lbfgs(tol=1e-4), 0.3
+    first = solve(inner, logistic, jnp.zeros(8), jnp.full(8, -4.0), data, scale=scale)
+    again = lambda state: int(
+        solve(inner, logistic, first.params, jnp.full(8, -4.3), data, state=state, scale=scale).steps
+    )
+    assert 1 < again(first.state) < again(inner.init(first.params, 0.0))
+
+
+def test_pairs_measured_in_another_scale_give_the_same_steps(data):
+    inner, l2 = hg.inner.lbfgs(tol=1e-5), jnp.full(8, -4.3)
+    first = solve(inner, logistic, jnp.zeros(8), jnp.full(8, -4.0), data, scale=0.3)
+    same = solve(inner, logistic, first.params, l2, data, state=first.state, scale=0.3)
+    other = solve(inner, logistic, first.params, l2, data, state=first.state, scale=3e5, options={"tol": 1e-11})
+    assert int(same.steps) == int(other.steps)
+    assert relative_error(same.params, other.params) < tol(1e-9, 1e-3)
+
+
+def test_a_start_at_the_minimum_takes_one_look(data):
+    first = solve(hg.inner.lbfgs(tol=1e-4), logistic, jnp.zeros(8), jnp.full(8, -4.0), data)
+    second = solve(hg.inner.lbfgs(tol=1e-4), logistic, first.params, jnp.full(8, -4.0), data, state=first.state)
+    assert int(second.steps) == 1 and status(second) == "OK"
+    assert_trees_equal(second.params, first.params)
+
+
+# Outcomes.
+
+
+def test_three_evaluations_are_inner_max_steps_and_keep_the_progress():
+    result = solve(hg.inner.lbfgs(tol=1e-6, max_steps=3), quadratic, jnp.zeros(12))
+    assert status(result) == "INNER_MAX_STEPS" and int(result.steps) == 3
+    assert quadratic(result.params, 0, None) < quadratic(jnp.zeros(12), 0, None)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda w, h, b: jnp.sum(w), lambda w, h, b: -jnp.sum(w**2)], ids=["linear", "concave"]
+)
+def test_a_loss_without_a_minimum_is_inner_diverged(loss):
+    result = solve(hg.inner.lbfgs(), loss, jnp.ones(4), scale=2.0)
+    assert status(result) == "INNER_DIVERGED"
+    assert_trees_equal(result.params, jnp.ones(4))
+
+
+def test_a_kink_is_inner_stalled():
+    loss = lambda w, h, b: jnp.sum(jnp.abs(w - 1 / 3)) + 0.1 * jnp.sum(w**2)
+    result = solve(hg.inner.lbfgs(), loss, jnp.full(4, 2.0), scale=2.0)
+    assert status(result) == "INNER_STALLED" and np.all(np.isfinite(result.params))
+
+
+def test_a_tolerance_below_rounding_is_precision_limited(data):
+    scale = scale_of(logistic, jnp.zeros(8), jnp.full(8, -4.0), data)
+    result = solve(hg.inner.lbfgs(tol=1e-30), logistic, jnp.zeros(8), jnp.full(8, -4.0), data, scale=scale)
+    assert status(result) == "PRECISION_LIMITED"
+    assert result.residual < tol(1e-12, 1e-5) * scale
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda w, h, b: jnp.sum(jnp.log(w)), "NONFINITE_LOSS"),
+        (lambda w, h, b: jnp.sum(jnp.sqrt(jnp.abs(w + 1))), "NONFINITE_GRAD"),
+        (lambda w, h, b: jnp.where(w[0] == -1.0, jnp.sum(w**2), jnp.nan), "NONFINITE_LOSS"),
+        (lambda w, h, b: jnp.sum(w**2) + jnp.sqrt(jnp.where(w[0] == -1.0, 1.0, 0.0) + 0 * w[1]), "NONFINITE_GRAD"),
+    ],
+    ids=["loss_at_the_start", "gradient_at_the_start", "loss_anywhere_else", "gradient_anywhere_else"],
+)
+def test_numbers_that_are_not_finite_are_named(loss, expected):
+    inner, params = hg.inner.lbfgs(), -jnp.ones(3)
+    result = solve(inner, loss, params)
+    assert status(result) == expected
+    assert_trees_equal(result.params, params)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(result.state))
+
+
+def test_a_region_where_the_loss_is_nan_is_stepped_around():
+    loss = lambda w, h, b: jnp.sum(-jnp.log(1 - w**2) - 3 * w)  # 2w / (1 − w²) = 3
+    result = solve(hg.inner.lbfgs(tol=1e-5), loss, jnp.zeros(5))
+    assert status(result) == "OK"
+    assert relative_error(result.params, np.full(5, (np.sqrt(10.0) - 1) / 3)) < 1e-4
+
+
+def test_a_failed_solve_leaves_no_pairs_behind():
+    inner = hg.inner.lbfgs()
+    result = solve(inner, lambda w, h, b: -jnp.sum(w**2), jnp.ones(4))
+    assert int(result.state.count) == 0 and np.all(result.state.rho == 0)
+    recovered = solve(inner, lambda w, h, b: jnp.sum((w - 2.0) ** 2), result.params, state=result.state)
+    assert status(recovered) == "OK" and relative_error(recovered.params, np.full(4, 2.0)) < 1e-5
+
+
+# Under the transformations.
+
+
+def test_traced_tolerance_and_step_count_never_recompile():
+    inner = hg.inner.lbfgs()
+    objective = bind_inner(problem(quadratic), None, None, None)
+    run = jax.jit(
+        lambda options, scale: inner.solve(
+            objective, jnp.zeros(12), inner.init(jnp.zeros(12), 0.0), 0.0, None, scale=scale, options=options
+        )
+    )
+    steps = [
+        int(run({"tol": jnp.asarray(t), "max_steps": jnp.asarray(m)}, jnp.asarray(s)).steps)
+        for t, m, s in ((1e-1, 50, 10.0), (1e-3, 50, 10.0), (1e-3, 4, 3.0))
+    ]
+    assert run._cache_size() == 1 and steps[0] < steps[1] and steps[2] == 4
+
+
+def test_lanes_of_a_vmap_are_independent(data):
+    inner = hg.inner.lbfgs(tol=1e-4)
+
+    def run(log_l2):
+        objective = bind_inner(problem(logistic), data, None, None)
+        return inner.solve(
+            objective,
+            jnp.zeros(8),
+            inner.init(jnp.zeros(8), log_l2),
+            log_l2,
+            None,
+            scale=jnp.asarray(0.3),
+            options=inner.options,
+        )
+
+    strengths = jnp.asarray([[-5.0], [jnp.nan], [1.0]]) * jnp.ones((3, 8))
+    batched = jax.jit(jax.vmap(run))(strengths)
+    for i in range(3):
+        single = jax.jit(run)(strengths[i])
+        assert int(batched.status[i]) == int(single.status) and int(batched.steps[i]) == int(single.steps)
+        assert relative_error(batched.params[i], single.params) < tol(1e-8, 1e-3)
+    assert [hg.Status(int(s)).name for s in batched.status] == ["OK", "NONFINITE_LOSS", "OK"]
+
+
+def test_the_loss_is_traced_once():
+    traces = []
+
+    def counted(w, h, b):
+        traces.append(1)
+        return quadratic(w, h, b)
+
+    solve(hg.inner.lbfgs(), counted, jnp.zeros(12))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hg.inner.lbfgs(tol=-1e-3), "lbfgs: tol must be greater than 0, found -0.001"),
+        (lambda: hg.inner.lbfgs(max_steps=0), "lbfgs: max_steps must be at least 1, found 0"),
+        (lambda: hg.inner.lbfgs(history=0), "lbfgs: history must be at least 1, found 0"),
+        (lambda: hg.inner.lbfgs(memory=3), "lbfgs: unknown option 'memory'"),
+        (lambda: hg.inner.lbfgs(max_steps=2.5), "lbfgs: max_steps must be an integer, found 2.5"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises((hg.InputError, hg.InputTypeError), match=message):
+        make()
