@@ -320,9 +320,9 @@ def test_inverse_turns_residuals_into_errors(name):
     [
         (lambda: hg.linear.cg(tol=-1.0), "cg: tol must be greater than 0, found -1.0"),
         (lambda: hg.linear.cg(max_steps=2.5), "cg: max_steps must be an integer, found 2.5"),
-        (lambda: hg.linear.cg(max_step=3), "cg: unknown option 'max_step', did you mean 'max_steps'"),
+        (lambda: hg.linear.cg(max_step=3), "cg: unknown option 'max_step', did you mean 'max_steps'"),  # pyright: ignore[reportCallIssue]
         (lambda: hg.linear.gmres(restart=0), "gmres: restart must be at least 1, found 0"),
-        (lambda: hg.linear.gmres(restart=2.0), "gmres: restart must be an integer, found 2.0"),
+        (lambda: hg.linear.gmres(restart=2.0), "gmres: restart must be an integer, found 2.0"),  # pyright: ignore[reportArgumentType]
         (
             lambda: jax.jit(lambda m: solve(hg.linear.gmres(restart=m), lambda v: v, jnp.ones(2)).solution)(3),
             "gmres: restart must be a Python integer",
@@ -331,7 +331,7 @@ def test_inverse_turns_residuals_into_errors(name):
         (lambda: hg.linear.neumann(True), "neumann: max_steps must be a number, found True"),
         (lambda: hg.linear.neumann(3, step_size=0.0), "neumann: step_size must be greater than 0, found 0.0"),
         (lambda: hg.linear.neumann(3, power_steps=0), "neumann: power_steps must be at least 1, found 0"),
-        (lambda: hg.linear.neumann(3, stepsize=0.1), "neumann: unknown option 'stepsize', did you mean 'step_size'"),
+        (lambda: hg.linear.neumann(3, stepsize=0.1), "neumann: unknown option 'stepsize', did you mean 'step_size'"),  # pyright: ignore[reportCallIssue]
         (lambda: hg.linear.nystrom(0, damping=0.1), "nystrom: rank must be at least 1, found 0"),
         (lambda: hg.linear.nystrom(3, damping=0.0), "nystrom: damping must be greater than 0, found 0"),
         (lambda: hg.linear.nystrom(3, damping=-0.1), "nystrom: damping must be at least 0, found -0.1"),
