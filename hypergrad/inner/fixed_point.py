@@ -32,6 +32,7 @@ from hypergrad.inner._inner import Inner, InnerResult
 _MAX_STEPS = 10_000
 _PATIENCE = 1000  # steps without a new smallest residual; accelerated maps may go up for long before they come down
 _GROWTH = 100  # a residual that grew by more than this has diverged
+_REST = 10  # such steps that show that rounding level is reached
 _ROUNDING = 4  # units of rounding of w in F, below which nothing can be told from zero
 
 Map = Callable[..., PyTree]
@@ -159,7 +160,7 @@ def _iterate(
         met, status = jnp.asarray(False), _broken(residual, c.residual, first, eps)
         if target is not None:
             met = residual <= target
-            rounding = residual <= _ROUNDING * eps * _tree.norm(c.params)
+            rounding = (residual <= _ROUNDING * eps * _tree.norm(c.params)) & (since >= _REST)
             stalled = jnp.where(since >= _PATIENCE, int(Status.INNER_STALLED), int(Status.OK))
             ended = jnp.where(rounding, int(Status.PRECISION_LIMITED), stalled).astype(jnp.int32)
             status = jnp.where((status == int(Status.OK)) & ~met, ended, status)

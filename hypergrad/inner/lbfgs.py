@@ -65,7 +65,7 @@ class _Line(NamedTuple):
     low: Array
     low_slope: Array
     high: Array
-    high_slope: Array
+    high_slope: Array  # inf where the loss is not finite, NaN where its gradient is not
     step: Array  # to be tried next
     trials: Array
 
@@ -174,7 +174,9 @@ def _minimise(
         down = finite & (lower | level)
         accept = finite & (first | (down & (slope >= _CURVATURE * c.slope)))
 
-        line = _bracket(c.line, c.slope, slope, down, finite)
+        missing = jnp.where(jnp.isfinite(value), jnp.nan, jnp.inf)  # which of the two is not finite
+        seen = jnp.where(finite, slope, missing.astype(dtype))
+        line = _bracket(c.line, c.slope, seen, down)
         lost = ~accept & (line.trials >= _TRIALS)
         retry = lost & (c.memory.count > 0)
         curved = c.line.step * (slope - c.slope)  # ⟨s, y⟩
@@ -193,41 +195,18 @@ def _minimise(
         lost = lost & ~retry
         ended = lost | (idle >= _PATIENCE)
         far = (lost & jnp.isinf(line.high)) | (c.residual * jnp.sqrt(eps) > 1)
+        wall = jnp.where(first, seen, line.high_slope)
         stuck = jnp.where(best <= jnp.sqrt(eps), int(Status.PRECISION_LIMITED), int(Status.INNER_STALLED))
         status = jnp.where(ended, stuck, int(Status.OK))
         status = jnp.where((value == -jnp.inf) | (ended & far), int(Status.INNER_DIVERGED), status)
-        broken = jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
-        status = jnp.where(~finite & (first | (lost & ~far)), broken, status).astype(jnp.int32)
-        return _Carry(
-            params,
-            value_now,
-            grads_now,
-            residual_now,
-            direction,
-            slope_now,
-            line,
-            memory,
-            best,
-            idle,
-            c.steps + 1,
-            status,
-        )
+        broken = jnp.where(jnp.isnan(wall), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
+        status = jnp.where(~jnp.isfinite(wall) & (first | (lost & ~far)), broken, status).astype(jnp.int32)
+        here = params, value_now, grads_now, residual_now
+        return _Carry(*here, direction, slope_now, line, memory, best, idle, c.steps + 1, status)
 
     still = _tree.zeros_like(params)
-    start = _Carry(
-        params,
-        zero,
-        still,
-        inf,
-        still,
-        zero,
-        _fresh(zero)._replace(step=zero),
-        memory,
-        inf,
-        jnp.int32(0),
-        jnp.int32(0),
-        jnp.int32(Status.OK),
-    )
+    line, none = _fresh(zero)._replace(step=zero), jnp.int32(0)
+    start = _Carry(params, zero, still, inf, still, zero, line, memory, inf, none, none, jnp.int32(Status.OK))
     c = jax.lax.while_loop(proceed, body, start)
     missed = (c.status == int(Status.OK)) & (c.residual > tol)
     return c._replace(status=jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32))
@@ -247,7 +226,7 @@ def _aim(memory: LbfgsState, grads: PyTree, residual: Array) -> tuple[PyTree, Ar
     return _tree.where(usable, newton, downhill), jnp.where(usable, slope, -residual)
 
 
-def _bracket(line: _Line, start: Array, slope: Array, down: Array, finite: Array) -> _Line:
+def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
     """Narrow the bracket by a step that was too short (it went down, but still falls) or too long; choose the next.
 
     The next is where the secant through the slopes vanishes, kept away from the ends; the middle on every third
@@ -255,7 +234,6 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array, finite: Array
     """
     low, low_slope = jnp.where(down, line.step, line.low), jnp.where(down, slope, line.low_slope)
     high, high_slope = jnp.where(down, line.high, line.step), jnp.where(down, line.high_slope, slope)
-    high_slope = jnp.where(finite | down, high_slope, jnp.inf)
     rising = high_slope > 0
     share = jnp.where(rising, -low_slope / jnp.where(rising, high_slope - low_slope, 1), 0.5)
     share = jnp.where(line.trials % 3 == 2, 0.5, jnp.clip(share, 0.1, 0.9))

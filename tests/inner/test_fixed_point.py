@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import hypergrad as hg
 from hypergrad._problem import bind_inner
 from tests._helpers import assert_trees_equal, relative_error, tol
-from tests.inner._solve import problem, status
+from tests.inner._solve import compiled, problem, status
 
 X = np.random.default_rng(0).normal(size=(30, 8))
 Y = X @ np.array([2.0, 0, 0, -1.5, 0, 0, 0.7, 0]) + 0.1 * np.random.default_rng(1).normal(size=30)
@@ -33,8 +35,8 @@ def affine(w, gain, batch):
     return gain * (jnp.asarray(A, w.dtype) @ w) + jnp.asarray(B, w.dtype)
 
 
-def solve(inner, params, hparams=1.0, data=None, *, key=None, scale=1.0, options=None):
-    @jax.jit
+def solve(inner: Any, params: Any, hparams: Any = 1.0, data: Any = None, *, key=None, scale=1.0, options=None):
+    @compiled
     def run(params, hparams, data, key, scale, options):
         objective = bind_inner(hg.Problem(None, lambda *_: jnp.zeros(())), data, key, None)
         return inner.solve(objective, params, inner.init(params, hparams), hparams, None, scale=scale, options=options)
@@ -144,6 +146,7 @@ def test_unrolled_steps_see_their_own_batches(key):
     for t in range(4):
         w, state = inner.move(objective, w, state, 0.1, t)
         batch, k = objective.batch(t)
+        assert k is not None
         expected = 0.5 * expected + np.mean(batch, 0) + 0.1 * np.asarray(jax.random.normal(k, (2,)))
     assert relative_error(w, expected) < tol(1e-13, 1e-5)
 
@@ -172,7 +175,7 @@ def test_to_a_tolerance_every_step_sees_the_same_batch_and_key(key):
 def test_traced_tolerance_and_step_count_never_recompile():
     inner = hg.inner.fixed_point(affine)
     objective = bind_inner(problem(None), None, None, None)
-    run = jax.jit(
+    run: Any = compiled(
         lambda options: inner.solve(objective, jnp.zeros(3), (), 1.0, None, scale=jnp.ones(()), options=options)
     )
     steps = [
@@ -187,9 +190,9 @@ def test_lanes_of_a_vmap_are_independent():
     objective = bind_inner(problem(None), None, None, None)
     run = lambda gain: inner.solve(objective, jnp.zeros(3), (), gain, None, scale=jnp.ones(()), options=inner.options)
     gains = jnp.asarray([0.9, 2.0, 0.1])
-    batched = jax.jit(jax.vmap(run))(gains)
+    batched = compiled(jax.vmap(run))(gains)
     for i, gain in enumerate(gains):
-        single = jax.jit(run)(gain)
+        single = compiled(run)(gain)
         assert int(batched.status[i]) == int(single.status) and int(batched.steps[i]) == int(single.steps)
         assert relative_error(batched.params[i], single.params) < tol(1e-12, 1e-4)
     assert [hg.Status(int(s)).name for s in batched.status] == ["OK", "INNER_DIVERGED", "OK"]
@@ -228,22 +231,25 @@ def test_a_map_that_takes_a_key_says_when_there_is_none():
     assert status(solve(hg.inner.fixed_point(lambda w, h, batch, key=None: 0.5 * w), jnp.ones(2))) == "OK"
 
 
+wrong: Any = hg.inner  # to be called as its types forbid
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: hg.inner.fixed_point(3.0), hg.InputTypeError, "map must be a function.*found float"),
+        (lambda: wrong.fixed_point(3.0), hg.InputTypeError, "map must be a function.*found float"),
         (
-            lambda: hg.inner.fixed_point(lambda w: w),
+            lambda: wrong.fixed_point(lambda w: w),
             hg.InputTypeError,
             r"map must take \(params, hparams, batch\).*found \(w\)",
         ),
-        (lambda: hg.inner.fixed_point(affine, tol=-1.0), hg.InputError, "tol must be greater than 0"),
-        (lambda: hg.inner.fixed_point(affine, max_steps=0), hg.InputError, "max_steps must be at least 1"),
-        (lambda: hg.inner.fixed_point(affine, steps=-2), hg.InputError, "steps must be at least 0"),
-        (lambda: hg.inner.fixed_point(affine, steps=2.0), hg.InputTypeError, "steps must be an integer, found 2.0"),
-        (lambda: hg.inner.fixed_point(affine, steps=jnp.int32(2)), hg.InputTypeError, "steps must be a Python integer"),
+        (lambda: wrong.fixed_point(affine, tol=-1.0), hg.InputError, "tol must be greater than 0"),
+        (lambda: wrong.fixed_point(affine, max_steps=0), hg.InputError, "max_steps must be at least 1"),
+        (lambda: wrong.fixed_point(affine, steps=-2), hg.InputError, "steps must be at least 0"),
+        (lambda: wrong.fixed_point(affine, steps=2.0), hg.InputTypeError, "steps must be an integer, found 2.0"),
+        (lambda: wrong.fixed_point(affine, steps=jnp.int32(2)), hg.InputTypeError, "steps must be a Python integer"),
         (
-            lambda: hg.inner.fixed_point(affine, tolerance=1e-3),
+            lambda: wrong.fixed_point(affine, tolerance=1e-3),
             hg.InputTypeError,
             "unknown option 'tolerance', did you mean 'tol'",
         ),
