@@ -6,6 +6,9 @@ r"""One outer step of T1 in plain JAX: what `hg.implicit` and Adam do, without w
 The same products in the same order, on arrays instead of pytrees, tolerances as constants; no statuses, no fallbacks,
 no negative curvature, no checks, no scaling of right-hand sides. It is what a careful engineer would write for this one
 problem, and what V6 holds the library against.
+
+L-BFGS and the probes are the library's own building blocks, so that both take the same steps: what differs is all that
+is around them. `optax_lbfgs=True` is the step of someone who takes `optax.lbfgs`, which starts afresh at each call.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_PROBES = 8
+import hypergrad as hg
+from hypergrad._problem import Objective
 
 
 class State(NamedTuple):
@@ -28,9 +32,12 @@ class State(NamedTuple):
     scale: jax.Array
     hparams: jax.Array
     opt: Any
+    pairs: Any
 
 
-def _lbfgs(loss: Callable[[jax.Array], jax.Array], w: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _optax_lbfgs(
+    loss: Callable[[jax.Array], jax.Array], w: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     optimizer = optax.lbfgs(memory_size=10)
     evaluate = optax.value_and_grad_from_state(loss)
 
@@ -82,12 +89,31 @@ def _cg(
 
 
 def make_step(
-    inner_loss: Callable[..., jax.Array], outer_loss: Callable[..., jax.Array], optimizer: Any, *, tol: float = 1e-6
+    inner_loss: Callable[..., jax.Array],
+    outer_loss: Callable[..., jax.Array],
+    optimizer: Any,
+    *,
+    tol: float = 1e-6,
+    optax_lbfgs: bool = False,
 ) -> tuple[Callable[..., State], Callable[..., Any]]:
     """`init(w, hparams) -> state` and the compiled `step(state, train, valid) -> (state, what it found)`."""
 
+    lbfgs, jacobi = hg.inner.lbfgs(), hg.linear.jacobi()
+
     def init(w: jax.Array, hparams: jax.Array) -> State:
-        return State(w, jnp.zeros_like(w), jnp.zeros(()), hparams, optimizer.init(hparams))
+        pairs = None if optax_lbfgs else lbfgs.init(w, hparams)
+        return State(w, jnp.zeros_like(w), jnp.zeros(()), hparams, optimizer.init(hparams), pairs)
+
+    def minimise(state: State, train: Any, scale: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+        if optax_lbfgs:
+            loss = lambda w: inner_loss(w, state.hparams, train)
+            w, count = _optax_lbfgs(loss, state.w, tol**0.5 * scale)
+            return w, None, count
+        fixed = lambda w, hparams: inner_loss(w, hparams, train)
+        objective = Objective(stochastic=None, fixed=fixed, batch=None, fixed_batch=None)  # type: ignore[arg-type]
+        options = {"tol": tol**0.5, "max_steps": 500}
+        found = lbfgs.solve(objective, state.w, state.pairs, state.hparams, None, scale=scale, options=options)
+        return found.params, found.state, found.steps
 
     @jax.jit
     def step(state: State, train: Any, valid: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -95,12 +121,10 @@ def make_step(
         loss = lambda w: inner_loss(w, hparams, train)
         gradient = jax.grad(loss)
         scale = jnp.where(state.scale > 0, state.scale, jnp.linalg.norm(gradient(state.w)))
-        w, iterations = _lbfgs(loss, state.w, tol**0.5 * scale)
+        w, pairs, iterations = minimise(state, train, scale)
 
         residual, product = jax.linearize(gradient, w)
-        signs = jax.random.rademacher(jax.random.key(0), (_PROBES, w.size), w.dtype)
-        diagonal = jnp.mean(signs * jax.vmap(product)(signs), axis=0)
-        inverse = 1 / jnp.maximum(jnp.abs(diagonal), 1e-3 * jnp.mean(jnp.abs(diagonal)))
+        inverse = jacobi(product, w, hparams, jax.random.key(0))(jnp.ones_like(w))
 
         def polish(carry: Any) -> Any:
             w, before, _, count = carry
@@ -131,7 +155,7 @@ def make_step(
             jnp.linalg.norm(change) / jnp.linalg.norm(cross) + jnp.linalg.norm(rough(residual)) / jnp.linalg.norm(w)
         )
         updates, opt = optimizer.update(-cross, state.opt, hparams)
-        state = State(w, v, jnp.maximum(size, 0.1 * scale), optax.apply_updates(hparams, updates), opt)
+        state = State(w, v, jnp.maximum(size, 0.1 * scale), optax.apply_updates(hparams, updates), opt, pairs)
         return state, {
             "value": value,
             "inner steps": iterations + polished,

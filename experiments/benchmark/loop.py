@@ -37,6 +37,7 @@ def v6(setting: Setting) -> dict[str, Any]:
     hparams, train, valid = jax.tree.map(jnp.asarray, (task.hparams, task.train, task.valid))
     optimizer, solver = optax.adam(0.02), hg.implicit(tasks.LOGISTIC)
     init, by_hand = make_step(tasks.logistic_inner, tasks.logistic_outer, optimizer)
+    init_optax, with_optax = make_step(tasks.logistic_inner, tasks.logistic_outer, optimizer, optax_lbfgs=True)
 
     @jax.jit
     def ours(state: Any, train: Any, valid: Any) -> Any:
@@ -48,6 +49,7 @@ def v6(setting: Setting) -> dict[str, Any]:
     zeros = jnp.zeros(d)
     starts = {
         "by hand": (by_hand, init(zeros, hparams)),
+        "by hand, optax.lbfgs": (with_optax, init_optax(zeros, hparams)),
         "hypergrad": (ours, (solver.init(zeros, hparams), optimizer.init(hparams), hparams)),
     }
     clock = timing.now
@@ -77,7 +79,7 @@ def v6(setting: Setting) -> dict[str, Any]:
         )
         return (marks[-1] - marks[skip - 1]) / (steps - skip)
 
-    seconds: dict[str, list[float]] = {"by hand": [], "hypergrad": [], "hg.tune": []}
+    seconds: dict[str, list[float]] = {name: [] for name in (*starts, "hg.tune")}
     last = {}
     for _ in range(setting.samples):
         for name, (step, state) in starts.items():
