@@ -29,6 +29,8 @@ Cost: one more trace; each such primitive is evaluated twice, elementwise, which
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,11 +63,11 @@ def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return evaluated
 
 
-def _finite(*xs: Array) -> Array:
-    result = jnp.isfinite(xs[0])
-    for x in xs[1:]:
-        result = result & jnp.isfinite(x)
-    return result
+# `lax` rather than `jax.numpy` below: a network's update has hundreds of these operations, and each is traced.
+
+
+def _finite(*xs: Any) -> Array:
+    return functools.reduce(operator.and_, [lax.is_finite(x) for x in xs])
 
 
 def _power_ok(params: dict[str, Any], x: Array, y: Array) -> Array:
@@ -86,7 +88,7 @@ _OK: dict[str, Callable[..., Array]] = {
     "cbrt": lambda p, x: _finite(x, 1 / x),
     "log": lambda p, x: _finite(x, 1 / x) & (x > 0),
     "log1p": lambda p, x: _finite(x, 1 / (1 + x)) & (x > -1),
-    "exp": lambda p, x: _finite(jnp.exp(x)),
+    "exp": lambda p, x: _finite(lax.exp(x)),
     "abs": lambda p, x: _finite(x),
     "square": lambda p, x: _finite(x),
     "tanh": lambda p, x: _finite(x),
@@ -101,10 +103,15 @@ def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
     ok = _OK[eqn.primitive.name](eqn.params, *fixed)
     # A constant in the code may have fewer dimensions, and needs no derivative.
     safe = [
-        x if isinstance(atom, Literal) else jnp.where(ok, x, jnp.ones_like(x))
+        x if isinstance(atom, Literal) else _select(ok, x, lax.full_like(x, 1))
         for atom, x in zip(eqn.invars, inputs, strict=True)
     ]
-    return jnp.where(ok, eqn.primitive.bind(*safe, **eqn.params), eqn.primitive.bind(*fixed, **eqn.params))
+    return lax.select(ok, eqn.primitive.bind(*safe, **eqn.params), eqn.primitive.bind(*fixed, **eqn.params))
+
+
+def _select(ok: Array, x: Array, y: Array) -> Array:
+    # A scalar may be an operand as it is, beside an array.
+    return lax.select(ok, x, y) if ok.shape == x.shape else jnp.where(ok, x, y)
 
 
 def _evaluate(closed: Any, inputs: Sequence[Any]) -> list[Any]:

@@ -98,9 +98,8 @@ def v11(setting: Setting) -> dict[str, Any]:
         "training": compiled(training(make(False), optimizer, steps), params, hparams, train),
         "plain": compiled(plain(make(False), optimizer, steps), hparams, params, train, valid),
     }
-    for name, remat in {"hypergrad": False} | (
-        {} if setting.smoke else {"hypergrad, blocks checkpointed": True}
-    ).items():
+    ours = {"hypergrad": False} | ({} if setting.smoke else {"hypergrad, blocks checkpointed": True})
+    for name, remat in ours.items():
         call, state = _ours(make(remat), optimizer, steps, params, hparams, mode="reverse")
         runs[name] = compiled(call, state, hparams, train, valid)
     candidates = {k: call for k, (call, _) in runs.items()}

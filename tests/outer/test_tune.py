@@ -16,6 +16,7 @@ from hypergrad._data import minibatches, stream
 from hypergrad._solver import Status
 from hypergrad.outer import TuneStatus
 from tests._helpers import assert_trees_close, assert_trees_equal, relative_error, tol
+from tests.outer import _ridge
 from tests.outer._ridge import START, TRAIN, VALID, counted, optimum, outer_loss, ridge, run, weights
 
 
@@ -154,7 +155,7 @@ def test_five_failures_in_a_row_stop_with_the_best_so_far():
     assert result.status is TuneStatus.FAILED
     assert len(result.history.value) == 11, "three in a row did not count towards five"
     assert result.best.step == 5
-    assert caught[0].filename == __file__
+    assert caught[0].filename == _ridge.__file__
     with pytest.warns(UserWarning, match="in a row"):
         assert len(run(ridge(nan_at(2, 3)), steps=50, max_failures=2).history.value) == 4
 

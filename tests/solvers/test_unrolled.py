@@ -1,0 +1,314 @@
+"""The hypergradient of T steps is the derivative of those T steps, whatever the optimizer, the mode and what is stored.
+
+Runs of training are written out in NumPy and float64, and differentiated by central differences: no automatic
+differentiation and no code of the library on that side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy import ndarray
+
+import hypergrad as hg
+from tests._helpers import assert_trees_close, assert_trees_equal, central_difference, relative_error, tol
+from tests.solvers._problems import compiled
+
+STEPS = 11
+ROOT = np.array([[1.1, 0.3, -0.2], [0.0, 0.8, 0.4], [0.5, 0.1, 0.6]], np.float32).astype(float)
+A, B, C = ROOT @ ROOT.T, np.array([0.75, -0.5, 1.25]), np.array([0.5, -1.5, 0.25])
+START = np.array([0.5, -0.25, 1.0])
+MODES = {
+    "forward": {"mode": "forward"},
+    "none": {"mode": "reverse", "remat": "none"},
+    "step": {"mode": "reverse", "remat": "step"},
+    "sqrt": {"mode": "reverse", "remat": "sqrt"},
+    "tree": {"mode": "reverse", "remat": "tree"},
+}
+
+
+def quadratic(w, h, batch):
+    """½ wᵀAw − bᵀw + ½ Σ exp(l2) w², with w offset by h["start"] where there is one."""
+    w = w + h["start"] if "start" in h else w
+    decay = 0.5 * jnp.sum(jnp.exp(h["l2"]) * w**2) if "l2" in h else 0.0
+    return 0.5 * w @ jnp.asarray(A) @ w - jnp.asarray(B) @ w + decay
+
+
+def distance(w, h, batch):
+    """½ ‖w − c‖² + 0.3 Σ l2, which has a direct term."""
+    w = w + h["start"] if "start" in h else w
+    return 0.5 * jnp.sum((w - jnp.asarray(C)) ** 2) + (0.3 * jnp.sum(h["l2"]) if "l2" in h else 0.0)
+
+
+PROBLEM = hg.Problem(quadratic, distance)
+
+
+def slope(w: ndarray, h: dict[str, ndarray]) -> ndarray:
+    return A @ w - B + (np.exp(h["l2"]) * w if "l2" in h else 0.0)
+
+
+def height(w: ndarray, h: dict[str, ndarray]) -> float:
+    return 0.5 * np.sum((w - C) ** 2) + (0.3 * np.sum(h["l2"]) if "l2" in h else 0.0)
+
+
+class Run(NamedTuple):
+    """An optimizer in optax, and the same run by hand.
+
+    Attributes:
+        optimizer: `hparams -> optimizer`.
+        hparams: pytree of float64 NumPy arrays, none of them 0 or 1.
+        train: `(w, hparams) -> w_T` in NumPy.
+    """
+
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    hparams: dict[str, ndarray]
+    train: Callable[[ndarray, dict[str, ndarray]], ndarray]
+
+
+def descent(w, h):
+    for t in range(STEPS):
+        w = w - (h["lr"][t] if np.ndim(h["lr"]) else h["lr"]) * slope(w, h)
+    return w
+
+
+def momentum(w, h, nesterov=False):
+    v = np.zeros_like(w)
+    for _ in range(STEPS):
+        g = slope(w, h)
+        v = h["m"] * v + g
+        w = w - h["lr"] * (g + h["m"] * v if nesterov else v)
+    return w
+
+
+def adam(w, h, decay=0.0):
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t in range(1, STEPS + 1):
+        g = slope(w, h)
+        m, v = h["b1"] * m + (1 - h["b1"]) * g, h["b2"] * v + (1 - h["b2"]) * g**2
+        unbiased = m / (1 - h["b1"] ** t), v / (1 - h["b2"] ** t)
+        w = w - h["lr"] * (unbiased[0] / (np.sqrt(unbiased[1]) + h["eps"]) + h.get("wd", decay) * w)
+    return w
+
+
+def from_start(w, h):
+    return descent(w + h["start"], h)
+
+
+RUNS = {
+    "learning rate": Run(lambda h: optax.sgd(h["lr"]), {"lr": np.array(0.23)}, descent),
+    "learning rate of each step": Run(
+        lambda h: optax.sgd(lambda t: h["lr"][t]), {"lr": np.linspace(0.31, 0.12, STEPS)}, descent
+    ),
+    "weight decay": Run(
+        lambda h: optax.sgd(h["lr"]), {"lr": np.array(0.23), "l2": np.array([-1.3, 0.4, -0.7])}, descent
+    ),
+    "momentum": Run(
+        lambda h: optax.sgd(h["lr"], momentum=h["m"]), {"lr": np.array(0.13), "m": np.array(0.63)}, momentum
+    ),
+    "nesterov": Run(
+        lambda h: optax.sgd(h["lr"], momentum=h["m"], nesterov=True),
+        {"lr": np.array(0.13), "m": np.array(0.63)},
+        lambda w, h: momentum(w, h, nesterov=True),
+    ),
+    "adam": Run(
+        lambda h: optax.adam(h["lr"], h["b1"], h["b2"], h["eps"]),
+        {"lr": np.array(0.11), "b1": np.array(0.83), "b2": np.array(0.94), "eps": np.array(0.02)},
+        adam,
+    ),
+    "adamw": Run(
+        lambda h: optax.adamw(h["lr"], h["b1"], h["b2"], h["eps"], weight_decay=h["wd"]),
+        {k: np.array(v) for k, v in {"lr": 0.11, "b1": 0.83, "b2": 0.94, "eps": 0.02, "wd": 0.17}.items()},
+        adam,
+    ),
+    "starting point": Run(
+        lambda h: optax.sgd(h["lr"]),
+        {"lr": np.array(0.23), "start": np.array([0.3, -0.8, 0.45]), "l2": np.array(-0.9)},
+        from_start,
+    ),
+}
+
+
+def arrays(tree: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def hypergradient(optimizer: Any, hparams: Any, steps: int = STEPS, problem=PROBLEM, calls: int = 1, **options: Any):
+    """`(out, state)` after some calls."""
+    solver = hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=steps), **options)
+    state, step = solver.init(jnp.asarray(START), arrays(hparams)), compiled(solver.hypergrad)
+    out = None
+    for _ in range(calls):
+        out, state = step(state, arrays(hparams))
+    return out, state
+
+
+@pytest.mark.parametrize("mode", ["forward", "step"])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_hypergradient_of_a_run_equals_its_central_differences(name, mode):
+    run = RUNS[name]
+    value = lambda h: height(run.train(START, jax.tree.map(np.asarray, h)), jax.tree.map(np.asarray, h))
+    with jax.enable_x64(True):
+        expected = jax.tree.map(np.asarray, central_difference(value, run.hparams))
+    out, state = hypergradient(run.optimizer, run.hparams, **MODES[mode])
+    assert int(out.info.status) == hg.Status.OK
+    np.testing.assert_allclose(float(out.value), value(run.hparams), rtol=tol(1e-12, 1e-5))
+    offset = run.hparams.get("start", 0.0)
+    assert relative_error(state.params + offset, run.train(START, run.hparams)) <= tol(1e-12, 1e-5)
+    for leaf, found in out.grad.items():
+        assert relative_error(found, expected[leaf]) <= tol(1e-7, 1e-3), leaf
+
+
+@pytest.mark.parametrize("steps", [1, 2, 60])
+def test_the_derivative_in_the_learning_rate_equals_its_closed_form(steps):
+    """With b = 0: w_T = (I − ηA)ᵀ w₀ and dw_T/dη = −T A (I − ηA)ᵀ⁻¹ w₀, to the power T."""
+    rate = 0.37
+    problem = hg.Problem(lambda w, h, b: 0.5 * w @ jnp.asarray(A) @ w, distance)
+    out, _ = hypergradient(lambda h: optax.sgd(h["lr"]), {"lr": np.array(rate)}, steps, problem)
+    shrink = np.linalg.matrix_power(np.eye(3) - rate * A, steps - 1)
+    end = (np.eye(3) - rate * A) @ shrink @ START
+    expected = (end - C) @ (-steps * A @ shrink @ START)
+    assert relative_error(out.grad["lr"], expected) <= tol(1e-12, 1e-4)
+
+
+def _curved(w, h, batch):
+    """Not quadratic, and with a term of λ in every coordinate."""
+    return 0.5 * w @ jnp.asarray(A) @ w + jnp.sum(jnp.exp(h["l2"]) * w**4) + jnp.sum(jnp.sin(w)) * h["tilt"]
+
+
+@pytest.mark.parametrize("steps", [1, 12, 67])
+def test_forward_and_reverse_agree_whatever_is_stored(steps):
+    problem = hg.Problem(_curved, distance)
+    hparams = {"l2": np.array([-1.3, -2.4, -1.7]), "tilt": np.array(0.3), "lr": np.array(0.05), "m": np.array(0.35)}
+    optimizer = lambda h: optax.adam(h["lr"], b1=h["m"])
+    found = {name: hypergradient(optimizer, hparams, steps, problem, **o) for name, o in MODES.items()}
+    expected, end = found["none"]
+    for name, (out, state) in found.items():
+        assert int(out.info.status) == hg.Status.OK, name
+        assert_trees_close(out.grad, expected.grad, tol(1e-12, 1e-3))
+        assert_trees_close(state.params, end.params, tol(1e-14, 1e-5))
+        assert int(out.info.inner_steps) == steps
+        np.testing.assert_allclose(float(out.info.inner_residual), float(expected.info.inner_residual), rtol=1e-4)
+
+
+def test_no_steps_leave_the_direct_term():
+    hparams = {"l2": np.array([-1.3, 0.4, -0.7])}
+    for options in MODES.values():
+        out, state = hypergradient(optax.sgd(0.1), hparams, 0, **options)
+        np.testing.assert_allclose(out.grad["l2"], 0.3, rtol=1e-6)
+        np.testing.assert_allclose(state.params, START)
+
+
+def test_an_unrolled_map_equals_the_descent_it_writes_out():
+    hparams = {"l2": np.array([-1.3, 0.4, -0.7]), "lr": np.array(0.21)}
+    expected, _ = hypergradient(lambda h: optax.sgd(h["lr"]), hparams, mode="reverse")
+    move = lambda w, h, batch: w - h["lr"] * jax.grad(quadratic)(w, h, batch)
+    for options in MODES.values():
+        solver = hg.unrolled(PROBLEM, inner=hg.inner.fixed_point(move, steps=STEPS), **options)
+        out, _ = compiled(solver.hypergrad)(solver.init(jnp.asarray(START), arrays(hparams)), arrays(hparams))
+        assert int(out.info.status) == hg.Status.OK
+        assert_trees_close(out.grad, expected.grad, tol(1e-13, 1e-5))
+
+
+@pytest.mark.parametrize("mode", ["forward", "none", "step", "sqrt"])
+@pytest.mark.parametrize("kept", [1, 4, 7])
+def test_truncation_equals_the_explicit_sum_over_the_last_steps(kept, mode):
+    """Σ_{t ≥ T−K} ∂w_T/∂w_{t+1} ∂w_{t+1}/∂λ, with ∂w_{t+1}/∂w_t = I − ηH and ∂w_{t+1}/∂l2 = −η exp(l2) w_t."""
+    rate, l2 = 0.21, np.array([-1.3, 0.4, -0.7])
+    shrink = np.eye(3) - rate * (A + np.diag(np.exp(l2)))
+    path = [START]
+    for _ in range(STEPS):
+        path.append(path[-1] - rate * slope(path[-1], {"l2": l2}))
+    terms = [
+        (path[-1] - C) @ np.linalg.matrix_power(shrink, STEPS - 1 - t) * -rate * np.exp(l2) * path[t]
+        for t in range(STEPS - kept, STEPS)
+    ]
+    out, state = hypergradient(optax.sgd(rate), {"l2": l2}, truncate=kept, **MODES[mode])
+    assert relative_error(out.grad["l2"], 0.3 + np.sum(terms, axis=0)) <= tol(1e-12, 1e-5)
+    assert relative_error(state.params, path[-1]) <= tol(1e-14, 1e-6)
+    assert float(out.info.error_estimate) > 0.01
+
+
+def test_truncation_to_more_steps_than_there_are_is_none():
+    full, _ = hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])})
+    same, _ = hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])}, truncate=STEPS + 5)
+    assert_trees_equal(full, same)
+
+
+def test_example_weights_through_a_long_run_equal_the_weighted_least_squares():
+    r"""w* = (Xᵀ S X + εI)⁻¹ Xᵀ S y with S = diag(s); ∂w*/∂s_i = H⁻¹ x_i (y_i − x_iᵀ w*)."""
+    rng = np.random.default_rng(3)
+    x, y, s = rng.normal(size=(9, 3)), rng.normal(size=9), rng.uniform(0.2, 0.9, 9)
+    x, y, s = (v.astype(np.float32).astype(float) for v in (x, y, s))
+    problem = hg.Problem(
+        lambda w, h, b: 0.5 * jnp.sum(h * (b[0] @ w - b[1]) ** 2) + 0.05 * jnp.sum(w**2),
+        lambda w, h, b: distance(w, {}, b),
+    )
+    hess = x.T @ (s[:, None] * x) + 0.1 * np.eye(3)
+    w = np.linalg.solve(hess, x.T @ (s * y))
+    expected = (x @ np.linalg.solve(hess, w - C)) * (y - x @ w)
+    rate = 1.5 / np.linalg.eigvalsh(hess)[-1]
+    solver = hg.unrolled(problem, inner=hg.inner.gradient(optax.sgd(rate), steps=600))
+    hparams, batch = jnp.asarray(s), (jnp.asarray(x), jnp.asarray(y))
+    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(3), hparams), hparams, batch)
+    assert relative_error(out.grad, expected) <= tol(1e-10, 1e-4)
+    assert int(out.info.status) == hg.Status.OK
+
+
+def test_the_optimizers_initial_state_may_depend_on_the_hyperparameters():
+    """A velocity that starts at v₀: w_T moves by −η Σ_t mᵗ … v₀, which central differences see."""
+
+    def optimizer(h):
+        def init(params):
+            return {"velocity": h["v0"] * jnp.ones_like(params), "count": jnp.zeros((), jnp.int32)}
+
+        def update(grads, state, params=None):
+            velocity = 0.7 * state["velocity"] + grads
+            return -0.1 * velocity, {"velocity": velocity, "count": state["count"] + 1}
+
+        return optax.GradientTransformation(init, update)
+
+    def train(h):
+        w, v = START, h["v0"] * np.ones(3)
+        for _ in range(STEPS):
+            v = 0.7 * v + slope(w, {})
+            w = w - 0.1 * v
+        return height(w, {})
+
+    hparams = {"v0": np.array(0.45)}
+    step = 1e-3
+    expected = (train({"v0": 0.45 + step}) - train({"v0": 0.45 - step})) / (2 * step)  # quadratic in v0: exact
+    for name, options in MODES.items():
+        out, _ = hypergradient(optimizer, hparams, **options)
+        assert relative_error(out.grad["v0"], expected) <= tol(1e-9, 1e-4), name
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_outer_loss_scales_the_hypergradient_and_nothing_else(scale):
+    problem = hg.Problem(quadratic, lambda w, h, batch: scale * distance(w, h, batch))
+    hparams = {"l2": np.array([-1.3, 0.4, -0.7])}
+    for options in MODES.values():
+        one, _ = hypergradient(optax.sgd(0.2), hparams, **options)
+        other, _ = hypergradient(optax.sgd(0.2), hparams, problem=problem, **options)
+        np.testing.assert_allclose(np.asarray(other.grad["l2"]) / scale, one.grad["l2"], rtol=tol(1e-12, 1e-5))
+        assert int(other.info.status) == hg.Status.OK
+        np.testing.assert_allclose(other.info.extra["adjoint_growth"], one.info.extra["adjoint_growth"], rtol=1e-3)
+
+
+def test_loops_and_branches_inside_the_loss_are_differentiated_in_every_mode():
+    def loss(w, h, batch):
+        z, _ = jax.lax.scan(lambda z, _: (jnp.tanh(0.8 * z + w), None), w, None, length=3)
+        z = jax.lax.cond(jnp.sum(z) > 0, lambda z: z, lambda z: 0.5 * z, z)
+        return quadratic(w, {}, batch) + jnp.sum(jnp.exp(h["l2"]) * z**2)
+
+    problem = hg.Problem(loss, lambda w, h, b: distance(w, {}, b))
+    hparams = {"l2": np.array([-1.3, 0.4, -0.7])}
+    expected, _ = hypergradient(optax.sgd(0.1), hparams, problem=problem, **MODES["none"])
+    for name in ("forward", "step", "sqrt"):
+        out, _ = hypergradient(optax.sgd(0.1), hparams, problem=problem, **MODES[name])
+        assert_trees_close(out.grad, expected.grad, tol(1e-12, 1e-4))
