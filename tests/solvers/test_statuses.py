@@ -178,8 +178,8 @@ def test_what_can_be_used_is_finite_and_right(together):
     assert np.all(np.isfinite(np.asarray(together["out"].grad)[usable]))
     assert np.all(np.isfinite(np.asarray(together["out"].info.error_estimate)[status == Status.OK]))
     for i, name in enumerate(FAULTS):
-        if FAULTS[name].expected <= Status.INSENSITIVE:
-            m = FAULTS[name]
+        m = FAULTS[name]
+        if m.expected <= Status.INSENSITIVE and not m.quartic:  # the closed form is that of a quadratic
             inverse = np.linalg.pinv(m.a)
             found = float(together["out"].grad[1 + 2 * i])
             np.testing.assert_allclose(
