@@ -261,7 +261,9 @@ def _forward(
         end = jax.vmap(_tree.max_abs)(result.tangent.params)
         tails = jax.vmap(lambda s: _tail(s, begin), in_axes=1)(result.sizes)
         shares = jax.vmap(_left_out)(tails, end)
-        dropped = _ratio(_tree.norm(shares * flat), _tree.norm(flat))
+        unknown = jnp.any(jnp.isinf(shares) & (flat > 0))  # the norm of an infinite share is NaN
+        known = jnp.where(jnp.isinf(shares), 0, shares)
+        dropped = jnp.where(unknown, jnp.inf, _ratio(_tree.norm(known * flat), _tree.norm(flat)))
     return _Pass(result.point, result.record, value, metrics, direct, rhs, indirect, growth, dropped)
 
 
@@ -366,5 +368,5 @@ def _ratio(x: Array, y: Array) -> Array:
 def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
     through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
-    estimate = rounding + _TRUNCATION * jnp.where(done.dropped > 0, done.dropped * through, 0)
+    estimate = rounding + _TRUNCATION * jnp.where(done.dropped == 0, 0, done.dropped * through)
     return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
