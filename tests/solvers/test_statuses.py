@@ -193,7 +193,9 @@ def test_each_fault_has_its_status_alone_under_jit():
         member, h = FAULTS[name], jnp.asarray(0.37)
         train, valid = member.data()
         out, state = step(start(SOLVER, member, h), h, train, valid)
-        exact = name == "inner tolerance below rounding" and float(out.info.inner_residual) == 0.0  # meets any tolerance
+        exact = (
+            name == "inner tolerance below rounding" and float(out.info.inner_residual) == 0.0
+        )  # meets any tolerance
         assert exact or as_expected(name, out.info.status), (name, Status(int(out.info.status)).name)
         assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(state._replace(options={})))
     assert step._cache_size() == 1  # faults, options and data are all values
