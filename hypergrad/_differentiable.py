@@ -101,11 +101,7 @@ _OK: dict[str, Callable[..., Array]] = {
 def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
     fixed = [lax.stop_gradient(x) for x in inputs]
     ok = _OK[eqn.primitive.name](eqn.params, *fixed)
-    # A constant in the code may have fewer dimensions, and needs no derivative.
-    safe = [
-        x if isinstance(atom, Literal) else _select(ok, x, lax.full_like(x, 1))
-        for atom, x in zip(eqn.invars, inputs, strict=True)
-    ]
+    safe = [_select(ok, x, lax.full_like(x, 1)) if isinstance(x, Array) else x for x in inputs]
     return lax.select(ok, eqn.primitive.bind(*safe, **eqn.params), eqn.primitive.bind(*fixed, **eqn.params))
 
 
@@ -136,7 +132,7 @@ def _apply(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     if name in _NESTED:
         return _NESTED[name](eqn, inputs)
     floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    if name in _OK and floating and not _linear(name, eqn.invars):
+    if name in _OK and floating and not _linear(name, inputs):
         return [_guarded(eqn, inputs)]
     bound = eqn.primitive.get_bind_params(params)
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # a pair before JAX 0.9
@@ -146,7 +142,7 @@ def _apply(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 
 def _linear(name: str, inputs: Sequence[Any]) -> bool:
     """Whether the operation only multiplies by a constant that was written in the code."""
-    constant = [isinstance(x, Literal) for x in inputs]
+    constant = [not isinstance(x, Array) for x in inputs]
     return (name == "mul" and any(constant)) or (name == "div" and constant[1])
 
 

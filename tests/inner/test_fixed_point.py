@@ -104,7 +104,7 @@ def test_a_missed_tolerance_is_inner_max_steps_and_keeps_the_progress():
 @pytest.mark.parametrize("max_steps", [40, 10_000])
 def test_an_expanding_map_is_inner_diverged_and_gives_back_the_start(max_steps):
     result = solve(hg.inner.fixed_point(affine, max_steps=max_steps), jnp.ones(3), 1.9)
-    assert status(result) == "INNER_DIVERGED"
+    assert status(result) == "INNER_DIVERGED" and int(result.steps) < 200
     assert_trees_equal(result.params, jnp.ones(3))
 
 
@@ -122,13 +122,10 @@ def test_a_cycle_is_inner_stalled():
     assert status(result) == "INNER_STALLED" and int(result.steps) < 2000
 
 
-def test_a_tolerance_below_rounding_is_precision_limited():
-    result = solve(hg.inner.fixed_point(affine, tol=1e-30), jnp.full(3, 0.1), 0.9999)
-    assert status(result) in ("PRECISION_LIMITED", "OK")  # OK where the iteration reaches its fixed point exactly
-    assert status(solve(hg.inner.fixed_point(lambda w, h, b: w + 1e-20 + 0 * w * h, tol=1e-30), jnp.full(3, 0.1))) in (
-        "PRECISION_LIMITED",
-        "OK",
-    )
+def test_a_map_that_flickers_at_rounding_level_is_precision_limited():
+    flicker = lambda w, h, batch: jnp.where(w > 1, 1.0, jnp.nextafter(w, jnp.full_like(w, 2.0)))
+    result = solve(hg.inner.fixed_point(flicker, tol=1e-30), jnp.ones(3))
+    assert status(result) == "PRECISION_LIMITED" and int(result.steps) < 100
 
 
 # A number of steps, to be unrolled.

@@ -175,10 +175,11 @@ def test_a_learning_rate_beyond_two_over_the_largest_eigenvalue_is_inner_diverge
     assert_trees_equal(result.state, inner.init(start(), 0.0))
 
 
-def test_losses_that_jump_from_batch_to_batch_have_not_diverged(key):
+@pytest.mark.parametrize("steps", [3, 20])
+def test_losses_that_jump_from_batch_to_batch_have_not_diverged(steps, key):
     x = jnp.exp(3.0 * jax.random.normal(key, (200,)))  # over five decades
     loss = lambda w, hparams, batch: jnp.mean(batch) * jnp.sum(w**2) / 1e6
-    inner = hg.inner.gradient(optax.sgd(0.1), steps=20)
+    inner = hg.inner.gradient(optax.sgd(0.1), steps=steps)
 
     def run(key):
         objective = bind_inner(problem(loss), hg.minibatches(x, 1), key, None)
@@ -186,6 +187,11 @@ def test_losses_that_jump_from_batch_to_batch_have_not_diverged(key):
         return inner.solve(objective, start(), state, 0.0, None, scale=jnp.ones(()), options=inner.options)
 
     assert np.all(compiled(jax.vmap(run))(jax.random.split(key, 50)).status == 0)
+
+
+def test_a_loss_that_overflows_at_once_has_diverged():
+    result = solve(hg.inner.gradient(optax.sgd(40.0), steps=3), lambda w, h, batch: jnp.sum(jnp.exp(w**2)), start())
+    assert status(result) == "INNER_DIVERGED" and int(result.steps) == 2
 
 
 @pytest.mark.parametrize("tolerance", [None, 1e-6])
