@@ -1,0 +1,137 @@
+"""What the experiments share: command line, compile cache, progress, results kept by seed.
+
+    from experiments._common import experiment
+
+    def measure(options, numbers):           # fill in `numbers` as they come: what is there is kept on Ctrl-C
+        numbers["tuned"] = ...
+
+    if __name__ == "__main__":
+        experiment(__file__, __doc__, measure)
+
+gives `run.py --seed N [--smoke] [--json] [--keep]`. `--keep` writes the numbers of this seed into `results.json` beside
+the script, from which `experiments/report.py` makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+def experiment(
+    file: str,
+    about: str | None,
+    measure: Callable[[argparse.Namespace, dict[str, Any]], None],
+    *,
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> dict[str, Any]:
+    """Run an experiment from the command line.
+
+    Args:
+        file: `__file__` of the script; pictures and results go beside it.
+        about: its docstring.
+        measure: fills in a dict of numbers (nested dicts and lists may do). It finds `seed`, `smoke`, `json`, `keep`
+            and `folder` (where pictures go: beside the script, or nowhere worth keeping in a smoke run) in its options.
+        arguments: adds arguments of this experiment alone.
+
+    Returns:
+        The numbers, rounded to four digits, with `seed` and `seconds`.
+    """
+    here = Path(file).resolve().parent
+    parser = argparse.ArgumentParser(
+        prog=f"python experiments/{here.name}/run.py",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of data and training (default: 0)")
+    parser.add_argument("--smoke", action="store_true", help="every path in seconds; the numbers mean nothing")
+    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
+    parser.add_argument("--keep", action="store_true", help="write the numbers of this seed into results.json")
+    parser.add_argument("--out", type=Path, default=here, metavar="FOLDER", help="where pictures go (default: here)")
+    arguments(parser)
+    options = parser.parse_args()
+    if options.keep and options.smoke:
+        parser.error("argument --keep: the numbers of a smoke run mean nothing")
+    if not options.out.is_dir() or not os.access(options.out, os.W_OK):
+        parser.error(f"argument --out: there is no folder {options.out} that can be written")
+    print(_keep_compiled_code(), flush=True)
+    began = time.perf_counter()
+    numbers: dict[str, Any] = {}
+    interrupted = False
+    try:
+        measure(options, numbers)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\nInterrupted; what was measured so far:", file=sys.stderr)
+    found = {"seed": options.seed, **rounded(numbers), "seconds": round(time.perf_counter() - began, 1)}
+    if options.json or interrupted:
+        print(json.dumps(found), flush=True)
+    if interrupted:
+        sys.exit(130)
+    if options.keep:
+        _write(here / "results.json", options.seed, found)
+    return found
+
+
+def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterable[T]:
+    """`items`, with a progress bar where tqdm is installed and a person is looking."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=text, total=total, disable=None, leave=False)
+
+
+def rounded(value: Any) -> Any:
+    """Plain Python numbers of four digits; NaN and infinities as None, so that the line is JSON."""
+    if isinstance(value, dict):
+        return {str(k): rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if hasattr(value, "shape") and value.shape:
+        return rounded(value.tolist())
+    value = float(value)
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _write(path: Path, seed: int, found: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[str(seed)] = found
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(dict(sorted(known.items(), key=lambda kv: int(kv[0]))), indent=1) + "\n")
+    fresh.replace(path)
+
+
+def _keep_compiled_code() -> str:
+    """JAX's persistent compilation cache: on problems this small, compiling is most of the time."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(home, "hypergrad", "jax")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return f"Compiled code is not kept: {folder} cannot be made."
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return f"Compiled code is kept in {folder} for the next run."
+
+
+def _natural(text: str) -> int:
+    value = int(text)  # argparse turns ValueError into a usage message
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, found {text}")
+    return value
