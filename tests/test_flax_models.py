@@ -144,6 +144,6 @@ def test_an_nnx_model_is_a_pytree_of_parameters_and_a_rest(data):
     assert jax.tree.structure(out.grad) == jax.tree.structure(params)
     shifted = lambda t: jax.tree.map(lambda a: a + t, l2)
     value = lambda t: float(step(state, shifted(t), (x, y), valid)[0].value)
-    step = tol(1e-4, 5e-2)
+    eps = tol(1e-4, 5e-2)
     slope = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(out.grad))
-    assert_trees_close(slope, (value(step) - value(-step)) / (2 * step), tol(1e-5, 5e-2))
+    assert_trees_close(slope, (value(eps) - value(-eps)) / (2 * eps), tol(1e-5, 5e-2))
