@@ -33,17 +33,16 @@ def as_arrays(tree: PyTree) -> tuple[list[Any], list[dict[str, Any]]]:
         InputTypeError: for a leaf that is no array and no number.
     """
     arrays, entries = [], []
-    leaf: Any
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)) or (
-            not is_key(leaf) and np.result_type(leaf).kind in "OUSMm"
+            not is_key(leaf) and np.dtype(_dtype(leaf)).kind in "OUSMm"
         ):
             raise InputTypeError(
                 f"checkpoint: {keystr(path) or 'the tree'} is a {type(leaf).__name__}, and only arrays and numbers are "
                 "saved (nothing is pickled): leave it out of the tree."
             )
         entries.append({"path": keystr(path), **_kind(leaf)})
-        arrays.append(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        arrays.append(_words(leaf) if is_key(leaf) else leaf)
     return arrays, entries
 
 
@@ -69,12 +68,12 @@ def check_like(entries: list[dict[str, Any]], like: PyTree, what: str) -> list[A
             raise InputError(f"{what} holds {name} as well, which is not asked for: it was saved from another tree.")
         for part in ("shape", "dtype"):
             if saved[path][part] != wanted[path][part]:
-                hint = " (jax_enable_x64 differs?)" if {saved[path][part], wanted[path][part]} in _WIDTHS else ""
+                found, expected = str(saved[path][part]), str(wanted[path][part])
+                hint = " (jax_enable_x64 differs?)" if {found, expected} in _WIDTHS else ""
                 raise InputError(
-                    f"{what}: {name} has {part} {saved[path][part]}, expected {wanted[path][part]}{hint}: "
-                    "it was saved from another tree."
+                    f"{what}: {name} has {part} {found}, expected {expected}{hint}: it was saved from another tree."
                 )
-    return [jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf for _, leaf in leaves]
+    return [jax.eval_shape(_words, leaf) if is_key(leaf) else leaf for _, leaf in leaves]
 
 
 _WIDTHS = ({"float32", "float64"}, {"int32", "int64"}, {"uint32", "uint64"}, {"complex64", "complex128"})
@@ -147,6 +146,10 @@ def _member(archive: zipfile.ZipFile, index: int, dtype: np.dtype, shape: tuple[
     if array.shape != shape or array.dtype != _storage(dtype) or _sha256(array) != sha256:
         raise ValueError("it is not what was written")
     return array.view(dtype)
+
+
+def _words(key: Any) -> Any:
+    return jax.random.key_data(key)
 
 
 def _kind(leaf: Any) -> dict[str, Any]:
