@@ -24,7 +24,7 @@ import pytest
 
 from hypergrad import outer
 from hypergrad.outer import CheckpointError, checkpoint
-from tests.reliability._damage import KINDS, damage
+from experiments.reliability.damage import KINDS, damage
 
 TREE = {
     "w": np.linspace(-1, 1, 7, dtype=np.float32),
