@@ -40,6 +40,9 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_failures": (1, True, True),
     "patience": (1, True, True),
     "directions": (1, True, True),
+    "scale": (0, True, False),
+    "draws": (1, True, True),
+    "warmup": (0, True, True),
 }
 
 
