@@ -7,6 +7,7 @@ from hypergrad import domains as domains
 from hypergrad import inner as inner
 from hypergrad import linear as linear
 from hypergrad import outer as outer
+from hypergrad import responses as responses
 from hypergrad._domain import constrain as constrain
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
@@ -27,5 +28,6 @@ from hypergrad.outer import TuneStatus as TuneStatus
 from hypergrad.outer.tune import tune as tune
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.direct import direct as direct
+from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.unrolled import unrolled as unrolled

@@ -43,6 +43,9 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "step": (0, True, True),
     "keep": (1, True, True),
     "every": (1, True, True),
+    "scale": (0, True, False),
+    "draws": (1, True, True),
+    "warmup": (0, True, True),
 }
 
 

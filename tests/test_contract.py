@@ -30,6 +30,18 @@ def _descent(params: PyTree, hparams: PyTree, batch: PyTree) -> PyTree:
     return jax.tree.map(lambda w, g: w - 0.2 * g, params, grads)
 
 
+def _keyed(solver: hg.Solver) -> hg.Solver:
+    """A solver that draws, with one key for every call that gives none."""
+
+    def init(params: PyTree, hparams: PyTree, *, key: Any = None, model_state: PyTree = None) -> Any:
+        return solver.init(params, hparams, key=jax.random.key(0) if key is None else key, model_state=model_state)
+
+    def hypergrad(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
+        return solver.hypergrad(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
+
+    return hg.Solver(init, hypergrad, solver.response)
+
+
 SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "implicit": hg.implicit,
     "implicit, cold": lambda p: hg.implicit(p, warm_start=False),
@@ -52,6 +64,9 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
+    "hypernetwork": lambda p: _keyed(
+        hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
+    ),
 }
 
 
