@@ -379,4 +379,4 @@ def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
     through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
     estimate = rounding + _TRUNCATION * jnp.where(done.dropped == 0, 0, done.dropped * through)
-    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
+    return jnp.where(jnp.isnan(estimate) | ~_tree.all_finite(grad), jnp.inf, estimate)
