@@ -130,7 +130,9 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
 
         return loss
 
-    def updated(grads: PyTree, params: PyTree, floats: list[Array], hparams: PyTree, point: Point) -> PyTree:
+    def updated(
+        grads: PyTree, params: PyTree, floats: list[Array], hparams: PyTree, point: Point
+    ) -> tuple[PyTree, PyTree]:
         _, combine = _tree.partition(point.state)
         params, state = update(grads, params, combine(floats), hparams)
         return like(params, point.params), like(state, point.state)
