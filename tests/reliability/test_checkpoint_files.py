@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.reliability.damage import KINDS, damage
 from hypergrad import outer
 from hypergrad.outer import CheckpointError, checkpoint
-from experiments.reliability.damage import KINDS, damage
 
 TREE = {
     "w": np.linspace(-1, 1, 7, dtype=np.float32),

@@ -19,11 +19,11 @@ import optax
 import pytest
 
 import hypergrad as hg
+from experiments.reliability.damage import damage
 from hypergrad import domains
 from hypergrad.outer import CheckpointError, TuneStatus
 from hypergrad.outer._config import KEYS, fingerprint, program
 from tests.outer._ridge import TRAIN, VALID, counted, ridge
-from experiments.reliability.damage import damage
 from tests.reliability._runs import SOLVERS, assert_same, at, bits, interrupt, run
 
 
