@@ -12,6 +12,7 @@ Every promise is a function `(seed, smoke) -> (figure, bar, met)`. Processes are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ import optax  # noqa: E402
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import progress  # noqa: E402
-from experiments.reliability.damage import KINDS, damage  # noqa: E402
+from experiments.reliability.damage import KINDS, detected, format_refused, like  # noqa: E402
 
 STEPS = 40
 Answer = tuple[str, str, bool]
@@ -146,21 +147,22 @@ def p9(seed: int, smoke: bool) -> Answer:
     """
     rng = np.random.default_rng(seed)
     kills, inside, lost, failures, finished = 0, 0, 0, 0, 0
-    wanted, needed = (4, 0) if smoke else (200, 50)
+    wanted, needed, steps = (4, 0, 6) if smoke else (200, 50, STEPS)
     with tempfile.TemporaryDirectory() as home, Nursery() as nursery:
-        whole, began = Path(home) / "whole", time.perf_counter()
-        truth, expected = _every_step(nursery, whole)
+        whole = Path(home) / "whole"
+        truth, expected = _every_step(nursery, whole, steps)
         began = time.perf_counter()
-        nursery.start(Path(home) / "timed")
+        nursery.start(Path(home) / "timed", steps)
         nursery.wait()
         length = time.perf_counter() - began
         for trial in progress(range(10 * wanted), "P9 kills", 10 * wanted):
             folder = Path(home) / f"chain{finished}"
-            number = nursery.start(folder)
+            number = nursery.start(folder, steps)
             if trial % 2:  # after the first step, where most of the time goes into saving; else any time at all
                 _wait_for(Path(f"{folder}.log"))
             time.sleep(rng.uniform(0, length / 2 if trial % 2 else length))
-            os.kill(number, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(number, signal.SIGKILL)
             if nursery.wait() == -signal.SIGKILL:
                 kills += 1
                 inside += any(folder.glob("tmp-*"))
@@ -173,7 +175,7 @@ def p9(seed: int, smoke: bool) -> Answer:
                 finished += 1
             if kills >= wanted and inside >= needed:
                 break
-        nursery.start(folder := Path(home) / f"chain{finished}")
+        nursery.start(folder := Path(home) / f"chain{finished}", steps)
         failures += nursery.wait() != 0 or json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
     figure = f"{kills - failures}/{kills} resume to the bit, {inside} killed inside a save, at most {lost} step lost"
     return figure, f"{wanted}/{wanted}, {needed} inside, 1 lost", failures == 0 and lost <= 1 and inside >= needed
@@ -189,16 +191,13 @@ def p10(seed: int, smoke: bool) -> Answer:
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "run"
         run(folder, every=10, steps=30)
-        like = _like(folder)
-        damaged = sum(_detected(folder, like, KINDS[i % len(KINDS)], rng) for i in progress(range(counts[0]), "P10"))
-        refused = sum(_format_refused(folder, like, rng) + _call_refused(folder, rng) for _ in range(counts[1]))
-        fuzzed = sum(_detected(folder, like, str(rng.choice(KINDS)), rng) for _ in progress(range(counts[2]), "fuzz"))
-    met = (damaged, refused, fuzzed) == (counts[0], 2 * counts[1], counts[2])
-    return (
-        f"{damaged} damages, {refused} refusals, {fuzzed} corruptions",
-        f"{counts[0]}, {2 * counts[1]}, {counts[2]}",
-        met,
-    )
+        shape = like(folder)
+        damaged = sum(detected(folder, shape, KINDS[i % len(KINDS)], rng) for i in progress(range(counts[0]), "P10"))
+        refused = sum(format_refused(folder, shape, rng) + _call_refused(folder, rng) for _ in range(counts[1]))
+        fuzzed = sum(detected(folder, shape, str(rng.choice(KINDS)), rng) for _ in progress(range(counts[2]), "fuzz"))
+    bar = f"{counts[0]}, {2 * counts[1]}, {counts[2]}"
+    figure = f"{damaged} damages, {refused} refusals, {fuzzed} corruptions"
+    return figure, bar, (damaged, refused, fuzzed) == (counts[0], 2 * counts[1], counts[2])
 
 
 def p15(seed: int, smoke: bool) -> Answer:
@@ -217,7 +216,7 @@ def p15(seed: int, smoke: bool) -> Answer:
             slowest = max(slowest, time.perf_counter() - began)
             found = json.loads(Path(f"{folder}.json").read_text()) if status == 0 else {"status": None}
             values = [float(line.split()[1]) for line in Path(f"{folder}.log").read_text().splitlines()]
-            saved = hg.outer.load(folder, _like(folder)).step
+            saved = hg.outer.load(folder, like(folder)).step
             # A step that was done when the signal came may have no line: its callback was cut off.
             wrong += not (
                 found["status"] == "INTERRUPTED"
@@ -247,18 +246,18 @@ def overhead(seed: int, smoke: bool) -> dict[str, float]:
 PROMISES = {"P8": p8, "P9": p9, "P10": p10, "P15": p15}
 
 
-def _every_step(nursery: Nursery, folder: Path) -> tuple[dict[int, dict[str, str]], str]:
+def _every_step(nursery: Nursery, folder: Path, steps: int) -> tuple[dict[int, dict[str, str]], str]:
     """Leaf hashes after every step of a run that nothing stops, and the digest of its result."""
     truth: dict[int, dict[str, str]] = {0: {}}
-    for step in range(1, STEPS + 1):  # a run of n steps ends in the checkpoint of step n, and the next goes on there
+    for step in range(1, steps + 1):  # a run of n steps ends in the checkpoint of step n, and the next goes on there
         nursery.start(folder, steps=step)
         if nursery.wait() != 0:
             raise RuntimeError("a run that nobody disturbed failed")
         truth[step] = _newest(folder)[1]
     whole = folder.with_name("in one piece")
-    nursery.start(whole)
+    nursery.start(whole, steps)
     nursery.wait()
-    if _newest(whole)[1] != truth[STEPS]:
+    if _newest(whole)[1] != truth[steps]:
         raise RuntimeError("a run of one step at a time ended elsewhere than a run in one piece")
     return truth, json.loads(Path(f"{whole}.json").read_text())["digest"]
 
@@ -268,70 +267,10 @@ def _newest(folder: Path) -> tuple[int, dict[str, str]]:
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0, {}
-    hg.outer.load(folder, _like(folder))  # raises, or warns, if it is not whole
+    hg.outer.load(folder, like(folder))  # raises, or warns, if it is not whole
     manifest = json.loads((found[-1] / "manifest.json").read_text())["manifest"]
     leaves = {leaf["path"]: leaf["sha256"] for leaf in manifest["leaves"] if leaf["path"] != "['rows']['scalars']"}
     return manifest["step"], leaves
-
-
-def _like(folder: Path) -> Any:
-    """A tree like that of a checkpoint, by what its manifest says."""
-    manifest = json.loads((max(folder.glob("step-*")) / "manifest.json").read_text())["manifest"]
-    return _Paths({leaf["path"]: np.zeros(leaf["shape"], leaf["dtype"]) for leaf in manifest["leaves"]})
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class _Paths(dict):
-    """Leaves under the very paths that a manifest names, whatever kind of tree they came from."""
-
-    def tree_flatten_with_keys(self) -> Any:
-        return [(_Path(path), leaf) for path, leaf in self.items()], tuple(self)
-
-    @classmethod
-    def tree_unflatten(cls, paths: Any, leaves: Any) -> Any:
-        return cls(zip(paths, leaves, strict=True))
-
-
-class _Path(str):
-    """An entry of a tree path that prints as itself."""
-
-
-def _detected(folder: Path, like: Any, kind: str, rng: np.random.Generator) -> bool:
-    """Damage the newest checkpoint, load, and put it back: whether the one before was used and the file named."""
-    paths = sorted(folder.glob("step-*"))
-    kept = {file: file.read_bytes() for file in paths[-1].iterdir()}
-    file = damage(folder, paths[-1].name, kind, rng)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            step = hg.outer.load(folder, _shorter(like, paths[-2])).step
-        except hg.HypergradError:
-            step = None
-    for path, data in kept.items():
-        path.write_bytes(data)
-    return step == int(paths[-2].name[5:]) and any(file in str(w.message) for w in caught)
-
-
-def _shorter(like: Any, path: Path) -> Any:
-    """The same tree with the tables of the checkpoint before: its history is shorter."""
-    rows = int(path.name[5:])
-    return _Paths({name: leaf[:rows] if name.startswith("['rows']") else leaf for name, leaf in like.items()})
-
-
-def _format_refused(folder: Path, like: Any, rng: np.random.Generator) -> bool:
-    """A manifest of another format, with its checksum right."""
-    file = max(folder.glob("step-*")) / "manifest.json"
-    kept, number = file.read_bytes(), int(rng.integers(2, 1000))
-    manifest = json.loads(kept)["manifest"] | {"format": number}
-    sha256 = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps({"manifest": manifest, "sha256": sha256}, indent=1, sort_keys=True))
-    try:
-        hg.outer.load(folder, like)
-    except ValueError as error:
-        return f"manifest.json has format {number}" in str(error)
-    finally:
-        file.write_bytes(kept)
-    return False
 
 
 def _call_refused(folder: Path, rng: np.random.Generator) -> bool:

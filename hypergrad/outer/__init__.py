@@ -10,4 +10,5 @@ from hypergrad.outer.checkpoint import Loaded as Loaded
 from hypergrad.outer.checkpoint import Store as Store
 from hypergrad.outer.checkpoint import load as load
 from hypergrad.outer.checkpoint import save as save
+from hypergrad.outer.orbax import orbax as orbax
 from hypergrad.outer.tune import tune as tune

@@ -119,7 +119,7 @@ def open_regular(path: Path) -> Any:
     return os.fdopen(fd, "rb")
 
 
-def digests(folder: Path, skip: str) -> dict[str, dict[str, Any]]:
+def digests(folder: Path, skip: str = "") -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below a folder, by relative path with `/`; links are not followed.
 
     Args:

@@ -93,7 +93,8 @@ def write_npz(folder: Path, arrays: list[Any]) -> tuple[list[str | None], dict[s
     """
     if jax.process_count() > 1:
         raise InputError(
-            "checkpoint: with several processes each holds a part of the arrays: pass hg.outer.orbax(folder)."
+            "checkpoint: one process writes a checkpoint, found several, each with a part of the arrays: "
+            "use Orbax itself for those."
         )
     plain = [_plain(array) for array in jax.device_get(arrays)]
     with Sink(folder / NPZ) as file, zipfile.ZipFile(file, "w") as archive:  # as np.savez, which wants a seekable file

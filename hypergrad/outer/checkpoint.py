@@ -79,7 +79,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
 
     Args:
         folder: of the checkpoints; made if it is not there. Or `hg.outer.orbax(folder)`, for state that is sharded over
-            processes.
+            devices.
         tree: pytree of arrays.
         step: number of this checkpoint; the highest is the newest.
         keep: how many stay.
