@@ -7,6 +7,7 @@ from hypergrad import domains as domains
 from hypergrad import inner as inner
 from hypergrad import linear as linear
 from hypergrad import outer as outer
+from hypergrad import responses as responses
 from hypergrad._domain import constrain as constrain
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
