@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from hypergrad import augment as augment
 from hypergrad import diagnostics as diagnostics
 from hypergrad import domains as domains
 from hypergrad import inner as inner

@@ -40,6 +40,7 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_failures": (1, True, True),
     "patience": (1, True, True),
     "directions": (1, True, True),
+    "max_holes": (1, True, True),
 }
 
 

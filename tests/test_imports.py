@@ -19,7 +19,7 @@ LAYERS = PACKAGE / "responses" / "layers.py"
 LEVELS = (
     tuple(file.stem for file in PACKAGE.glob("_*.py") if not file.stem.startswith("__")),  # _tree, _solver, _data, ...
     ("linear",),
-    ("inner", "domains", "responses"),
+    ("inner", "domains", "responses", "augment"),
     ("objectives",),
     ("solvers",),
     ("outer",),
