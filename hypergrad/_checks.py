@@ -41,6 +41,8 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "patience": (1, True, True),
     "directions": (1, True, True),
     "max_holes": (1, True, True),
+    "valid_steps": (1, True, True),
+    "entropy": (0, True, False),
 }
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hypergrad.responses.gated import Gated as Gated
+from hypergrad.responses.gated import gated as gated
+
 if TYPE_CHECKING:
     from hypergrad.responses import layers as layers
 
