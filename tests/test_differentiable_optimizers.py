@@ -228,7 +228,9 @@ CONTROL_FLOW = {
     "jit": lambda x: jax.jit(norm)(x),
     "remat": lambda x: jax.checkpoint(norm)(x),
     "cond": lambda x: jax.lax.cond(x[0] >= 0, norm, lambda y: jnp.sum(y), x),
-    "scan": lambda x: jax.lax.scan(lambda c, y: (c + jnp.sqrt(y), y / c), 1.0 + 0 * x[0], x)[0],
+    "scan": lambda x: norm(
+        jnp.append(*jax.lax.scan(lambda c, y: (0.5 * c + jnp.sqrt(y), y / c), 1.0 + 0 * x[0], x, reverse=True))
+    ),
     "fori": lambda x: jax.lax.fori_loop(0, 3, lambda i, c: c + jnp.sqrt(x[0]), 0 * x[0]),
     "vmap": lambda x: jnp.sum(jax.vmap(jnp.sqrt)(x)),
     "where": lambda x: jnp.sum(jnp.where(x > 0, jnp.sqrt(x - 1), x)),

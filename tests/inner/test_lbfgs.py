@@ -143,6 +143,12 @@ def test_a_loss_without_a_minimum_is_inner_diverged(loss):
     assert_trees_equal(result.params, jnp.ones(4))
 
 
+def test_a_valley_that_falls_for_ever_is_never_called_solved():
+    """Convex in two directions, concave in two: the walk outwards may use up its steps before it looks endless."""
+    loss = lambda w, h, b: jnp.sum(w[:2] ** 2) - 0.1 * jnp.sum(w[2:] ** 2)
+    assert status(solve(hg.inner.lbfgs(), loss, jnp.ones(4), scale=2.0)) in ("INNER_DIVERGED", "INNER_MAX_STEPS")
+
+
 def test_a_kink_is_inner_stalled():
     loss = lambda w, h, b: jnp.sum(jnp.abs(w - 1 / 3))
     result = solve(hg.inner.lbfgs(), loss, jnp.zeros(4), scale=2.0)
