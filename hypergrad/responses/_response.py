@@ -1,32 +1,155 @@
-"""What a response is: how parameters follow hyperparameters, with weights that are learned."""
+r"""What a response is here: parameters as a function of hyperparameters, fitted by training instead of solved for.
+
+    θ(u) = base + g(u)            or, centred at c,            θ(u) = base + g(u) − g(c)
+
+u are the unconstrained coordinates of the hyperparameters (`hg.domains`), all entries of all leaves as one vector, so
+that a draw around them never leaves the domain. `hg.responses.linear()` and its siblings return a `Response`; they
+differ in g alone, whose weights are the `slope`. Centred, the base is the parameters at c itself (Bae & Grosse 2020,
+Δ-STN, arXiv:2010.13514), and c can be moved without changing θ: see `recentre`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad import _tree
+from hypergrad._checks import check_hparams, check_params, check_same_structure
+from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 
 
 class Weights(NamedTuple):
-    """What is learned of a response.
+    """What is trained in place of the parameters; a pytree.
 
     Attributes:
-        base: what the parameters are at the centre.
-        slope: how they move away from there.
+        base: pytree like the parameters: what they are at the centre; without one, where g is zero.
+        slope: whatever makes the response g, a pytree that depends on its kind.
     """
 
     base: PyTree
     slope: PyTree
 
 
-class Response(NamedTuple):
-    """How parameters follow hyperparameters, in unconstrained coordinates.
-
-    Attributes:
-        init: `(key, params, hparams) -> weights`.
-        apply: `(weights, hparams, centre) -> params`.
+class InitFn(Protocol):
+    """`init(key, params, hparams) -> weights`; pure. `hparams` in unconstrained coordinates, `key` may be None where
+    nothing is drawn. A new response gives `params` for every u, or is close to that.
     """
 
-    init: Callable[..., Any]
-    apply: Callable[..., PyTree]
+    def __call__(self, key: Array | None, params: PyTree, hparams: PyTree) -> Weights: ...
+
+
+class ApplyFn(Protocol):
+    """`apply(weights, hparams, centre=None) -> params`; pure, differentiable in the first two.
+
+    `hparams` and `centre` in unconstrained coordinates and of one structure. `centre` is needed where the response is
+    centred, and of no influence elsewhere.
+    """
+
+    def __call__(self, weights: Weights, hparams: PyTree, centre: PyTree = None) -> PyTree: ...
+
+
+class Response(NamedTuple):
+    """A family of functions from hyperparameters to parameters: two pure functions.
+
+    One's own is a function that returns a `Response`; solvers know nothing more of it.
+
+    Attributes:
+        init: see `InitFn`.
+        apply: see `ApplyFn`.
+        centred: whether `apply` gives `weights.base` at the centre.
+    """
+
+    init: InitFn
+    apply: ApplyFn
+    centred: bool
+
+
+def make_response(
+    name: str,
+    begin: Callable[[Array | None, PyTree, int], PyTree],
+    added: Callable[[PyTree, Array, Array | None, PyTree], PyTree],
+    outputs: Callable[[PyTree], PyTree],
+    inputs: Callable[[PyTree], int],
+    *,
+    centred: bool,
+) -> Response:
+    """A response from its g.
+
+    Args:
+        name: of the factory, for messages.
+        begin: `(key, params, n) -> slope` for n hyperparameters.
+        added: `(slope, u, c, base) -> g(u) − g(c)`, or g(u) for a c of None; a pytree like `base`.
+        outputs: `slope -> pytree like params`, leaves `[any, *shape]`: what it was made for.
+        inputs: `slope -> n`, what it was made for.
+        centred: whether c is the centre, else None.
+    """
+
+    def init(key: Array | None, params: PyTree, hparams: PyTree) -> Weights:
+        params = check_params(params)
+        return Weights(params, begin(key, params, _tree.size(check_hparams(hparams))))
+
+    def apply(weights: Weights, hparams: PyTree, centre: PyTree = None) -> PyTree:
+        base, slope = weights
+        _check_tree(name, base, outputs(slope))
+        if centre is not None:
+            check_same_structure("hparams", hparams, centre, f"responses.{name}: give them the structure of centre.")
+        elif centred:
+            raise InputError(f"responses.{name}: a centred response needs its centre: apply(weights, hparams, centre).")
+        u = coordinates(hparams)
+        if u.size != inputs(slope):
+            raise InputError(
+                f"responses.{name}: hparams hold {u.size} numbers, but the response was made for {inputs(slope)}: "
+                "call init with hparams of this structure."
+            )
+        change = added(slope, u, coordinates(centre) if centred else None, base)
+        return jax.tree.map(lambda b, d: b + d.astype(b.dtype), base, change)
+
+    return Response(init, apply, centred)
+
+
+def coordinates(hparams: PyTree) -> Array:
+    """All entries of all leaves as one vector `[n]`."""
+    leaves = [jnp.ravel(jnp.asarray(leaf)) for leaf in jax.tree.leaves(check_hparams(hparams))]
+    dtype = jnp.result_type(*leaves)
+    return jnp.concatenate([leaf.astype(dtype) for leaf in leaves])
+
+
+def recentre(response: Response, weights: Weights, centre: PyTree, before: PyTree) -> Weights:
+    """The same function θ, written around another centre: its base is θ there."""
+    if not response.centred:
+        return weights
+    return weights._replace(base=response.apply(weights, centre, before))
+
+
+def need_key(name: str, key: Array | None) -> Array:
+    """The key, which a response that draws its starting weights cannot do without."""
+    if key is None:
+        raise InputError(f"responses.{name} draws its starting weights: pass key=jax.random.key(0) to init.")
+    return key
+
+
+def _check_tree(name: str, base: PyTree, outputs: PyTree) -> None:
+    made_for = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), outputs)
+    check_same_structure(
+        "params", base, made_for, f"this responses.{name} was made for other parameters: call init with these."
+    )
+
+
+def normal(key: Array, like: PyTree) -> PyTree:
+    """Standard normal numbers in the shapes and dtypes of a tree; one draw for all, which compiles once."""
+    leaves, treedef = jax.tree.flatten(like)
+    flat = jax.random.normal(key, (_tree.size(like),), _tree.dtype(like))
+    ends = np.cumsum([_tree.size(leaf) for leaf in leaves])[:-1]
+    parts = zip(jnp.split(flat, ends), leaves, strict=True)
+    return treedef.unflatten([part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in parts])
+
+
+def contract(vector: Array, matrices: Any) -> PyTree:
+    """`Σᵢ vectorᵢ matrixᵢ` for each leaf `[n, *shape]`, in its dtype."""
+    return jax.tree.map(lambda m: jnp.tensordot(vector.astype(m.dtype), m, axes=1), matrices)

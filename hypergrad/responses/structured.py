@@ -1,0 +1,109 @@
+r"""Structured response: every unit of every layer has a gate that the hyperparameters open.
+
+    kernels    W₀ + diag(Q u) W₁,   one gate an output unit            vectors and scalars    b₀ + Q u
+
+which is the linear response with S of a kernel held to low rank: two copies of the parameters and n numbers a unit,
+whatever the number n of hyperparameters. The model itself is not touched: it is handed parameters.
+
+Source: MacKay et al. 2019 (self-tuning networks), arXiv:1903.03088; centred: Bae & Grosse 2020 (Δ-STN),
+arXiv:2010.13514. Differs: Q starts at zero, so that the start is the plain model, and W₁ as large as W₀; biases have no
+b₁, since (Q u) ⊙ b₁ is Q' u; W₀ has no scale of its own.
+Cost: twice the parameters and an elementwise product. With hyperparameters of its own for each example a layer gates
+its outputs instead (`hg.responses.layers`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad._checks import suggest_names
+from hypergrad._solver import InputError, InputTypeError
+from hypergrad._tree import PyTree, keystr
+from hypergrad.responses._response import Response, contract, make_response, need_key, normal
+
+
+class Gates(NamedTuple):
+    """The weights of g.
+
+    Attributes:
+        gates: Q, a pytree like the parameters with leaves `[n, units]` for kernels, `[n, *shape]` for the others.
+        kernels: W₁, a pytree like the parameters; None in place of vectors and scalars.
+    """
+
+    gates: PyTree
+    kernels: PyTree
+
+
+@suggest_names
+def structured(*, axis: int = -1, centred: bool = True) -> Response:
+    """Parameters of a network, each unit of which responds to the hyperparameters: self-tuning.
+
+    A model becomes a self-tuning one as it is, whatever library it was written in: what is trained are the weights of
+    this response, and the model's own loss is evaluated at the parameters that it gives.
+
+    Args:
+        axis: of kernels (leaves with two axes and more), along which their output units lie: −1 for flax and Haiku, 0
+            for Equinox and PyTorch.
+        centred: write it around the current hyperparameters (Δ-STN), so that the base is the parameters there.
+
+    Returns:
+        A `Response`.
+
+    Raises:
+        InputError: from `init`, for an axis that a kernel does not have.
+        InputTypeError: for an axis that is no integer.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
+    >>> params = {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)}
+    >>> response = hg.responses.structured()
+    >>> weights = response.init(jax.random.key(0), params, {"dropout": 0.0, "decay": 0.0})
+    >>> jax.tree.map(jnp.shape, weights.slope.gates)
+    {'bias': (2, 3), 'kernel': (2, 3)}
+    >>> print(response.apply(weights, {"dropout": 1.0, "decay": 2.0}, {"dropout": 0.0, "decay": 0.0})["bias"])
+    [0. 0. 0.]
+    """
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise InputTypeError(f"responses.structured: axis must be an integer, found {axis!r}: write -1 or 0.")
+
+    def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
+                raise InputError(
+                    f"responses.structured: params{keystr(path)} of shape {leaf.shape} has no axis {axis}: "
+                    "axis= is the one along which output units lie, -1 or 0."
+                )
+        gates = lambda x: jnp.zeros((n, x.shape[axis]) if x.ndim > 1 else (n, *x.shape), x.dtype)
+        kernels = lambda x, draw: _size(x, axis).astype(x.dtype) * draw if x.ndim > 1 else None
+        draws = normal(need_key("structured", key), params)
+        return Gates(jax.tree.map(gates, params), jax.tree.map(kernels, params, draws))
+
+    def added(slope: PyTree, u: Array, centre: Array | None, base: PyTree) -> PyTree:
+        opened = contract(u if centre is None else u - centre, slope.gates)
+
+        def one(x: Array, gate: Array, kernel: Array | None) -> Array:
+            return gate if kernel is None else jnp.expand_dims(gate, _others(x.ndim, axis)) * kernel
+
+        return jax.tree.map(one, base, opened, slope.kernels)
+
+    def outputs(slope: PyTree) -> PyTree:
+        return jax.tree.map(lambda gate, kernel: gate if kernel is None else kernel[None], slope.gates, slope.kernels)
+
+    return make_response(
+        "structured", begin, added, outputs, lambda slope: jax.tree.leaves(slope.gates)[0].shape[0], centred=centred
+    )
+
+
+def _others(ndim: int, axis: int) -> tuple[int, ...]:
+    return tuple(i for i in range(ndim) if i != axis % ndim)
+
+
+def _size(kernel: Array, axis: int) -> Array:
+    """How large the entries of a kernel are; by its fan-in, where they are zero."""
+    size = jnp.sqrt(jnp.mean(kernel**2))
+    fan_in = kernel.size / max(kernel.shape[axis], 1)
+    return jnp.where(size > 0, size, 1 / math.sqrt(max(fan_in, 1)))
