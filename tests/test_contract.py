@@ -30,6 +30,20 @@ def _descent(params: PyTree, hparams: PyTree, batch: PyTree) -> PyTree:
     return jax.tree.map(lambda w, g: w - 0.2 * g, params, grads)
 
 
+def _keyed(solver: hg.Solver) -> hg.Solver:
+    """A solver that draws, with one key for all calls: the same call then gives the same bits."""
+    key = jax.random.key(0)
+    return hg.Solver(
+        lambda *args, **options: solver.init(*args, **{"key": key, **options}),
+        lambda *args, **options: solver.hypergrad(*args, **{"key": key, **options}),
+        solver.response,
+    )
+
+
+def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
+    return _keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
+
+
 SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "implicit": hg.implicit,
     "implicit, cold": lambda p: hg.implicit(p, warm_start=False),
@@ -52,6 +66,10 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
+    "self-tuning": _self_tuning,
+    "self-tuning, groups and learned scales": lambda p: _self_tuning(
+        p, perturb=4, scale_optimizer=optax.adam(0.01), training="split", valid_steps=2
+    ),
 }
 
 
@@ -224,7 +242,9 @@ def test_empty_data_are_refused_by_name(case):
 
 
 # Running without jit compiles every operation by itself: one solver of each kind.
-@pytest.mark.parametrize("name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, forward", "direct"])
+@pytest.mark.parametrize(
+    "name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, forward", "direct", "self-tuning"]
+)
 def test_jit_equals_eager(name):
     solver = SOLVERS[name](PROBLEM)
     params, *arguments = _setting()

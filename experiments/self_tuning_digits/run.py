@@ -7,6 +7,7 @@ respond to the three rates (one draw for each example), and moves the rates down
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from experiments._common import experiment, progress
 from experiments._data import Split, digits
 
 RATES = ("input", "hidden 1", "hidden 2")
-RANGES = {name: (0.0, 0.9, "real") for name in RATES}
+RANGES = dict.fromkeys(RATES, (0.0, 0.9, "real"))
 DOMAIN = hg.domains.interval(0, 0.9)
 START = 0.05
 BATCH = 100
@@ -39,7 +40,7 @@ class Net(nnx.Module):
         dense = hg.responses.layers.HyperDense if responding else nnx.Linear
         options: Any = {"hparams": len(RATES)} if responding else {}
         sizes = [64, width, width, 10]
-        self.layers = nnx.List([dense(a, b, rngs=rngs, **options) for a, b in zip(sizes, sizes[1:], strict=False)])
+        self.layers = nnx.List([dense(a, b, rngs=rngs, **options) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x: jax.Array, *offset: jax.Array, rates: Any = None, key: Any = None) -> jax.Array:
         for i, layer in enumerate(self.layers):
@@ -135,9 +136,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         "grid": list(_search.grid(RANGES, points)),
         "random": list(_search.random(RANGES, trials, options.seed)),
     }
-    searches = {
-        name: [evaluate(setting) for setting in progress(chosen, name)] for name, chosen in settings.items()
-    }
+    searches = {name: [evaluate(setting) for setting in progress(chosen, name)] for name, chosen in settings.items()}
     searches["tpe"] = _search.tpe(RANGES, trials, options.seed, evaluate)
     none = evaluate(dict.fromkeys(RATES, 0.0))
     numbers["test_nll_no_dropout"] = nll(plain(none.params, test[0]))

@@ -68,7 +68,7 @@ def gated(*, name: str = "response") -> Gated:
             lambda path, leaf: leaf if belongs(path) is response else None, params, is_leaf=lambda x: x is None
         )
 
-    def init(key: Array, params: PyTree, hparams: PyTree) -> Weights:
+    def init(key: Array | None, params: PyTree, hparams: PyTree) -> Weights:
         del key, hparams
         weights = Weights(part(params, False), part(params, True))
         if not jax.tree.leaves(weights.slope):
@@ -80,7 +80,7 @@ def gated(*, name: str = "response") -> Gated:
             )
         return weights
 
-    def apply(weights: Weights, hparams: PyTree, centre: PyTree) -> tuple[PyTree, Array]:
+    def apply(weights: Weights, hparams: PyTree, centre: PyTree = None) -> tuple[PyTree, Array]:
         none = lambda x: x is None
         params = jax.tree.map(lambda b, s: s if b is None else b, weights.base, weights.slope, is_leaf=none)
         columns = []

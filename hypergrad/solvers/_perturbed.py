@@ -65,7 +65,7 @@ class Around(NamedTuple):
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), u)
 
     def draw(self, u: PyTree, scale: PyTree, count: int | None, key: Array) -> PyTree:
-        """u + softplus(scale) ε, with a leading axis of `count`; `shared` leaves repeat along it."""
+        """Draw u + softplus(scale) ε, with a leading axis of `count`; `shared` leaves repeat along it."""
         leaves, treedef = jax.tree.flatten(u)
         parts = zip(
             leaves,

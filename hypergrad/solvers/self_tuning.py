@@ -14,8 +14,8 @@ Three ways to train the weights of w(u) = base + slope (u − u₀), `training=`
 
 Source: MacKay et al. 2019, arXiv:1903.03088 (joint); Bae & Grosse 2020 (Δ-STN), arXiv:2010.13514 (split, linearized).
 Differs:
-1. The papers switch dropout and augmentation off in validation and detach λ there, so that it acts through w alone. Here
-   validation is the outer loss as written: leave dropout out of it, and λ acts through w alone by itself; what the
+1. The papers switch dropout and augmentation off in validation and detach λ there, so that it acts through w alone.
+   Here validation is the outer loss as written: leave dropout out of it, and λ acts through w alone by itself. What the
    outer loss does read of λ counts, since the derivative would be wrong without it.
 2. The hypergradient is handed out, not applied: any outer optimizer, domain or loop takes it.
 3. `value` is the outer loss at u₀, free of perturbation.
@@ -26,6 +26,7 @@ pass. Memory: the response's, twice the parameters for `structured` and `gated`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,9 @@ from hypergrad._sensitivity import caller_level, influence
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree, keystr
 from hypergrad.inner.gradient import gradient
+from hypergrad.responses._response import Response, recentre
+from hypergrad.responses.gated import Gated
+from hypergrad.responses.structured import structured
 from hypergrad.solvers._perturbed import Around, check_perturb, draws, training_loss, validation_loss
 from hypergrad.solvers._steps import strong
 
@@ -69,7 +73,6 @@ class SelfTuningState(NamedTuple):
         scale: s, a pytree like the hyperparameters; the perturbation has the scale softplus(s).
         scale_state: state of the optimizer of s, or None.
         centre: u₀ of the last call, a pytree like the hyperparameters.
-        calls: int32, so that calls without a key differ in their perturbations.
         options: `{"inner": ..., "entropy": τ}`, scalars that may be replaced between calls without recompiling.
     """
 
@@ -79,7 +82,6 @@ class SelfTuningState(NamedTuple):
     scale: PyTree
     scale_state: PyTree
     centre: PyTree
-    calls: Array
     options: dict[str, Any]
 
 
@@ -160,12 +162,11 @@ def self_tuning(
             "hg.compose(outputs, loss) keeps apart; write that, or training='split'."
         )
     if problem.model_state and training == "linearized":
-        raise InputError(
-            "self_tuning: training='linearized' does not carry model_state: write training='split'."
-        )
-    if not (callable(getattr(response, "init", None)) and callable(getattr(response, "apply", None))):
+        raise InputError("self_tuning: training='linearized' does not carry model_state: write training='split'.")
+    chosen: Any = structured() if response is None else response
+    if not isinstance(chosen, (Response, Gated)):
         raise InputTypeError(
-            f"self_tuning: response must be an hg.responses.Response, found {type(response).__name__}: write "
+            f"self_tuning: response must be an hg.responses.Response, found {type(chosen).__name__}: write "
             "hg.responses.structured(), or hg.responses.gated() for a model of hg.responses.layers."
         )
     inner = gradient(optimizer, steps=steps)
@@ -177,7 +178,7 @@ def self_tuning(
         centre = strong(to_unconstrained(domain, hparams))
         _prefix("shared", shared, centre)
         start = jax.tree.map(_start, _prefix("scale", scale, centre), centre)
-        weights = strong(response.init(jax.random.key(0) if key is None else key, params, centre))
+        weights = strong(chosen.init(_needed("init", key), params, centre))
         return SelfTuningState(
             weights,
             strong(inner.init(weights, hparams)),
@@ -185,7 +186,6 @@ def self_tuning(
             start,
             None if scale_optimizer is None else strong(scale_optimizer.init(start)),
             centre,
-            jnp.int32(0),
             {"inner": as_options(inner.options, centre), **as_options({"entropy": entropy}, centre)},
         )
 
@@ -199,16 +199,11 @@ def self_tuning(
         check_data("train", train)
         check_data("valid", valid)
         centre = strong(to_unconstrained(domain, hparams))
-        inner_key, outer_key, draw_key = (None, None, None) if key is None else jax.random.split(key, 3)
-        if draw_key is None:
-            draw_key = jax.random.fold_in(jax.random.key(0), state.calls)
-        train_key, valid_key = jax.random.split(draw_key)
+        inner_key, outer_key, train_key, valid_key = jax.random.split(_needed("hypergrad", key), 4)
         objective = bind_inner(problem, train, inner_key, state.model_state)
-        around = Around(problem, response, domain, perturb, _prefix("shared", shared, centre), centre)
-        if outer_key is None:
-            outer_keys = lambda i: (None, None)
-        else:
-            outer_keys = lambda i: jax.random.split(jax.random.fold_in(outer_key, i))
+        around = Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
+        outer_keys = lambda i: jax.random.split(jax.random.fold_in(outer_key, i))
+        start = recentre(chosen, state.weights, centre, state.centre) if isinstance(chosen, Response) else state.weights
 
         def train_loss(weights: PyTree, _: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
             noise_key = jax.random.fold_in(train_key, step)
@@ -225,14 +220,14 @@ def self_tuning(
         _check_use(around, state, objective.fixed_batch, (draw(valid, outer_keys(0)[0], 0), outer_keys(0)[1]))
         trained = inner.solve(
             objective._replace(stochastic=train_loss),
-            state.weights,
+            start,
             state.inner_state,
             hparams,
             state.model_state,
             scale=jnp.ones((), _tree.dtype(centre)),
             options=state.options["inner"],
         )
-        weights = trained.params
+        weights = _tree.where(_tree.all_finite(trained.params), trained.params, state.weights)
 
         def still(i: Any) -> Any:
             if scale_optimizer is not None:
@@ -273,9 +268,10 @@ def self_tuning(
             error_estimate=jnp.full_like(nan, jnp.inf),
             extra={"indirect_norm": _tree.norm(through), "direct_norm": _tree.norm(direct), **_scales(scale)},
         )
-        sound = _tree.all_finite((trained.state, trained.model_state))
-        kept = state.inner_state, state.model_state
-        inner_state, model_state = _tree.where(sound, (trained.state, trained.model_state), kept)
+        failed = trained.status != int(Status.OK)
+        after = weights, trained.state, trained.model_state, centre
+        before = state.weights, state.inner_state, state.model_state, state.centre
+        weights, inner_state, model_state, centre = _tree.where(failed, before, after)
         state = state._replace(
             weights=weights,
             inner_state=inner_state,
@@ -283,14 +279,22 @@ def self_tuning(
             scale=scale,
             scale_state=scale_state,
             centre=centre,
-            calls=state.calls + 1,
         )
         return Hypergradient(value, grad, info, metrics), state
 
     def respond(state: SelfTuningState, hparams: PyTree) -> PyTree:
-        return response.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
+        return chosen.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
 
     return Solver(init, hypergrad, respond)
+
+
+def _needed(function: str, key: Array | None) -> Array:
+    if key is None:
+        raise InputError(
+            "self_tuning perturbs the hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
+            f"{function}, or to tune."
+        )
+    return key
 
 
 def _mean(function: Callable[[Any], PyTree], count: int) -> PyTree:
@@ -312,7 +316,7 @@ def _prefix(name: str, prefix: PyTree, hparams: PyTree) -> PyTree:
 
 
 def _start(scale: ArrayLike, leaf: Array) -> Array:
-    """s with softplus(s) = scale, in the shape of the leaf."""
+    """Where softplus is `scale`, in the shape of the leaf."""
     if not np.all(np.asarray(scale) > 0):
         raise InputError(
             f"self_tuning: scale must be greater than 0, found {scale!r}: without perturbation the response to the "
@@ -341,7 +345,9 @@ def _check_use(around: Around, state: SelfTuningState, train: tuple[Any, Any], v
         batch, key = data
         u = around.still(around.centre, draws(around.perturb, batch, name) if around.by_rows else None)
         params = around.params(state.weights, u)
-        found = influence(lambda h: value(around.problem, params, h, batch, key, state.model_state)[0], around.hparams(u))
+        found = influence(
+            lambda h: value(around.problem, params, h, batch, key, state.model_state)[0], around.hparams(u)
+        )
         return {path: reach.value for path, reach in found.items()}
 
     inner, outer = used(inner_value, train, "train"), used(outer_value, valid, "valid")
