@@ -217,6 +217,7 @@ def self_tuning(
                 around, weights, through, seen, scale, batch, loss_key, noise_key, trained.model_state
             )
 
+        draws(perturb, objective.fixed_batch[0], "train")
         _check_use(around, state, objective.fixed_batch, (draw(valid, outer_keys(0)[0], 0), outer_keys(0)[1]))
         trained = inner.solve(
             objective._replace(stochastic=train_loss),
