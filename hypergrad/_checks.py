@@ -46,6 +46,9 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "scale": (0, True, False),
     "draws": (1, True, True),
     "warmup": (0, True, True),
+    "max_holes": (1, True, True),
+    "valid_steps": (1, True, True),
+    "entropy": (0, True, False),
 }
 
 

@@ -42,6 +42,10 @@ def _keyed(solver: hg.Solver) -> hg.Solver:
     return hg.Solver(init, hypergrad, solver.response)
 
 
+def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
+    return _keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
+
+
 SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "implicit": hg.implicit,
     "implicit, cold": lambda p: hg.implicit(p, warm_start=False),
@@ -66,6 +70,10 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
     "hypernetwork": lambda p: _keyed(
         hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
+    ),
+    "self-tuning": _self_tuning,
+    "self-tuning, groups and learned scales": lambda p: _self_tuning(
+        p, perturb=4, scale_optimizer=optax.adam(0.01), training="split", valid_steps=2
     ),
 }
 
@@ -239,7 +247,9 @@ def test_empty_data_are_refused_by_name(case):
 
 
 # Running without jit compiles every operation by itself: one solver of each kind.
-@pytest.mark.parametrize("name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, forward", "direct"])
+@pytest.mark.parametrize(
+    "name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, forward", "direct", "self-tuning"]
+)
 def test_jit_equals_eager(name):
     solver = SOLVERS[name](PROBLEM)
     params, *arguments = _setting()

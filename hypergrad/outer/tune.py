@@ -79,8 +79,8 @@ def tune(
     done since the last checkpoint is done again, callbacks included; one that stopped the run or raised is asked again.
     A checkpoint that is damaged is named in a warning, and the one before it taken. A save that fails (a full disk) is
     a warning, and the run goes on. Three checkpoints are kept, each with the whole history. One takes tens of
-    milliseconds on a small problem (50 at every step, 3 a step at every tenth, on two cores under a load of 18), printed
-    by `experiments/reliability/durability.py --overhead`.
+    milliseconds on a small problem (50 at every step, 3 a step at every tenth, on two cores under a load of 18), as
+    `experiments/reliability/durability.py --overhead` prints.
 
     Args:
         solver: the method, `hg.implicit(problem)` or any other `hg.Solver`.

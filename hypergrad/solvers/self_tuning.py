@@ -1,0 +1,363 @@
+r"""Self-tuning networks: one training run in which the parameters learn how they respond to the hyperparameters.
+
+    train   u = u₀ + softplus(s) ε:     w(u) ← step on L_T(w(u), T(u))
+    tune    g = d/du₀ [L_V(w(u), T(u))],   s ← step on L_V − τ Σ log(σ √(2πe)),  σ = softplus(s)
+
+with u₀ the current hyperparameters in unconstrained coordinates and λ = T(u) what the losses see. The derivative of the
+training loss with respect to λ is never taken: dropout rates, augmentation, whole numbers are tuned like the rest.
+
+Three ways to train the weights of w(u) = base + slope (u − u₀), `training=`:
+
+    joint        both on L_T(w(u), T(u))
+    split        base on L_T(w(u₀), T(u₀)), slope on L_T(w(u), T(u))
+    linearized   base as in split, slope on L_T(f(u₀) + ∂f/∂u (u − u₀), T(u)) with f the model's outputs: one jvp
+
+Source: MacKay et al. 2019, arXiv:1903.03088 (joint); Bae & Grosse 2020 (Δ-STN), arXiv:2010.13514 (split, linearized).
+Differs:
+1. The papers switch dropout and augmentation off in validation and detach λ there, so that it acts through w alone.
+   Here validation is the outer loss as written: leave dropout out of it, and λ acts through w alone by itself. What the
+   outer loss does read of λ counts, since the derivative would be wrong without it.
+2. The hypergradient is handed out, not applied: any outer optimizer, domain or loop takes it.
+3. `value` is the outer loss at u₀, free of perturbation.
+Cost: `steps` gradients of training (linearized: about 1.7 each) and one of validation; learned scales add a forward
+pass. Memory: the response's, twice the parameters for `structured` and `gated`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import (
+    check_choice,
+    check_data,
+    check_hparams,
+    check_options,
+    check_params,
+    check_same_structure,
+    suggest_names,
+)
+from hypergrad._data import draw
+from hypergrad._domain import to_unconstrained
+from hypergrad._options import as_options
+from hypergrad._problem import Composed, Problem, bind_inner, inner_value, outer_value
+from hypergrad._sensitivity import caller_level, influence
+from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
+from hypergrad._tree import PyTree, keystr
+from hypergrad.inner.gradient import gradient
+from hypergrad.responses._response import Response, recentre
+from hypergrad.responses.gated import Gated
+from hypergrad.responses.structured import structured
+from hypergrad.solvers._perturbed import Around, check_perturb, draws, training_loss, validation_loss
+from hypergrad.solvers._steps import strong
+
+_ENTRIES = 8  # entries of a leaf up to which each scale is reported
+
+
+class SelfTuningState(NamedTuple):
+    """What the next call starts from.
+
+    Attributes:
+        weights: of the response.
+        inner_state: state of the optimizer of the weights.
+        model_state: state of the model (batch-norm statistics), or None.
+        scale: s, a pytree like the hyperparameters; the perturbation has the scale softplus(s).
+        scale_state: state of the optimizer of s, or None.
+        centre: u₀ of the last call, a pytree like the hyperparameters.
+        options: `{"inner": ..., "entropy": τ}`, scalars that may be replaced between calls without recompiling.
+    """
+
+    weights: PyTree
+    inner_state: PyTree
+    model_state: PyTree
+    scale: PyTree
+    scale_state: PyTree
+    centre: PyTree
+    options: dict[str, Any]
+
+
+@suggest_names
+def self_tuning(
+    problem: Problem,
+    *,
+    response: Any = None,
+    optimizer: Any,
+    steps: int = 2,
+    valid_steps: int = 1,
+    scale: PyTree = 0.5,
+    scale_optimizer: optax.GradientTransformation | None = None,
+    entropy: ArrayLike = 1e-3,
+    domain: PyTree = None,
+    perturb: str | int = "batch",
+    shared: PyTree = False,
+    training: str = "joint",
+) -> Solver:
+    """Hypergradients through a response that is trained along with the parameters, in one run of training.
+
+    Args:
+        problem: the two losses. With `hg.responses.gated()` they get `(params, offset)` for the parameters.
+        response: how parameters follow hyperparameters; default `hg.responses.structured()`.
+        optimizer: optax optimizer of the response's weights.
+        steps: training steps a call.
+        valid_steps: draws of validation data (and perturbations) over which a call's hypergradient is averaged.
+        scale: standard deviation of the perturbation at the start, in unconstrained coordinates, above 0: a number, or
+            a pytree prefix of `hparams`.
+        scale_optimizer: optax optimizer that learns the scales, one step a call; None keeps them as they are.
+        entropy: τ, weight of the entropy of the perturbation against the outer loss, where scales are learned: what
+            holds them up. In units of the outer loss.
+        domain: pytree prefix of `hparams` with `hg.domains` as leaves; the same that `hg.tune` is given. Perturbations
+            are drawn in its unconstrained coordinates, whole numbers rounded after them.
+        perturb: `"batch"`, one draw a step; a number of groups, each some rows of the batch with a draw and parameters
+            of its own; `"example"`, one draw for each row, which is what `hg.responses.gated()` is for (other responses
+            then make parameters for each row).
+        shared: pytree prefix of bools: hyperparameters of which all draws of a step are the same, since they mean
+            nothing for a single row.
+        training: `"joint"`, `"split"` or `"linearized"`, see above; linearized needs an inner loss by `hg.compose`.
+
+    Returns:
+        A `Solver`, for `hg.tune` with the same `domain`. Its calls train: early ones come before anything is learned,
+        and the outer loss at the end may be far above that at the best step, `result.best`.
+        `info.extra` holds the scales, `"scale['rate']"` for each leaf of `hparams` (the mean of large ones), and the
+        norms `indirect_norm` of what acts through the response and `direct_norm` of what the outer loss reads itself.
+        `info.inner_residual` and `linear_residual` are NaN, and `error_estimate` is infinite, since nothing is known of
+        how far the response has been learned: compare with `hg.check`.
+
+    Raises:
+        InputError: for options out of range, and `linearized` without `hg.compose` or with `model_state=True`; from
+            `init` and `hypergrad`, for hyperparameters of another structure or outside their domain, and batches that
+            cannot be divided into groups.
+        InputTypeError: for options of the wrong type; from `init` and `hypergrad`, for leaves that are no real numbers.
+
+    Warns:
+        UserWarning: from `hypergrad`, for a hyperparameter that neither loss uses.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> def inner_loss(w, rate, batch, key):  # dropout: no derivative in its rate
+    ...     return jnp.mean((hg.augment.dropout(batch[0], rate, key=key) @ w - batch[1])**2)
+    >>> problem = hg.Problem(inner_loss, lambda w, rate, batch: jnp.mean((batch[0] @ w - batch[1])**2))
+    >>> domain = hg.domains.interval(0, 0.9)
+    >>> solver = hg.self_tuning(problem, optimizer=optax.adam(0.03), steps=5, domain=domain)
+    >>> x = jax.random.normal(jax.random.key(0), (32, 20))
+    >>> y = x[:, 0] + jax.random.normal(jax.random.key(1), (32,))
+    >>> result = hg.tune(solver, jnp.zeros(20), 0.1, (x[:16], y[:16]), (x[16:], y[16:]), domain=domain,
+    ...                  outer=optax.adam(0.02), steps=300, key=jax.random.key(2), progress=False)
+    >>> bool(result.hparams > 0.3)
+    True
+    """
+    check_options("self_tuning", steps=steps, valid_steps=valid_steps, entropy=entropy)
+    check_choice("self_tuning", "training", training, ("joint", "split", "linearized"))
+    check_perturb(perturb)
+    if not isinstance(problem.inner_loss, Composed) and training == "linearized":
+        raise InputError(
+            "self_tuning: training='linearized' linearizes the model's outputs, which an inner loss made by "
+            "hg.compose(outputs, loss) keeps apart; write that, or training='split'."
+        )
+    if problem.model_state and training == "linearized":
+        raise InputError("self_tuning: training='linearized' does not carry model_state: write training='split'.")
+    chosen: Any = structured() if response is None else response
+    if not isinstance(chosen, (Response, Gated)):
+        raise InputTypeError(
+            f"self_tuning: response must be an hg.responses.Response, found {type(chosen).__name__}: write "
+            "hg.responses.structured(), or hg.responses.gated() for a model of hg.responses.layers."
+        )
+    inner = gradient(optimizer, steps=steps)
+
+    def init(
+        params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None
+    ) -> SelfTuningState:
+        params, hparams = check_params(params), check_hparams(hparams)
+        centre = strong(to_unconstrained(domain, hparams))
+        _prefix("shared", shared, centre)
+        start = jax.tree.map(_start, _prefix("scale", scale, centre), centre)
+        weights = strong(chosen.init(_needed("init", key), params, centre))
+        return SelfTuningState(
+            weights,
+            strong(inner.init(weights, hparams)),
+            strong(model_state),
+            start,
+            None if scale_optimizer is None else strong(scale_optimizer.init(start)),
+            centre,
+            {"inner": as_options(inner.options, centre), **as_options({"entropy": entropy}, centre)},
+        )
+
+    def hypergrad(
+        state: SelfTuningState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, SelfTuningState]:
+        hparams = check_hparams(hparams)
+        check_same_structure(
+            "hparams", hparams, state.centre, "pass hyperparameters like those that init was given, or call init anew."
+        )
+        check_data("train", train)
+        check_data("valid", valid)
+        centre = strong(to_unconstrained(domain, hparams))
+        inner_key, outer_key, train_key, valid_key = jax.random.split(_needed("hypergrad", key), 4)
+        objective = bind_inner(problem, train, inner_key, state.model_state)
+        around = Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
+        outer_keys = lambda i: jax.random.split(jax.random.fold_in(outer_key, i))
+        start = recentre(chosen, state.weights, centre, state.centre) if isinstance(chosen, Response) else state.weights
+
+        def train_loss(weights: PyTree, _: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
+            noise_key = jax.random.fold_in(train_key, step)
+            batch, loss_key = objective.batch(step)
+            return training_loss(around, training, weights, state.scale, batch, loss_key, noise_key, model_state)
+
+        def outer_loss(through: PyTree, seen: PyTree, scale: PyTree, i: Any) -> tuple[Array, dict[str, Any]]:
+            data_key, loss_key = outer_keys(i)
+            batch, noise_key = draw(valid, data_key, i), jax.random.fold_in(valid_key, i)
+            return validation_loss(
+                around, weights, through, seen, scale, batch, loss_key, noise_key, trained.model_state
+            )
+
+        draws(perturb, objective.fixed_batch[0], "train")
+        _check_use(around, state, objective.fixed_batch, (draw(valid, outer_keys(0)[0], 0), outer_keys(0)[1]))
+        trained = inner.solve(
+            objective._replace(stochastic=train_loss),
+            start,
+            state.inner_state,
+            hparams,
+            state.model_state,
+            scale=jnp.ones((), _tree.dtype(centre)),
+            options=state.options["inner"],
+        )
+        weights = _tree.where(_tree.all_finite(trained.params), trained.params, state.weights)
+
+        def still(i: Any) -> Any:
+            if scale_optimizer is not None:
+                return outer_loss(centre, centre, None, i), None
+            return jax.value_and_grad(lambda u, v: outer_loss(u, v, None, i), argnums=(0, 1), has_aux=True)(
+                centre, centre
+            )
+
+        def perturbed(i: Any) -> Any:
+            loss = lambda u, v, s: outer_loss(u, v, s, i)[0]
+            return jax.grad(loss, argnums=(0, 1, 2))(centre, centre, state.scale)
+
+        (value, metrics), parts = _mean(still, valid_steps)
+        scale, scale_state = state.scale, state.scale_state
+        if scale_optimizer is not None:
+            *parts, pull = _mean(perturbed, valid_steps)
+            bonus = jax.tree.map(lambda s: jax.nn.sigmoid(s) / jax.nn.softplus(s), scale)  # of Σ log softplus(s)
+            descent = _tree.axpy(-state.options["entropy"], bonus, pull)
+            updates, fresh = scale_optimizer.update(descent, scale_state, scale)
+            new = optax.apply_updates(scale, updates), fresh
+            scale, scale_state = strong(_tree.where(_tree.all_finite(new), new, (scale, scale_state)))
+        pull_out = jax.vjp(lambda h: to_unconstrained(domain, h), hparams)[1]
+        through, direct = (pull_out(part)[0] for part in parts)
+        grad = _tree.add(through, direct)
+        status = first_failure(
+            trained.status,
+            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
+            code(~_tree.all_finite(grad), Status.NONFINITE_GRAD),
+            code(_tree.max_abs(grad) == 0, Status.INSENSITIVE),
+        )
+        nan = jnp.full((), jnp.nan, _tree.dtype(centre))
+        info = Info(
+            status=status,
+            inner_residual=nan,
+            linear_residual=nan,
+            inner_steps=trained.steps,
+            linear_steps=jnp.int32(0),
+            error_estimate=jnp.full_like(nan, jnp.inf),
+            extra={"indirect_norm": _tree.norm(through), "direct_norm": _tree.norm(direct), **_scales(scale)},
+        )
+        failed = trained.status != int(Status.OK)
+        after = weights, trained.state, trained.model_state, centre
+        before = state.weights, state.inner_state, state.model_state, state.centre
+        weights, inner_state, model_state, centre = _tree.where(failed, before, after)
+        state = state._replace(
+            weights=weights,
+            inner_state=inner_state,
+            model_state=model_state,
+            scale=scale,
+            scale_state=scale_state,
+            centre=centre,
+        )
+        return Hypergradient(value, grad, info, metrics), state
+
+    def respond(state: SelfTuningState, hparams: PyTree) -> PyTree:
+        return chosen.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
+
+    return Solver(init, hypergrad, respond)
+
+
+def _needed(function: str, key: Array | None) -> Array:
+    if key is None:
+        raise InputError(
+            "self_tuning perturbs the hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
+            f"{function}, or to tune."
+        )
+    return key
+
+
+def _mean(function: Callable[[Any], PyTree], count: int) -> PyTree:
+    """Of `function(0), ..., function(count - 1)`, leaf by leaf."""
+    if count == 1:
+        return function(0)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(function, jnp.arange(count)))
+
+
+def _prefix(name: str, prefix: PyTree, hparams: PyTree) -> PyTree:
+    """A pytree like hparams whose leaves are those of the prefix."""
+    try:
+        return jax.tree.map(lambda value, part: jax.tree.map(lambda _: value, part), prefix, hparams)
+    except ValueError as error:
+        leaves = ", ".join(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
+        raise InputError(
+            f"self_tuning: {name} must be one value, or a pytree prefix of hparams, whose leaves are {leaves}: {error}"
+        ) from error
+
+
+def _start(scale: ArrayLike, leaf: Array) -> Array:
+    """Where softplus is `scale`, in the shape of the leaf."""
+    if not np.all(np.asarray(scale) > 0):
+        raise InputError(
+            f"self_tuning: scale must be greater than 0, found {scale!r}: without perturbation the response to the "
+            "hyperparameters is not learned."
+        )
+    value = jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), leaf.shape)
+    return value + jnp.log(-jnp.expm1(-value))
+
+
+def _scales(scale: PyTree) -> dict[str, Array]:
+    """σ by path: each entry of small leaves, the mean of large ones."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
+        sigma, name = jax.nn.softplus(leaf), f"scale{keystr(path)}"
+        if leaf.ndim and leaf.size <= _ENTRIES:
+            found |= {name + str(list(index)): sigma[index] for index in np.ndindex(leaf.shape)}
+        else:
+            found[name] = jnp.mean(sigma)
+    return found
+
+
+def _check_use(around: Around, state: SelfTuningState, train: tuple[Any, Any], valid: tuple[Any, Any]) -> None:
+    """Warn of hyperparameters that neither loss uses: through the response they would seem to matter, and drift."""
+
+    def used(value: Any, data: tuple[Any, Any], name: str) -> dict[str, bool]:
+        batch, key = data
+        u = around.still(around.centre, draws(around.perturb, batch, name) if around.by_rows else None)
+        params = around.params(state.weights, u)
+        found = influence(
+            lambda h: value(around.problem, params, h, batch, key, state.model_state)[0], around.hparams(u)
+        )
+        return {path: reach.value for path, reach in found.items()}
+
+    inner, outer = used(inner_value, train, "train"), used(outer_value, valid, "valid")
+    keys = ", ".join(path or "one array" for path in inner)
+    for path in inner:
+        if not (inner[path] or outer[path]):
+            warnings.warn(
+                f"hg.self_tuning: hparams{path} is used neither by inner_loss nor by outer_loss, so that its response "
+                f"is noise: a misspelt key? hparams holds {keys}.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
