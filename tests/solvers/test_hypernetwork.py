@@ -103,3 +103,130 @@ def test_slope_of_a_trained_response_is_the_chord_of_the_best_response_and_tends
     # The chord's error is spread² w*‴/6, and 3 % of that is of higher order at these spreads.
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.06)
     assert errors[1] < 0.02
+
+
+def test_a_thousand_steps_with_new_values_and_options_trace_once():
+    traces = []
+
+    def inner_loss(params, log_l2, batch):
+        traces.append(1)
+        return _ridge_loss(params, log_l2, batch)
+
+    solver = hg.hypernetwork(hg.Problem(inner_loss, _outer_loss), optimizer=optax.sgd(0.1), steps=1, scale=0.1)
+    step = jax.jit(solver.hypergrad)
+    state = solver.init(START, LOG_L2)
+    _, state = step(state, LOG_L2, key=KEY)
+    traced = len(traces)
+    for i in range(1000):
+        _, state = step(_with_scale(state, 0.1 + 1e-3 * i), LOG_L2 + 1e-3 * i, key=KEY)
+    assert len(traces) == traced and step._cache_size() == 1
+
+
+def test_check_says_how_far_the_best_response_is_off():
+    inner_loss = lambda w, h, batch: 0.5 * jnp.sum((w - h) ** 2)  # w*(λ) = λ
+    problem = hg.Problem(inner_loss, lambda w, h, batch: jnp.sum(w**3))
+    make = functools.partial(hg.hypernetwork, problem, optimizer=optax.sgd(0.3), steps=5, scale=0.5)
+    hparams = jnp.asarray([0.7, -0.4])
+    good = hg.check(make(warmup=2000), jnp.zeros(2), hparams, key=KEY)
+    assert good.ok and good.relative_error < tol(1e-6, 1e-2)
+    early = hg.check(make(), jnp.zeros(2), hparams, key=KEY)
+    assert not early.ok
+    (cause,) = [cause for cause in early.causes if cause.startswith("learned:")]
+    assert "training there alone 0.279" in cause  # 0.7³ − 0.4³
+
+
+def test_a_discrete_hyperparameter_is_tuned_to_where_the_answer_is():
+    """The training loss sees λ rounded, so that no derivative of it says anything of λ."""
+    inner_loss = lambda w, h, batch: 0.5 * (w - jnp.round(h)) ** 2
+    problem = hg.Problem(inner_loss, lambda w, h, batch: (w - 5.0) ** 2)
+    domain = hg.domains.interval(0, 9)
+    solver = hg.hypernetwork(problem, optimizer=optax.sgd(0.1), steps=5, scale=0.5, domain=domain)
+    result = hg.tune(solver, 0.0, 2.0, outer=optax.adam(0.1), steps=150, domain=domain, key=KEY, progress=False)
+    assert float(result.hparams) == pytest.approx(5, abs=0.6)
+
+
+def test_model_state_is_trained_along_and_averaged_over_draws():
+    def inner_loss(w, h, batch, state):
+        return 0.5 * jnp.sum((w - h) ** 2), {"mean": 0.9 * state["mean"] + 0.1 * w[0], "count": state["count"] + 1}
+
+    problem = hg.Problem(inner_loss, lambda w, h, batch, state: jnp.sum(w) + state["mean"], model_state=True)
+    solver = hg.hypernetwork(problem, optimizer=optax.sgd(0.5), steps=7, scale=0.1, draws=4)
+    state = solver.init(jnp.zeros(2), 0.5, model_state={"mean": jnp.zeros(()), "count": jnp.int32(0)})
+    out, state = jax.jit(solver.hypergrad)(state, 0.5, key=KEY)
+    assert int(state.model_state["count"]) == 7 and int(out.info.inner_steps) == 7
+    assert 0.05 < float(state.model_state["mean"]) < 0.5
+
+
+def test_a_diverging_response_is_a_status_and_the_state_stays():
+    solver = hg.hypernetwork(RIDGE, optimizer=optax.sgd(50.0), steps=200, scale=0.1)
+    state = solver.init(START, LOG_L2)
+    out, after = jax.jit(solver.hypergrad)(state, LOG_L2, key=KEY)
+    assert int(out.info.status) == hg.Status.INNER_DIVERGED
+    assert_trees_equal(after.weights, state.weights)
+
+
+def test_a_slope_that_explains_nothing_has_an_infinite_error_estimate():
+    """σ = 0 leaves a centred slope at zero: biased without limit, and said so at construction and in every call."""
+    with pytest.warns(UserWarning, match=r"hypernetwork: with scale=0 .* not determined"):
+        solver = hg.hypernetwork(RIDGE, optimizer=optax.sgd(0.3), steps=3, scale=0.0)
+    out, _ = jax.jit(solver.hypergrad)(solver.init(START, LOG_L2), LOG_L2, key=KEY)
+    assert int(out.info.status) == hg.Status.INSENSITIVE
+    assert float(out.info.linear_residual) == pytest.approx(1) and np.isinf(out.info.error_estimate)
+
+
+def _solver(**options: Any) -> hg.Solver:
+    return hg.hypernetwork(RIDGE, **({"optimizer": optax.sgd(0.1), "steps": 2, "scale": 0.1} | options))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: _solver(scale=None), ValueError, r"give scale= .* or distribution= .* found neither"),
+        (lambda: _solver(distribution=(0.0, 1.0)), ValueError, r"give scale= .* or distribution= .* found both"),
+        (lambda: _solver(scale=None, distribution=3), TypeError, r"distribution must be a function key -> hparams"),
+        (lambda: _solver(scale=-1.0), ValueError, r"hypernetwork: scale must be at least 0, found -1.0"),
+        (lambda: _solver(draws=0), ValueError, r"hypernetwork: draws must be at least 1, found 0"),
+        (lambda: _solver(warmup=1.5), TypeError, r"hypernetwork: warmup must be an integer, found 1.5"),
+        (lambda: _solver(steps=2.0), TypeError, r"hypernetwork: steps must be an integer, found 2.0"),
+        (lambda: _solver(stesp=2), TypeError, r"unknown option 'stesp', did you mean 'steps'"),
+        (lambda: _solver(optimizer=lambda h: optax.sgd(h)), TypeError, r"optimizer must be an optax optimizer.*adam"),
+        (lambda: _solver(response=hg.responses.linear), TypeError, r"response must be an hg.responses.Response, found"),
+    ],
+)
+def test_options_that_cannot_work_are_named_with_a_remedy(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ((jnp.zeros(2), 1.0), r"distribution\[0\] has shape \(2,\), expected \(\)"),
+        (lambda key: {"l2": 1.0}, r"what distribution\(key\) returns\['l2'\] of shape \(\) is not expected|is missing"),
+    ],
+)
+def test_a_distribution_over_other_hyperparameters_is_refused_by_path(distribution, message):
+    solver = _solver(scale=None, distribution=distribution)
+    with pytest.raises(ValueError, match=message):
+        solver.hypergrad(solver.init(START, LOG_L2), LOG_L2, key=KEY)
+
+
+def test_a_missing_key_and_other_hyperparameters_are_named():
+    solver = _solver()
+    state = solver.init(START, LOG_L2)
+    with pytest.raises(ValueError, match=r"hypernetwork draws hyperparameters.*key is None: pass key=jax.random.key"):
+        solver.hypergrad(state, LOG_L2)
+    with pytest.raises(ValueError, match=r"hparams has shape \(2,\), expected \(\): .*like those given to init"):
+        solver.hypergrad(state, jnp.zeros(2), key=KEY)
+
+
+def test_a_hyperparameter_that_nothing_uses_warns_and_a_rounded_one_does_not():
+    hparams = {"used": 0.3, "rounded": 0.4, "misspelt": 0.5}
+    inner_loss = lambda w, h, batch: jnp.sum((w - h["used"] - jnp.round(h["rounded"])) ** 2)
+    problem = hg.Problem(inner_loss, lambda w, h, batch: jnp.sum(w**2))
+    solver = hg.hypernetwork(problem, optimizer=optax.sgd(0.1), steps=1, scale=0.1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        jax.eval_shape(functools.partial(solver.hypergrad, key=KEY), solver.init(jnp.zeros(2), hparams), hparams)
+    (message,) = [str(w.message) for w in seen]
+    assert "hparams['misspelt'] is used neither by inner_loss" in message
