@@ -155,30 +155,32 @@ def p9(seed: int, smoke: bool) -> Answer:
         nursery.start(Path(home) / "timed", steps)
         nursery.wait()
         length = time.perf_counter() - began
-        for trial in progress(range(10 * wanted), "P9 kills", 10 * wanted):
-            folder = Path(home) / f"chain{finished}"
-            number = nursery.start(folder, steps)
-            if trial % 2:  # after the first step, where most of the time goes into saving; else any time at all
-                _wait_for(Path(f"{folder}.log"))
-            time.sleep(rng.uniform(0, length / 2 if trial % 2 else length))
-            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-                os.kill(number, signal.SIGKILL)
-            if nursery.wait() == -signal.SIGKILL:
-                kills += 1
-                inside += any(folder.glob("tmp-*"))
-                done = _logged(folder)
-                step, leaves = _newest(folder)
-                failures += leaves != truth.get(step, {})
-                lost = max(lost, done - step)
-            else:
-                failures += json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
-                finished += 1
-            if kills >= wanted and inside >= needed:
-                break
+        with contextlib.suppress(KeyboardInterrupt):  # what was counted so far is reported
+            for trial in progress(range(10 * wanted), "P9 kills", 10 * wanted):
+                folder = Path(home) / f"chain{finished}"
+                number = nursery.start(folder, steps)
+                if trial % 2:  # after the first step, where most of the time goes into saving; else any time at all
+                    _wait_for(Path(f"{folder}.log"))
+                time.sleep(rng.uniform(0, length / 2 if trial % 2 else length))
+                with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                    os.kill(number, signal.SIGKILL)
+                if nursery.wait() == -signal.SIGKILL:
+                    kills += 1
+                    inside += any(folder.glob("tmp-*"))
+                    done = _logged(folder)
+                    step, leaves = _newest(folder)
+                    failures += leaves != truth.get(step, {})
+                    lost = max(lost, done - step)
+                else:
+                    failures += json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
+                    finished += 1
+                if kills >= wanted and inside >= needed:
+                    break
         nursery.start(folder := Path(home) / f"chain{finished}", steps)
         failures += nursery.wait() != 0 or json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
     figure = f"{kills - failures}/{kills} resume to the bit, {inside} killed inside a save, at most {lost} step lost"
-    return figure, f"{wanted}/{wanted}, {needed} inside, 1 lost", failures == 0 and lost <= 1 and inside >= needed
+    met = failures == 0 and lost <= 1 and kills >= wanted and inside >= needed
+    return figure, f"{wanted}/{wanted}, {needed} inside, 1 lost", met
 
 
 def p10(seed: int, smoke: bool) -> Answer:
@@ -201,7 +203,10 @@ def p10(seed: int, smoke: bool) -> Answer:
 
 
 def p15(seed: int, smoke: bool) -> Answer:
-    """Ctrl-C and SIGTERM: the process ends by itself within 2 s, one step at most after the signal, all of it saved."""
+    """Ctrl-C and SIGTERM: the process ends by itself within 2 s, one step at most after the signal, all of it saved.
+
+    In small, the time is not judged: two processes on a busy machine say nothing.
+    """
     rng = np.random.default_rng(seed)
     slowest, wrong, count = 0.0, 0, (2 if smoke else 40)
     with tempfile.TemporaryDirectory() as home, Nursery() as nursery:
@@ -225,7 +230,11 @@ def p15(seed: int, smoke: bool) -> Answer:
                 and len(values) - before <= 2
                 and found["best"] <= min(values)
             )
-    return f"{count - wrong}/{count}, slowest {slowest:.2f} s", f"{count}/{count}, 2 s", not wrong and slowest <= 2
+    return (
+        f"{count - wrong}/{count}, slowest {slowest:.2f} s",
+        f"{count}/{count}, 2 s",
+        not wrong and (smoke or slowest <= 2),
+    )
 
 
 def overhead(seed: int, smoke: bool) -> dict[str, float]:
@@ -297,10 +306,10 @@ def _logged(folder: Path) -> int:
 
 
 def _wait_for(file: Path) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 600
     while not (file.exists() and file.stat().st_size):
         if time.monotonic() > limit:
-            raise RuntimeError("a run took no step within two minutes")
+            raise RuntimeError("a run took no step within ten minutes")
         time.sleep(0.002)
 
 

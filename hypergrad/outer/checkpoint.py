@@ -130,9 +130,9 @@ def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
 
     >>> import hypergrad as hg, jax.numpy as jnp, tempfile
     >>> folder = tempfile.mkdtemp()
-    >>> _ = hg.outer.save(folder, {"w": jnp.ones(2), "n": 3}, step=1)
-    >>> hg.outer.load(folder, {"w": jnp.zeros(2), "n": 0})
-    Loaded(step=1, tree={'w': Array([1., 1.], dtype=float32), 'n': 3})
+    >>> _ = hg.outer.save(folder, {"n": 3, "w": jnp.ones(2, jnp.float32)}, step=1)
+    >>> hg.outer.load(folder, {"n": 0, "w": jnp.zeros(2, jnp.float32)})
+    Loaded(step=1, tree={'n': 3, 'w': Array([1., 1.], dtype=float32)})
     """
     store = as_store("load", folder)
     found = newest(store, lambda manifest: like)

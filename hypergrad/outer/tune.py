@@ -78,9 +78,9 @@ def tune(
     to the bit (wall times aside) as that of a run that was never stopped; a finished run returns its result. What was
     done since the last checkpoint is done again, callbacks included; one that stopped the run or raised is asked again.
     A checkpoint that is damaged is named in a warning, and the one before it taken. A save that fails (a full disk) is
-    a warning, and the run goes on. Three checkpoints are kept, each with the whole history. One takes tens of
-    milliseconds on a small problem (50 at every step, 3 a step at every tenth, on two cores under a load of 18), as
-    `experiments/reliability/durability.py --overhead` prints.
+    a warning, and the run goes on. Three checkpoints are kept, each with the whole history. On a small problem a step
+    takes 50 ms more with one at every step, and 3 ms more with one at every tenth (two cores under a load of 18;
+    `experiments/reliability/durability.py --overhead`).
 
     Args:
         solver: the method, `hg.implicit(problem)` or any other `hg.Solver`.

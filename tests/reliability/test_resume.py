@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import resource
 import shutil
@@ -242,50 +241,6 @@ def test_fingerprints_tell_apart_what_numbers_alone_do_not():
     assert len({fingerprint(tree) for tree in trees}) == len(trees)
     assert fingerprint(jnp.ones(3)) == fingerprint(np.ones(3, jnp.ones(3).dtype))
     assert program(jax.jit(jnp.sin).trace(1.0)) != program(jax.jit(jnp.cos).trace(1.0))
-
-
-X, Y = TRAIN
-BATCHES = [(X[i::5], Y[i::5]) for i in range(5)]
-
-
-def stream(order=(0, 1, 2, 3, 4)):
-    return hg.stream([BATCHES[i] for i in order], per_step=2)
-
-
-def test_a_stream_goes_on_with_the_batch_that_is_next(tmp_path):
-    expected = run(train=stream(), valid=stream(), every=3)
-    run(tmp_path, train=stream(), valid=stream(), every=3, callbacks=at(5, interrupt))
-    assert_same(run(tmp_path, train=stream(), valid=stream(), every=3), expected)
-
-
-def test_one_stream_survives_an_interrupt_within_the_process(tmp_path):
-    """A batch that was pulled for a step that never came is not lost, and none is pulled twice."""
-    expected = run(train=stream(), every=3)
-    train = stream()
-    run(tmp_path, train=train, every=3, callbacks=at(5, interrupt))
-    assert train.position == 12
-    assert_same(run(tmp_path, train=train, every=3), expected)
-    assert train.position == 24
-    broken = itertools.chain(BATCHES, [], iter(BATCHES[:2]))
-    once = hg.stream(broken, per_step=2)
-    with pytest.raises(ValueError, match="ended after 1 of the 2"):
-        run(train=once)
-    assert once.position == 6, "the odd batch is back in the stream"
-
-
-def test_a_loader_that_does_not_repeat_itself_is_noticed(tmp_path):
-    run(tmp_path, train=stream(), callbacks=at(5, interrupt))
-    with pytest.raises(ValueError, match=r"batch 12 of train is not the one that the run had seen.*fixed seed"):
-        run(tmp_path, train=stream((1, 0, 2, 3, 4)))
-    used = stream()
-    for _ in range(9):
-        used.next()
-    used.forget()
-    with pytest.raises(ValueError, match=r"20 batches were handed out already.*stands at 12.*make the stream anew"):
-        run(tmp_path, train=used)
-    with pytest.raises(ValueError, match=r"ended after 5 batches, and the run stands at 12"):
-        run(tmp_path, train=hg.stream(iter(BATCHES), per_step=2))
-    assert_same(run(tmp_path, train=stream()), run(train=stream()))
 
 
 def test_a_damaged_checkpoint_costs_one_interval_and_is_cleared_away(folder, whole):
