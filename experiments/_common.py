@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,7 +43,8 @@ def experiment(
         file: `__file__` of the script; pictures and results go beside it.
         about: its docstring.
         measure: fills in a dict of numbers (nested dicts and lists may do). It finds `seed`, `smoke`, `json`, `keep`
-            and `folder` (where pictures go: beside the script, or nowhere worth keeping in a smoke run) in its options.
+            and `out` (the folder of pictures: beside the script for seed 0, else one that is thrown away, unless
+            `--out` names one) in its options.
         arguments: adds arguments of this experiment alone.
 
     Returns:
@@ -59,22 +61,28 @@ def experiment(
     parser.add_argument("--smoke", action="store_true", help="every path in seconds; the numbers mean nothing")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
     parser.add_argument("--keep", action="store_true", help="write the numbers of this seed into results.json")
-    parser.add_argument("--out", type=Path, default=here, metavar="FOLDER", help="where pictures go (default: here)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where pictures go (default: beside the script, with seed 0 alone)"
+    )
     arguments(parser)
     options = parser.parse_args()
     if options.keep and options.smoke:
         parser.error("argument --keep: the numbers of a smoke run mean nothing")
-    if not options.out.is_dir() or not os.access(options.out, os.W_OK):
+    if options.out is None and options.seed == 0 and not options.smoke:
+        options.out = here
+    if options.out and not (options.out.is_dir() and os.access(options.out, os.W_OK)):
         parser.error(f"argument --out: there is no folder {options.out} that can be written")
     print(_keep_compiled_code(), flush=True)
     began = time.perf_counter()
     numbers: dict[str, Any] = {}
     interrupted = False
-    try:
-        measure(options, numbers)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("\nInterrupted; what was measured so far:", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as nowhere:
+        options.out = options.out or Path(nowhere)
+        try:
+            measure(options, numbers)
+        except KeyboardInterrupt:
+            interrupted = True
+            print("\nInterrupted; what was measured so far:", file=sys.stderr)
     found = {"seed": options.seed, **rounded(numbers), "seconds": round(time.perf_counter() - began, 1)}
     if options.json or interrupted:
         print(json.dumps(found), flush=True)
@@ -131,7 +139,10 @@ def _keep_compiled_code() -> str:
 
 
 def _natural(text: str) -> int:
-    value = int(text)  # argparse turns ValueError into a usage message
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, found {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number between 0 and {2**32 - 1}, found {text}")
     return value

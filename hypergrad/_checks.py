@@ -43,6 +43,9 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_holes": (1, True, True),
     "valid_steps": (1, True, True),
     "entropy": (0, True, False),
+    "scale": (0, True, False),
+    "draws": (1, True, True),
+    "warmup": (0, True, True),
 }
 
 

@@ -168,6 +168,35 @@ def check_unrolled_sensitivity(
         _warn(silent, found, hparams, solver_name)
 
 
+def check_amortised_sensitivity(
+    residual: Callable[[PyTree, PyTree], PyTree],
+    outer: Callable[[PyTree, PyTree], Any],
+    params: PyTree,
+    hparams: PyTree,
+    solver_name: str,
+) -> None:
+    """Name the hyperparameters that a solver which *learns* the response cannot see.
+
+    What it learns from is the value of the training gradient: rounding and comparisons do no harm there.
+
+    Args:
+        residual: `(params, hparams) -> ∂_w inner_loss`.
+        outer: `(params, hparams) -> loss` or `(loss, metrics)`.
+        params: pytree of arrays.
+        hparams: pytree of arrays.
+        solver_name: for the message.
+
+    Warns:
+        UserWarning: for a hyperparameter that neither the training gradient nor the derivative of the outer loss knows.
+    """
+    learnt = influence(lambda h: residual(params, h), hparams)
+    found = [{path: Influence(x.value, x.value) for path, x in learnt.items()}]
+    found.append(influence(lambda h: _loss(outer(params, h)), hparams))
+    silent = _silent(found, hparams)
+    if silent:
+        _warn(silent, found, hparams, solver_name)
+
+
 def _loss(out: Any) -> Any:
     """The loss without its metrics, which have no derivative."""
     return out[0] if isinstance(out, tuple) else out

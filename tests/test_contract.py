@@ -31,13 +31,15 @@ def _descent(params: PyTree, hparams: PyTree, batch: PyTree) -> PyTree:
 
 
 def _keyed(solver: hg.Solver) -> hg.Solver:
-    """A solver that draws, with one key for all calls: the same call then gives the same bits."""
-    key = jax.random.key(0)
-    return hg.Solver(
-        lambda *args, **options: solver.init(*args, **{"key": key, **options}),
-        lambda *args, **options: solver.hypergrad(*args, **{"key": key, **options}),
-        solver.response,
-    )
+    """A solver that draws, with one key for every call that gives none."""
+
+    def init(params: PyTree, hparams: PyTree, *, key: Any = None, model_state: PyTree = None) -> Any:
+        return solver.init(params, hparams, key=jax.random.key(0) if key is None else key, model_state=model_state)
+
+    def hypergrad(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
+        return solver.hypergrad(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
+
+    return hg.Solver(init, hypergrad, solver.response)
 
 
 def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
@@ -69,6 +71,9 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "self-tuning": _self_tuning,
     "self-tuning, groups and learned scales": lambda p: _self_tuning(
         p, perturb=4, scale_optimizer=optax.adam(0.01), training="split", valid_steps=2
+    ),
+    "hypernetwork": lambda p: _keyed(
+        hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
     ),
 }
 

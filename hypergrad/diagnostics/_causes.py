@@ -86,6 +86,10 @@ def _is_direct(info: Info) -> bool:
     return "outer_grad_norm" in info.extra
 
 
+def _is_learned(info: Info) -> bool:
+    return "response_residual" in info.extra
+
+
 def _status(e: Evidence) -> Iterator[str]:
     if not isinstance(e.status, Status):
         if e.status > Status.INSENSITIVE:
@@ -105,7 +109,7 @@ def _status(e: Evidence) -> Iterator[str]:
 
 def _unconverged(e: Evidence) -> Iterator[str]:
     inner, linear = float(e.info.inner_residual), float(e.info.linear_residual)
-    if not is_unrolled(e.info) and not e.ok and e.status not in _UNCONVERGED:
+    if not (is_unrolled(e.info) or _is_learned(e.info)) and not e.ok and e.status not in _UNCONVERGED:
         if inner > e.tol:
             yield (
                 f"unconverged: the relative residual of the inner problem is {inner:.1g}; the solver claims "
@@ -154,6 +158,15 @@ def _approximate(e: Evidence) -> Iterator[str]:
                 f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=."
             )
 
+    if _is_learned(e.info):
+        gap = abs(e.value - e.center.settled) / max(abs(e.center.settled), 1e-300)
+        yield (
+            f"learned: the best response is a fitted function. At the hyperparameters it gives an outer loss of "
+            f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}); its slope leaves "
+            f"{float(e.info.extra['response_residual']):.1g} of its equation. The hypergradient's error is "
+            f"{e.error:.1g} at the first call and {e.settled_error:.1g} at the last of many: more steps lower both, "
+            "another scale or response what remains."
+        )
     if _is_direct(e.info) and not e.ok:
         yield (
             "direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
@@ -163,7 +176,8 @@ def _approximate(e: Evidence) -> Iterator[str]:
 
 def _stochastic(e: Evidence) -> Iterator[str]:
     if e.key_spread > e.tol or (math.isnan(e.key_spread) and e.batches):
-        drawn = "minibatches" if e.batches else "random numbers in the losses"
+        others = "draws of hyperparameters" if _is_learned(e.info) else "random numbers in the losses"
+        drawn = "minibatches" if e.batches else others
         yield (
             f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "
             "what is compared here is one draw, the same on both sides. Larger batches, or an average over keys, "

@@ -26,6 +26,7 @@ from hypergrad._tree import PyTree, is_float
 _CALLS = 50
 _TIGHT = 1e-12
 _MAX_STEPS = 20_000
+_TRAIN = 1000  # steps a call, of a learned response
 _LARGEST = 0.5
 
 
@@ -104,8 +105,8 @@ def make_resolve(problem: Problem, compiled: Callable[..., Any] | None = None) -
     """`(vector, calls=None, tight=True) -> Solution`, with the solver's calls compiled once.
 
     With `calls`, exactly as many are made. With `tight`, the inner tolerance is lowered to rounding level where the
-    solver's state has it among its options. `compiled` is the compiled `solver.hypergrad`; without it a function is
-    compiled that leaves out the derivative, where the next call does not need it.
+    solver's state has it among its options, see `tighten`. `compiled` is the compiled `solver.hypergrad`; without it a
+    function is compiled that leaves out the derivative, where the next call does not need it.
     """
     solver, key = problem.solver, problem.key
     init_key, call_key = (None, None) if key is None else jax.random.split(key)
@@ -147,11 +148,16 @@ def settled(values: list[float], eps: float) -> bool:
 
 
 def tighten(state: Any) -> Any:
-    """A solver's state with an inner tolerance near rounding level, where it has one; else the state itself."""
+    """A solver's state with an inner tolerance near rounding level, where it has one; a learned response's with no
+    spread and more steps, so that it is trained at the hyperparameters alone; else the state itself.
+    """
     options = getattr(state, "options", None)
     if not isinstance(options, dict) or not hasattr(state, "_replace"):
         return state
     inner = options.get("inner")
+    if isinstance(inner, dict) and "scale" in options and "max_steps" in inner:
+        longer = {**inner, "max_steps": jnp.maximum(inner["max_steps"], _TRAIN)}
+        return state._replace(options={**options, "inner": longer, "scale": jnp.zeros_like(options["scale"])})
     if not isinstance(inner, dict) or "tol" not in inner:
         return state
     tol = jnp.asarray(inner["tol"])

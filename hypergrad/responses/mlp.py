@@ -80,11 +80,9 @@ def mlp(
 
     def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
         dtype, widths = _tree.dtype(params), (2 * n, *sizes)
-        shapes = Layers(
-            tuple(jax.ShapeDtypeStruct(pair, dtype) for pair in zip(widths[:-1], sizes, strict=True)),
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes[-1], *x.shape), x.dtype), params),
-        )
-        kernels, outputs = normal(need_key("mlp", key), shapes)
+        kernels = tuple(jax.ShapeDtypeStruct(pair, dtype) for pair in zip(widths[:-1], sizes, strict=True))
+        outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((sizes[-1], *x.shape), x.dtype), params)
+        kernels, outputs = normal(need_key("mlp", key), (kernels, outputs))
         gain = math.sqrt(2 / (1 + _LEAK**2))
         return Layers(
             tuple((gain / math.sqrt(k.shape[1]) * k, jnp.zeros(k.shape[1:], dtype)) for k in kernels),

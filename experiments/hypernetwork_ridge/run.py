@@ -1,0 +1,159 @@
+"""Tune a ridge strength through a hypernetwork, with the best response known in closed form.
+
+Ten digits to train on, linear model, squared error, strength exp(λ): w*(λ) and the best λ are known exactly. Local
+hypernetworks are lines fitted around the current λ with draws of standard deviation σ, one step of training and one of
+λ in turn; with σ = 0 they see a single λ. A global one is a perceptron fitted over the whole range of λ.
+
+    python experiments/hypernetwork_ridge/run.py --seed 0 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
+
+import hypergrad as hg  # noqa: E402
+from experiments._common import experiment, progress  # noqa: E402
+from experiments._data import digits  # noqa: E402
+
+START, RANGE = -3.5, (-6.0, 6.0)
+SIGMAS = (0.0, 0.003, 0.1, 0.2, 0.5)
+GRID = np.linspace(*RANGE, 1201)
+
+
+class Data(NamedTuple):
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+
+
+def load(seed: int) -> Data:
+    """Ten digits, one of each class, and 400 others; pixels centred, a column of ones, one-hot targets."""
+    parts = digits(seed, [10, 400])[:2]
+    one_hot = lambda y: np.eye(10, dtype=np.float32)[y] - np.float32(0.1)
+    return Data(*((np.concatenate([x, np.ones((len(x), 1), np.float32)], 1), one_hot(y)) for x, y in parts))
+
+
+def train_loss(w: Any, log_l2: Any, batch: Any) -> Any:
+    return valid_loss(w, log_l2, batch) + 0.5 * jnp.exp(log_l2) * jnp.sum(w**2)
+
+
+def valid_loss(w: Any, log_l2: Any, batch: Any) -> Any:
+    x, y = batch
+    return 0.5 * jnp.mean(jnp.sum((x @ w - y) ** 2, axis=1))
+
+
+PROBLEM = hg.Problem(train_loss, valid_loss)
+
+
+def solution(data: Data, log_l2: float) -> np.ndarray:
+    x, y = (part.astype(np.float64) for part in data.train)
+    return np.linalg.solve(x.T @ x / len(x) + np.exp(log_l2) * np.eye(x.shape[1]), x.T @ y / len(x))
+
+
+def curve(data: Data, params: Any) -> np.ndarray:
+    """Validation loss at parameters given for each λ of the grid."""
+    return np.asarray([float(valid_loss_np(data, w)) for w in params])
+
+
+def valid_loss_np(data: Data, w: np.ndarray) -> float:
+    x, y = data.valid
+    return 0.5 * float(np.mean(np.sum((x @ w - y) ** 2, axis=1)))
+
+
+def local(data: Data, sigma: float, seed: int, steps: int, *, centred: bool) -> tuple[float, np.ndarray]:
+    """λ at the end (mean over the last tenth of the run, since draws leave it moving), and on the way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # σ = 0 warns, which is the point
+        solver = hg.hypernetwork(
+            PROBLEM,
+            response=hg.responses.linear(centred=centred),
+            optimizer=optax.sgd(0.01),
+            steps=5,
+            scale=sigma,
+            measure=False,
+        )
+        result = hg.tune(
+            solver,
+            jnp.zeros((65, 10)),
+            START,
+            *data,
+            outer=optax.adam(0.01),
+            steps=steps,
+            key=jax.random.key(seed),
+            progress=False,
+        )
+    path = np.asarray(result.history.hparams)
+    return float(np.mean(path[-max(steps // 10, 1) :])), path
+
+
+def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    data = load(options.seed)
+    steps, fit = (30, 200) if options.smoke else (4000, 30_000)
+    truth = curve(data, [solution(data, log_l2) for log_l2 in GRID])
+    numbers["lambda_true"] = float(GRID[np.argmin(truth)])
+    numbers["valid_true"] = float(np.min(truth))
+    paths = {}
+    for sigma in progress((0.0, 0.1) if options.smoke else SIGMAS, "local"):
+        numbers[f"lambda_sigma_{sigma:g}"], paths[sigma] = local(data, sigma, options.seed, steps, centred=False)
+        if sigma:
+            numbers[f"lambda_centred_{sigma:g}"], path = local(data, sigma, options.seed, steps, centred=True)
+            paths[-sigma] = path
+
+    # Global: one fit over the range, then λ follows it.
+    solver = hg.hypernetwork(
+        PROBLEM,
+        response=hg.responses.mlp(hidden=(50,), within=RANGE),
+        optimizer=optax.adam(optax.cosine_decay_schedule(1e-3, fit)),
+        steps=0,
+        distribution=RANGE,
+        draws=10,
+        warmup=fit,
+        measure=False,
+    )
+    key = jax.random.key(options.seed)
+    state = solver.init(jnp.zeros((65, 10)), START, key=key)
+    _, state = jax.jit(solver.hypergrad)(state, START, *data, key=key)
+    respond = jax.jit(jax.vmap(solver.response, (None, 0)))
+    learned = curve(data, np.asarray(respond(state, GRID)))
+    numbers["lambda_global"] = float(GRID[np.argmin(learned)])
+    numbers["global_curve_error"] = float(np.mean(np.abs(learned - truth)))
+    numbers["global_curve_correlation"] = float(np.corrcoef(learned, truth)[0, 1])
+    if options.out:
+        draw(options.out, numbers, truth, learned, paths)
+
+
+def draw(folder: Path, numbers: dict[str, Any], truth: np.ndarray, learned: np.ndarray, paths: dict) -> None:
+    from experiments import _figures as style
+
+    figure = style.figure(12.5, 4.8)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    left.plot(GRID, truth, color=style.INK, linewidth=4, alpha=0.25, label="closed form")
+    left.plot(GRID, learned, color=style.BLUE, linewidth=1.6, label="global hypernetwork")
+    left.plot(numbers["lambda_true"], numbers["valid_true"], "o", color=style.INK, markersize=6)
+    left.legend(frameon=False, loc="lower left")
+    style.titled(
+        left, "One network knows the whole curve", xlabel="λ, log of the ridge strength", ylabel="validation loss"
+    )
+    right.axhline(numbers["lambda_true"], color=style.INK, linewidth=1, linestyle=style.DASHED)
+    right.text(0, numbers["lambda_true"], " best λ, closed form", va="bottom", fontsize=9, color=style.INK)
+    lines = [(0.0, style.ORANGE, "σ = 0: biased"), (0.1, style.SKY, "σ = 0.1"), (0.5, style.GREEN, "σ = 0.5")]
+    lines += [(-0.1, style.BLUE, "σ = 0.1, centred"), (-0.5, style.PINK, "σ = 0.5, centred")]
+    for sigma, color, label in lines:
+        right.plot(paths[sigma], color=color, linewidth=1.6, label=label)
+    right.legend(frameon=False, loc="lower right")
+    style.titled(right, "Local hypernetworks: λ on the way", xlabel="outer step", ylabel="λ")
+    style.save(figure, folder)
+
+
+if __name__ == "__main__":
+    experiment(__file__, __doc__, measure)

@@ -1,0 +1,365 @@
+r"""Hypergradient through a learned response: parameters are trained as a function of the hyperparameters.
+
+    min over φ of  E h(θ_φ(ũ), T(ũ)),   ũ ~ N(u, σ²) or a given distribution;      g = d/dλ f(θ_φ(u), λ),   λ = T(u)
+
+No derivative of the training loss with respect to λ is ever taken: λ may act through dropout, augmentation, or an
+integer. u are unconstrained coordinates, so that no draw leaves the domain.
+
+Source: Lorraine & Duvenaud 2018, "Stochastic hyperparameter optimization through hypernetworks", arXiv:1802.09419:
+local (around u), global (`distribution`), joint (local, with `steps=1`). Differs:
+1. a centred response is moved with λ without changing it (see `responses._response.recentre`);
+2. the residual of the equation that a best response satisfies is measured at every call, in one random direction:
+
+       d/du ∂_w h(θ(u), T(u)) = H θ' + C = 0
+
+   and ‖(H θ' + C) p‖ / ‖C p‖, of the kind of a linear solver's residual, becomes an estimate of the error.
+Cost: `steps` gradients of the inner loss a draw, and about six for the residual. Memory: that of the response.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import (
+    check_data,
+    check_hparams,
+    check_options,
+    check_params,
+    check_same_structure,
+    suggest_names,
+)
+from hypergrad._domain import to_constrained, to_unconstrained
+from hypergrad._options import as_options
+from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
+from hypergrad._sensitivity import caller_level, check_amortised_sensitivity
+from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
+from hypergrad._tree import PyTree
+from hypergrad.inner.gradient import gradient
+from hypergrad.responses._response import Response, Weights, recentre
+from hypergrad.responses.linear import linear
+
+_SAFETY = 3.0  # calibrated: tests/solvers/test_hypernetwork.py
+_FORGET = 0.1  # a scale that is no longer seen loses a digit a call
+
+Distribution = Callable[[Array], PyTree] | tuple[PyTree, PyTree]
+
+
+class HypernetworkState(NamedTuple):
+    """What the next call starts from.
+
+    Attributes:
+        weights: of the response; `weights.base` is a pytree like the parameters.
+        inner_state: state of the optimizer of the weights.
+        model_state: state of the model (batch-norm statistics), or None.
+        centre: unconstrained coordinates around which the response is written. pytree like the hyperparameters.
+        peak: natural size of ∂_w h, scalar; 0 before the first call.
+        warmup: int32, steps that the next call takes on top.
+        options: `{"inner": {"max_steps": ...}, "scale": ...}`, scalars that may be replaced between calls without
+            recompiling. With a `distribution`, `scale` is 1, and stretches its draws away from the current λ.
+    """
+
+    weights: Weights
+    inner_state: PyTree
+    model_state: PyTree
+    centre: PyTree
+    peak: Array
+    warmup: Array
+    options: dict[str, Any]
+
+
+@suggest_names
+def hypernetwork(
+    problem: Problem,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    scale: ArrayLike | None = None,
+    distribution: Distribution | None = None,
+    response: Response | None = None,
+    draws: int = 1,
+    warmup: int = 0,
+    domain: PyTree = None,
+    measure: bool = True,
+) -> Solver:
+    """Hypergradients by a response that is trained along with the parameters, as in hypernetworks.
+
+    Each call trains the response on hyperparameters drawn around the current ones (`scale`), or over all that may be
+    asked for (`distribution`), and differentiates the outer loss through it. Every draw needs a key: pass `key=` to
+    `init`, `hypergrad` and `tune`.
+
+    Args:
+        problem: the two losses.
+        optimizer: optax optimizer of the response's weights.
+        steps: training steps in each call. `steps=1` is joint training, one step of each in turn.
+        scale: standard deviation of the draws around the current hyperparameters, in unconstrained coordinates. 0.1 to
+            0.5 is usual; 0 leaves the slope of the response undetermined, and warns. Local training.
+        distribution: what hyperparameters are drawn from instead: a function `key -> hparams`, or a pair of pytrees
+            like hparams, `(lo, hi)`, between which draws are uniform in unconstrained coordinates. Global training.
+        response: `hg.responses.linear()` (the default), `mlp` or `structured`, or one's own.
+        draws: hyperparameters drawn in each step, over which the loss is averaged, all on one batch.
+        warmup: steps that the first call takes on top, so that there is a response to differentiate.
+        domain: pytree prefix of the hyperparameters with `hg.domains` as leaves, as for `tune`. The losses see
+            hyperparameters inside; the response sees unconstrained coordinates.
+        measure: whether to measure the residual. Without, `error_estimate` is inf.
+
+    Returns:
+        A `Solver`. `info.inner_residual` is ‖∂_w h‖ at the current hyperparameters over its largest size lately,
+        `info.linear_residual` the residual of the response's slope (see the file's header; NaN where λ has no smooth
+        influence on the gradient of the training loss), `info.linear_steps` is 0. `info.error_estimate` judges by both
+        and is inf where the slope explains nothing yet. `info.extra` holds `"scale"` and `"response_residual"`.
+
+    Raises:
+        InputError: for an option out of range, for both or none of `scale` and `distribution`; from `init` and
+            `hypergrad`, for a missing key, or hyperparameters that are not like those of `init`.
+        InputTypeError: for an optimizer, response or distribution that is none.
+
+    Warns:
+        UserWarning: for a `scale` of 0.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
+    >>> problem = hg.Problem(lambda w, log_l2, batch: jnp.sum((w - 1.0)**2) + jnp.exp(log_l2) * jnp.sum(w**2),
+    ...                      lambda w, log_l2, batch: jnp.sum((w - 0.4)**2))
+    >>> solver = hg.hypernetwork(problem, optimizer=optax.sgd(0.1), steps=10, scale=0.1, warmup=1000)
+    >>> state = solver.init(jnp.zeros(1), 0.0)
+    >>> out, state = solver.hypergrad(state, 0.0, key=jax.random.key(0))
+    >>> print(f"{out.grad:.2f}")  # w = 1/2, dw/dlog_l2 = -1/4
+    -0.05
+    """
+    check_options("hypernetwork", steps=steps, scale=scale, draws=draws, warmup=warmup)
+    _check(optimizer, response, scale, distribution)
+    chosen = response if response is not None else linear()
+    inner = gradient(optimizer, steps=steps)
+    constrained = functools.partial(to_constrained, domain)
+    unconstrained = functools.partial(to_unconstrained, domain)
+
+    def init(
+        params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None
+    ) -> HypernetworkState:
+        params, hparams = check_params(params), check_hparams(hparams)
+        centre = unconstrained(hparams)
+        weights = chosen.init(key, params, centre)
+        dtype = _tree.dtype(params)
+        return HypernetworkState(
+            weights,
+            inner.init(weights, centre),
+            model_state,
+            centre,
+            jnp.zeros((), dtype),
+            jnp.int32(warmup),
+            {
+                "inner": as_options(inner.options, params),
+                "scale": jnp.asarray(1.0 if scale is None else scale, dtype),
+            },
+        )
+
+    def hypergrad(
+        state: HypernetworkState,
+        hparams: PyTree,
+        train: PyTree = None,
+        valid: PyTree = None,
+        *,
+        key: Array | None = None,
+    ) -> tuple[Hypergradient, HypernetworkState]:
+        hparams = check_hparams(hparams)
+        check_same_structure("hparams", hparams, state.centre, "pass hyperparameters like those given to init.")
+        check_data("train", train)
+        check_data("valid", valid)
+        if key is None:
+            raise InputError(
+                "hypernetwork draws hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
+                "hypergrad or tune."
+            )
+        inner_key, outer_key, draw_key = jax.random.split(key, 3)
+        u = unconstrained(hparams)
+        objective = bind_inner(problem, train, inner_key, state.model_state)
+        check_amortised_sensitivity(
+            lambda w, h: jax.grad(objective.fixed)(w, h),
+            bind_outer(problem, valid, outer_key, state.model_state),
+            state.weights.base,
+            hparams,
+            "hg.hypernetwork",
+        )
+        moved = recentre(chosen, state.weights, u, state.centre)
+
+        def drawn(key: Array) -> PyTree:
+            if distribution is None:
+                away = _normal(key, u)
+            else:
+                away = _tree.sub(_sample(distribution, unconstrained, key, u), u)
+            return _tree.axpy(state.options["scale"], away, u)
+
+        def loss(weights: Weights, u: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
+            def at(key: Array) -> tuple[Array, PyTree]:
+                ours = drawn(key)
+                return objective.stochastic(chosen.apply(weights, ours, u), constrained(ours), model_state, step)
+
+            keys = jax.random.fold_in(draw_key, step)
+            if draws == 1:
+                return at(keys)
+            losses, states = jax.vmap(at)(jax.random.split(keys, draws))
+            return jnp.mean(losses), jax.tree.map(_average, states)
+
+        result = inner.solve(
+            objective._replace(stochastic=loss),
+            moved,
+            state.inner_state,
+            u,
+            state.model_state,
+            scale=jnp.ones(()),
+            options={"max_steps": state.options["inner"]["max_steps"] + state.warmup},
+        )
+        weights = _tree.where(_tree.all_finite(result.params), result.params, state.weights)
+        params = chosen.apply(weights, u, u)
+
+        outer = bind_outer(problem, valid, outer_key, result.model_state)
+        (value, metrics), (rhs, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hparams)
+        along = lambda h: chosen.apply(weights, unconstrained(h), u)
+        indirect = jax.vjp(along, hparams)[1](rhs)[0]
+        grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), direct, indirect)
+        residual, inner_residual, peak = _measure(
+            objective, chosen, weights, u, constrained, state.peak, draw_key, measure=measure
+        )
+
+        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0)
+        status = first_failure(
+            result.status,
+            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
+            code(~(_tree.all_finite(grad) & _tree.all_finite(rhs)), Status.NONFINITE_GRAD),
+            code(silent, Status.INSENSITIVE),
+        )
+        info = Info(
+            status=status,
+            inner_residual=inner_residual,
+            linear_residual=residual,
+            inner_steps=result.steps,
+            linear_steps=jnp.int32(0),
+            error_estimate=_error_estimate(grad, indirect, residual, inner_residual),
+            extra={"response_residual": residual, "scale": state.options["scale"]},
+        )
+        failed = result.status != int(Status.OK)
+        state = state._replace(
+            weights=_tree.where(failed, state.weights, weights),
+            inner_state=result.state,
+            model_state=result.model_state,
+            centre=_tree.where(failed, state.centre, u),
+            peak=jnp.where(jnp.isfinite(peak), peak, state.peak),
+            warmup=jnp.where(failed, state.warmup, 0),
+        )
+        return Hypergradient(value, grad, info, metrics), state
+
+    def respond(state: HypernetworkState, hparams: PyTree) -> PyTree:
+        return chosen.apply(state.weights, unconstrained(check_hparams(hparams)), state.centre)
+
+    return Solver(init, hypergrad, respond)
+
+
+def _measure(
+    objective: Objective,
+    response: Response,
+    weights: Weights,
+    u: PyTree,
+    constrained: Callable[[PyTree], PyTree],
+    peak: Array,
+    key: Array,
+    *,
+    measure: bool,
+) -> tuple[Array, Array, Array]:
+    """`(‖(H θ' + C) p‖ / ‖C p‖, ‖∂_w h‖ / peak, peak)` at u, p random signs: E‖A p‖² = ‖A‖² for every matrix A."""
+    nothing = jnp.full_like(peak, jnp.nan)
+    if not measure:
+        return nothing, nothing, peak
+    descent = lambda params, u: jax.grad(objective.fixed)(params, constrained(u))
+    signs = _tree.rademacher_like(key, u)
+    params, tangent = jax.jvp(lambda at: response.apply(weights, at, u), (u,), (signs,))
+    slope, push = jax.linearize(descent, params, u)
+    whole, cross = push(tangent, signs), push(_tree.zeros_like(tangent), signs)
+    size = _tree.norm(cross)
+    residual = jnp.where(size > 0, _tree.norm(whole) / jnp.where(size > 0, size, 1), jnp.nan)
+    # ‖H w‖ is how much the gradient changes when the parameters are scaled from nothing to what they are.
+    seen = jnp.maximum(_tree.norm(push(params, _tree.zeros_like(u))), _tree.norm(slope)).astype(peak.dtype)
+    largest = jnp.maximum(seen, peak)
+    inner = _tree.norm(slope) / jnp.where(largest > 0, largest, 1)
+    return residual.astype(peak.dtype), inner.astype(peak.dtype), jnp.maximum(seen, _FORGET * peak)
+
+
+def _error_estimate(grad: PyTree, indirect: PyTree, residual: Array, inner_residual: Array) -> Array:
+    """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless): a residual ρ of the slope hides at most ρ / (1 − ρ) of what it finds,
+    as far as the Hessian treats all directions alike; inf where it explains nothing or was not measured.
+    """
+    size = _tree.norm(grad)
+    through = _tree.norm(indirect) / jnp.where(size > 0, size, 1)
+    missing = jnp.where(residual < 1, residual / jnp.where(residual < 1, 1 - residual, 1), jnp.inf)
+    estimate = _SAFETY * through * (missing + inner_residual)
+    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
+
+
+def _normal(key: Array, like: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def _sample(distribution: Distribution, unconstrained: Callable[[PyTree], PyTree], key: Array, like: PyTree) -> PyTree:
+    remedy = "a distribution gives hyperparameters like those given to init."
+    if callable(distribution):
+        found = check_hparams(distribution(key))
+        check_same_structure("hypernetwork: what distribution(key) returns", found, like, remedy)
+        return unconstrained(found)
+    lo, hi = (check_hparams(end) for end in distribution)
+    for name, end in (("distribution[0]", lo), ("distribution[1]", hi)):
+        check_same_structure(f"hypernetwork: {name}", end, like, remedy)
+    lo, hi = unconstrained(lo), unconstrained(hi)
+    leaves, treedef = jax.tree.flatten(like)
+    keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
+    uniform = lambda k, x, a, b: a + (b - a) * jax.random.uniform(k, x.shape, x.dtype)
+    return jax.tree.map(uniform, keys, like, lo, hi)
+
+
+def _average(states: Array) -> Array:
+    """Of a model's state over the draws of one step: the mean of numbers; the first of counters and keys."""
+    return jnp.mean(states, axis=0) if _tree.is_float(states) else states[0]
+
+
+def _check(optimizer: Any, response: Any, scale: Any, distribution: Any) -> None:
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise InputTypeError(
+            f"hypernetwork: optimizer must be an optax optimizer, found {type(optimizer).__name__}: write "
+            "optax.adam(1e-3). (Learning rates cannot be tuned through a response; hg.unrolled sees them.)"
+        )
+    if response is not None and not isinstance(response, Response):
+        raise InputTypeError(
+            f"hypernetwork: response must be an hg.responses.Response, found {type(response).__name__}: write "
+            "hg.responses.linear()."
+        )
+    if (scale is None) == (distribution is None):
+        found = "neither" if scale is None else "both"
+        raise InputError(
+            f"hypernetwork: give scale= to draw around the current hyperparameters, or distribution= to draw over all "
+            f"that may be asked for, found {found}."
+        )
+    pair = isinstance(distribution, tuple) and len(distribution) == 2
+    if distribution is not None and not callable(distribution) and not pair:
+        raise InputTypeError(
+            f"hypernetwork: distribution must be a function key -> hparams or a pair (lo, hi), found {distribution!r}."
+        )
+    if scale is not None and not isinstance(scale, Tracer) and not np.any(np.asarray(scale)):
+        warnings.warn(
+            "hypernetwork: with scale=0 the response is trained at one point, so that its slope, and with it the "
+            "hypergradient, is not determined by the data: biased, or zero where the response is centred. Take 0.1.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )

@@ -1,0 +1,198 @@
+"""Every experiment runs whole in small; its pages say what was measured; its command line answers mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import _common, report
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "experiments"
+
+
+def _expected(home: Path) -> dict:
+    return json.loads((home / "expected.json").read_text())
+
+
+EXPERIMENTS = sorted(p.parent for p in FOLDER.glob("*/expected.json") if "smoke" in json.loads(p.read_text()))
+each = pytest.mark.parametrize("home", EXPERIMENTS, ids=lambda home: home.name)
+
+
+@pytest.fixture(autouse=True)
+def once(x64):
+    if not x64:
+        pytest.skip("experiments run in a precision of their own, float32: one run of the suite is enough")
+
+
+@each
+def test_smoke_run_gives_every_number_in_its_range(home, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "MPLBACKEND": "agg"} | environment
+    pictures = {path: path.read_bytes() for path in home.glob("*.png")}
+    done = subprocess.run(
+        [sys.executable, str(home / "run.py"), "--smoke", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = report.flat(json.loads(done.stdout.splitlines()[-1]))
+    expected = _expected(home)
+    missing = set(expected["smoke"]) | set(expected["table"])
+    assert not missing - set(found), f"not in the numbers: {sorted(missing - set(found))}"
+    for key, (low, high) in expected["smoke"].items():
+        value = found[key]
+        assert isinstance(value, (int, float)) and math.isfinite(value), f"{key} is {value!r}"
+        assert low <= value <= high, f"{key} = {value} is outside [{low}, {high}]"
+    assert pictures == {path: path.read_bytes() for path in home.glob("*.png")}, "a smoke run drew over the picture"
+
+
+@each
+def test_page_holds_what_a_reader_needs(home):
+    text = (home / "README.md").read_text()
+    for part in ("**Claim.**", "**Source.**", "**Command.**", f"python experiments/{home.name}/run.py", "did not hold"):
+        assert part in text, f"{home.name}/README.md has no {part}"
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert pictures and all((home / name).exists() for name in pictures)
+    assert all((home / name).stat().st_size < 150_000 for name in pictures)
+    runs = json.loads((home / "results.json").read_text())
+    assert {"0", "1", "2"} <= set(runs), "measured over three seeds at least"
+    expected = _expected(home)
+    assert set(expected["smoke"]) <= set(report.flat(runs["0"])), "a key of the smoke ranges that the real run has not"
+    assert set(expected.get("bars", {})) <= set(expected["table"]), "a bar on a key that is not shown"
+
+
+def test_pages_are_what_the_numbers_say(capsys):
+    assert report.main(["--check"]) == 0, "run python experiments/report.py\n" + "".join(capsys.readouterr())
+
+
+# What follows tests the tools, on an experiment that is made up.
+
+README = "# Title\n\n**Claim.** It\nworks.\n\n<!-- measured -->\n<!-- /measured -->\nend\n"
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    home = tmp_path / "experiments" / "made_up"
+    home.mkdir(parents=True)
+    (home / "run.py").write_text("")
+    (home / "README.md").write_text(README)
+    expected = {"table": {"a.b": "the number"}, "bars": {"a.b": ">= 0.5"}, "headline": "{a.b} of 1", "smoke": {}}
+    (home / "expected.json").write_text(json.dumps(expected))
+    runs = {seed: {"a": {"b": value}, "seconds": 60.0} for seed, value in (("0", 0.4), ("1", 0.8))}
+    (home / "results.json").write_text(json.dumps(runs))
+    return home
+
+
+def test_report_writes_rows_by_seed_with_their_mean_and_bar(made_up):
+    assert report.main([], made_up.parent) == 0
+    assert "| the number `a.b` | 0.400 | 0.800 | 0.600 | ≥ 0.5: **met in 1 of 2** |" in (
+        (made_up / "README.md").read_text()
+    )
+    row = "| [Title](made_up/README.md) | It works. | `python experiments/made_up/run.py --seed 0` | 1.0 | 0.600 of 1 |"
+    assert row in (made_up.parent / "README.md").read_text()
+    assert report.main(["--check"], made_up.parent) == 0
+
+
+def test_report_check_writes_nothing_and_names_what_is_out_of_date(made_up, capsys):
+    assert report.main(["--check"], made_up.parent) == 1
+    assert "out of date: experiments/made_up/README.md" in capsys.readouterr().out
+    assert (made_up / "README.md").read_text() == README
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("README.md", "<!-- measured -->\n", "", "the table goes between"),
+        ("README.md", "**Claim.**", "Claim:", "no paragraph begins with"),
+        ("README.md", "# Title", "Title", "no title"),
+        ("results.json", '"b"', '"c"', "seed 0 has no 'a.b'"),
+    ],
+)
+def test_report_says_what_is_missing(made_up, capsys, file, old, new, says):
+    path = made_up / file
+    path.write_text(path.read_text().replace(old, new))
+    assert report.main([], made_up.parent) == 1
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.95, "0.950"), (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (7, "7"), (0.00123, "0.0012")]
+    + [(0.0, "0.000"), (None, "–"), (True, "True"), (-12.0, "-12.00")],
+)
+def test_numbers_are_shown_as_a_person_reads_them(value, text):
+    assert report.shown(value) == text
+
+
+def _run(monkeypatch, tmp_path, measure, *arguments):
+    monkeypatch.setattr(_common, "_keep_compiled_code", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    home = tmp_path / "made_up"
+    home.mkdir(exist_ok=True)
+    return _common.experiment(str(home / "run.py"), "About.", measure), home
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--seed", "-1"], "must be a whole number between 0 and"),
+        (["--seed", "one"], "must be a whole number between 0 and"),
+        (["--smok"], "unrecognized arguments: --smok"),
+        (["--smoke", "--keep"], "mean nothing"),
+        (["--out", "no/such/folder"], "there is no folder no/such/folder"),
+    ],
+)
+def test_bad_arguments_give_a_usage_message(monkeypatch, tmp_path, capsys, arguments, says):
+    with pytest.raises(SystemExit) as stopped:
+        _run(monkeypatch, tmp_path, lambda options, numbers: pytest.fail("measured all the same"), *arguments)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: python experiments/made_up/run.py") and says in err
+
+
+def test_every_experiment_takes_the_shared_command_line():
+    for home in EXPERIMENTS:
+        assert re.search(r"^    experiment\(__file__, __doc__, ", (home / "run.py").read_text(), re.M), home.name
+
+
+def test_keep_adds_the_numbers_of_a_seed_to_those_of_others(monkeypatch, tmp_path, capsys):
+    def measure(options, numbers):
+        numbers |= {"value": options.seed + 1 / 3, "bad": math.nan}
+
+    for seed in ("3", "0"):
+        _, home = _run(monkeypatch, tmp_path, measure, "--seed", seed, "--keep", "--json")
+    kept = json.loads((home / "results.json").read_text())
+    assert list(kept) == ["0", "3"]
+    assert kept["3"]["value"] == 3.333 and kept["3"]["bad"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == kept["0"]
+
+
+def test_interrupted_experiment_prints_what_it_had(monkeypatch, tmp_path, capsys):
+    def measure(options, numbers):
+        numbers["first"] = 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        _run(monkeypatch, tmp_path, measure, "--keep")
+    assert stopped.value.code == 130
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["first"] == 1
+    assert not (tmp_path / "made_up" / "results.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "beside"), [([], True), (["--seed", "1"], False), (["--smoke"], False)])
+def test_pictures_are_kept_beside_the_script_for_seed_0_alone(monkeypatch, tmp_path, arguments, beside):
+    _, home = _run(monkeypatch, tmp_path, lambda o, numbers: (o.out / "a.png").write_text(""), *arguments)
+    assert (home / "a.png").exists() == beside
+    shutil.rmtree(home)
