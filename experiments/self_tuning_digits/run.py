@@ -24,6 +24,7 @@ import hypergrad as hg
 from experiments import _search
 from experiments._common import experiment, progress
 from experiments._data import Split, digits
+from experiments._self_tuning import cross_entropy, draw_schedules
 
 RATES = ("input", "hidden 1", "hidden 2")
 RANGES = dict.fromkeys(RATES, (0.0, 0.9, "real"))
@@ -50,10 +51,6 @@ class Net(nnx.Module):
         return x
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
 def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) -> tuple[hg.Result, Any, float]:
     """The run, its network `(params, x) -> logits` without dropout, and its processor time."""
     graph, state = nnx.split(Net(width, nnx.Rngs(seed), responding=True))
@@ -76,7 +73,6 @@ def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) ->
         domain=DOMAIN,
         perturb="example",
         scale_optimizer=optax.adam(1e-2),
-        training=TRAINING,
     )
     clock = _search.Clock()
     result = hg.tune(
@@ -93,9 +89,6 @@ def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) ->
         progress=sys.stderr.isatty(),
     )
     return result, lambda pair, x: nnx.merge(graph, pair[0])(x, pair[1]), clock.seconds
-
-
-TRAINING = "joint"
 
 
 def fixed(train: Split, valid: Split, width: int, steps: int, seed: int) -> tuple[Any, Any]:
@@ -129,6 +122,8 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     numbers["validation_nll_stn_last"] = result.history.value[-1]
     numbers["rates_at_best"] = {name: result.best.hparams[name] for name in RATES}
     numbers["seconds_stn"] = seconds
+    if not options.smoke:
+        draw_schedules(result, RANGES, "Dropout rates learned while training", options.out / "schedules.png")
 
     evaluate, plain = fixed(train, valid, width, 5 * calls, options.seed)
     points = {"input": 3, "hidden 1": 2, "hidden 2": 2} if trials == 12 else dict.fromkeys(RATES, 1)

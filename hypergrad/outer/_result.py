@@ -42,7 +42,8 @@ class TuneStatus(enum.StrEnum):
 class Best(NamedTuple):
     """The step with the lowest outer loss among those whose hypergradient was usable.
 
-    With minibatches the outer loss is a draw, and this is the luckiest one.
+    With minibatches the outer loss is a draw, and this is the luckiest one. For solvers that train as they tune
+    (`hg.self_tuning`) it is the one to report: the last outer loss is often far above it, since training goes on.
 
     Attributes:
         step: its number, counted from 0; -1 if no step was usable, and then the rest is the start.

@@ -69,6 +69,10 @@ def _checked(offset: Array, hparams: int, added: Array) -> Array:
     return offset
 
 
+def _without_bias(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "use_bias": False}
+
+
 class HyperDense(nnx.Module):
     """A dense layer whose weights and biases respond to hyperparameters.
 
@@ -91,7 +95,7 @@ class HyperDense(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, hparams: int, *, rngs: nnx.Rngs, **options: Any) -> None:
         self.plain = nnx.Linear(in_features, out_features, rngs=rngs, **options)
-        layer = nnx.Linear(in_features, out_features, rngs=rngs, **options | {"use_bias": False})
+        layer = nnx.Linear(in_features, out_features, rngs=rngs, **_without_bias(options))
         self.response = _Response(layer, out_features, hparams, self.plain.param_dtype, bias=self.plain.use_bias)
 
     def __call__(self, inputs: Array, offset: Array) -> Array:
@@ -124,7 +128,7 @@ class HyperConv(nnx.Module):
         self, in_features: int, out_features: int, kernel_size: Any, hparams: int, *, rngs: nnx.Rngs, **options: Any
     ) -> None:
         self.plain = nnx.Conv(in_features, out_features, kernel_size, rngs=rngs, **options)
-        layer = nnx.Conv(in_features, out_features, kernel_size, rngs=rngs, **options | {"use_bias": False})
+        layer = nnx.Conv(in_features, out_features, kernel_size, rngs=rngs, **_without_bias(options))
         self.response = _Response(layer, out_features, hparams, self.plain.param_dtype, bias=self.plain.use_bias)
 
     def __call__(self, inputs: Array, offset: Array) -> Array:
@@ -187,10 +191,8 @@ class HyperLSTMCell(nnx.Module):
 
     def __init__(self, in_features: int, hidden_features: int, hparams: int, *, rngs: nnx.Rngs, **options: Any) -> None:
         self.hidden_features = hidden_features
-        self.from_input = HyperDense(
-            in_features, 4 * hidden_features, hparams, rngs=rngs, **options | {"use_bias": False}
-        )
-        recurrent = {"kernel_init": nnx.initializers.orthogonal()} | options
+        self.from_input = HyperDense(in_features, 4 * hidden_features, hparams, rngs=rngs, **_without_bias(options))
+        recurrent: dict[str, Any] = {"kernel_init": nnx.initializers.orthogonal(), **options}
         self.from_hidden = HyperDense(hidden_features, 4 * hidden_features, hparams, rngs=rngs, **recurrent)
 
     def __call__(self, carry: tuple[Array, Array], inputs: Array, offset: Array) -> tuple[tuple[Array, Array], Array]:

@@ -1,0 +1,37 @@
+"""The self-tuning experiments run whole on tiny problems: every key of expected.json, of its type and in its range."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.mark.parametrize("name", ["self_tuning_digits", "self_tuning_cnn", "self_tuning_lstm", "hyper_layers"])
+def test_smoke(name, x64, tmp_path):
+    if not x64:
+        pytest.skip("the experiments choose their own precision: one run of the suite is enough")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    folder = EXPERIMENTS / name
+    done = subprocess.run(
+        [sys.executable, str(folder / "run.py"), "--smoke", "--json", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for key, expected in json.loads((folder / "expected.json").read_text()).items():
+        assert key in found, key
+        if isinstance(expected, list):
+            low, high = expected
+            assert low <= found[key] <= high, (key, found[key])
+        else:
+            assert type(found[key]).__name__ == expected, key
