@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from tests._helpers import relative_error, tol
+from tests._helpers import assert_trees_equal, relative_error, tol
 
 PyTree = Any
 KEY = jax.random.key(0)
