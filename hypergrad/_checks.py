@@ -40,6 +40,9 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_failures": (1, True, True),
     "patience": (1, True, True),
     "directions": (1, True, True),
+    "step": (0, True, True),
+    "keep": (1, True, True),
+    "every": (1, True, True),
 }
 
 
