@@ -87,7 +87,7 @@ def p6(seed: int, smoke: bool) -> tuple[str, str, bool]:
 
 
 def p7(seed: int, smoke: bool) -> tuple[str, str, bool]:
-    """The error falls as ρ(I − αH)^K in the terms of the Neumann series, and as (p + q T) ρ^T in the steps of an unroll:
+    """The error falls as ρ(I − αH)^K in the terms of a Neumann series, as (p + q T) ρ^T in the steps of an unroll:
     differentiating a power makes its root a double one, which three values of T determine."""
     h, batch = setting(seed, 50)
     hess = np.asarray(batch["a"], np.float64) + np.diag(np.exp(np.asarray(h, np.float64)))
