@@ -58,8 +58,10 @@ def draw(rng: np.random.Generator, kind: str, most: float) -> tuple[float, Data,
 
 
 def dense(kind: str) -> Any:
-    """`(h, train, valid) -> (g, scale, ‖F‖)` by Newton's method and one solve with the Hessian, in float64; the scale is
-    that of the error metric, max(‖g‖, 10⁻³ ‖∂²_λw h‖ ‖H⁻¹ ∂_w f‖)."""
+    """`(h, train, valid) -> (g, scale, ‖F‖)` by Newton's method and one solve with the Hessian, in float64.
+
+    The scale is that of the error metric, max(‖g‖, 10⁻³ ‖∂²_λw h‖ ‖H⁻¹ ∂_w f‖).
+    """
 
     def solve(h: Any, train: Data, valid: Data) -> Any:
         loss = lambda w: fit(kind, w, train) + 0.5 * jnp.exp(h) * jnp.sum(w**2)

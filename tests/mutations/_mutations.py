@@ -90,7 +90,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "cross product: twice as large",
         "_curvature.py",
         "return jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]",
-        "hv, cross = jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]\n    return hv, jax.tree.map(lambda x: 2 * x, cross)",
+        "hv, cross = jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]\n"
+        "    return hv, jax.tree.map(lambda x: 2 * x, cross)",
         (FORMS,),
     ),
     Mutation(

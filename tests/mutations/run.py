@@ -2,8 +2,9 @@
 
     python tests/mutations/run.py [--only WORDS] [--jobs N] [--green] [--json]
 
-Each bug is one edit of a temporary copy of the package. Its own tests run first; where they stay green, all files of the
-suite that are not end-to-end. A whole run writes the table README.md beside this file. Exits with 1 if a bug survives.
+Each bug is one edit of a temporary copy of the package. Its own tests run first; where they stay green, all files that
+any bug names, none of which is end-to-end. A whole run writes the table README.md beside this file. Exits with 1 if a
+bug survives.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def first_failure(folder: Path, files: tuple[str, ...] | list[str]) -> str | Non
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return found.group(1) if found else f"exit {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
 
 
@@ -89,8 +90,8 @@ def table(results: list[Result]) -> str:
     lines = [
         "# Seeded bugs",
         "",
-        f"`python tests/mutations/run.py` plants each of these {len(results)} bugs in a copy of the package and runs unit "
-        f"tests (no end-to-end ones): **{caught} of {len(results)} are caught**. This file is written by that command.",
+        f"`python tests/mutations/run.py` plants each of these {len(results)} bugs in a copy of the package and runs "
+        f"unit tests (no end-to-end ones): **{caught} of {len(results)} are caught**. That command writes this file.",
         "",
         "| bug | file | first test that fails |",
         "|---|---|---|",

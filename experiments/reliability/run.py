@@ -1,0 +1,75 @@
+"""The promises of reliability, P1 to P16, each measured in full.
+
+    python experiments/reliability/run.py --seed 0 --json          # about an hour on two idle cores
+    python experiments/reliability/run.py --smoke                  # each of them in small; the figures mean nothing
+    python experiments/reliability/run.py --only P1,P2 --table     # and the table of faults into FAULTS.md
+
+Prints a line a promise, and with --json as the last line one JSON object whose keys are P1 to P16, each
+`[figure, bar, true or false]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+from experiments._common import experiment  # noqa: E402
+from experiments.reliability import accuracy, agreement, durability, robustness  # noqa: E402
+
+PROMISES = {
+    "P1": accuracy.p1,
+    "P2": robustness.p2,
+    "P3": accuracy.p3,
+    "P4": accuracy.p4,
+    "P5": agreement.p5,
+    "P6": agreement.p6,
+    "P7": agreement.p7,
+    "P8": durability.p8,
+    "P9": durability.p9,
+    "P10": durability.p10,
+    "P11": robustness.p11,
+    "P12": robustness.p12,
+    "P13": robustness.p13,
+    "P14": robustness.p14,
+    "P15": durability.p15,
+    "P16": robustness.p16,
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", type=_promises, default=list(PROMISES), help="some promises, such as P1,P4")
+    parser.add_argument("--table", action="store_true", help="write the outcome of every fault into FAULTS.md")
+
+
+def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    for name in options.only:
+        table: list[str] | None = [] if name == "P2" and options.table else None
+        extra = {} if table is None else {"table": table}
+        figure, bar, met = PROMISES[name](options.seed, options.smoke, **extra)
+        numbers[name] = [figure, bar, bool(met)]
+        print(f"{name:4} {'met    ' if met else 'NOT MET'} {figure}  (bar: {bar})", flush=True)
+        if table:
+            head = "# What comes of every fault that is a value\n\nWritten by `run.py --only P2 --table`.\n\n"
+            (options.out / "FAULTS.md").write_text(head + "\n".join(table) + "\n")
+
+
+def _promises(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in PROMISES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; the promises are {', '.join(PROMISES)}")
+    return names
+
+
+if __name__ == "__main__":
+    experiment(__file__, __doc__, measure, arguments=arguments)
