@@ -48,8 +48,8 @@ def experiment(
         arguments: adds arguments of this experiment alone.
 
     Returns:
-        The numbers, rounded to four digits, with `seed` and `seconds` (of processor time, which other work on the machine
-        does not stretch).
+        The numbers, rounded to four digits, with `seed` and `seconds` (of processor time, which other work on the
+        machine does not stretch).
     """
     here = Path(file).resolve().parent
     parser = argparse.ArgumentParser(
