@@ -22,6 +22,7 @@ import json
 import math
 import operator
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ INTRODUCTION = """# What hypergradients are for
 Each experiment is a claim, a command, a picture and a measured answer, written with the public interface alone. Every
 command takes `--seed N`, `--smoke` (all of it in seconds; the numbers mean nothing), `--json` (the numbers as one JSON
 object on the last line) and `--keep` (into `results.json`, of which `python experiments/report.py` makes this page).
-Minutes are those of two shared cores; like all that is measured, they are a mean over seeds.
+What is measured is a mean over seeds; minutes are processor time of one seed (the median), which two idle cores do not
+exceed.
 
 | experiment | claim | command | minutes | measured |
 |---|---|---|---:|---|"""
@@ -144,7 +146,7 @@ def _row(home: Path, text: str, expected: dict[str, Any], runs: dict[str, dict[s
     def mean(match: re.Match[str]) -> str:
         return shown(_mean([_value(home.name, match[1], seed, run) for seed, run in runs.items()]))
 
-    minutes = _mean([run["seconds"] / 60 for run in runs.values()])
+    minutes = statistics.median(run["seconds"] for run in runs.values()) / 60
     cells = (
         f"[{_title(home / 'README.md', text)}]({home.name}/README.md)",
         _claim(home / "README.md", text),
