@@ -40,12 +40,15 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_failures": (1, True, True),
     "patience": (1, True, True),
     "directions": (1, True, True),
-    "max_holes": (1, True, True),
-    "valid_steps": (1, True, True),
-    "entropy": (0, True, False),
+    "step": (0, True, True),
+    "keep": (1, True, True),
+    "every": (1, True, True),
     "scale": (0, True, False),
     "draws": (1, True, True),
     "warmup": (0, True, True),
+    "max_holes": (1, True, True),
+    "valid_steps": (1, True, True),
+    "entropy": (0, True, False),
 }
 
 

@@ -5,6 +5,7 @@ Whatever the form, `draw(data, key, step)` is the batch of one inner step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
@@ -36,19 +37,29 @@ class Stacked:
     batches: PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Stream:
-    """A host iterator of batches; made by `hg.stream`, consumed by `hg.tune`."""
+    """A host iterator of batches; made by `hg.stream`, consumed by `hg.tune`.
+
+    Attributes:
+        iterator: where batches come from.
+        per_step: batches of one outer step.
+        position: how many batches were handed out since the stream was made: the data cursor of a checkpoint.
+        recent: those handed out since the last `forget`; `seek` can put them back.
+    """
 
     iterator: Iterator[PyTree]
     per_step: int
+    position: int = 0
+    recent: list[PyTree] = dataclasses.field(default_factory=list, repr=False)
+    _ahead: list[PyTree] = dataclasses.field(default_factory=list, repr=False)
 
     def next(self) -> Stacked:
         """Take the batches of one outer step and stack them."""
         batches = []
         for _ in range(self.per_step):
             try:
-                batches.append(prepare("hg.stream: the batch", next(self.iterator)))
+                batches.append(prepare("hg.stream: the batch", self._pull()))
             except StopIteration:
                 raise InputError(
                     f"hg.stream: the iterator ended after {len(batches)} of the {self.per_step} batches that one outer "
@@ -62,6 +73,42 @@ class Stream:
                     "drop or pad the last, smaller batch of an epoch."
                 )
         return Stacked(jax.tree.map(_stack, *batches))
+
+    def seek(self, position: int) -> None:
+        """Go to where `position` batches have been handed out: put recent ones back, or pull and drop.
+
+        Raises:
+            InputError: if that is further back than `recent` reaches, or beyond the end of the iterator.
+        """
+        back = self.position - position
+        if back > len(self.recent):
+            raise InputError(
+                f"hg.stream: {self.position} batches were handed out already, and the run stands at {position}: "
+                "make the stream anew, hg.stream(...), so that it starts from its first batch."
+            )
+        if back > 0:
+            self._ahead[:0] = self.recent[-back:]
+            del self.recent[-back:]
+            self.position = position
+        while self.position < position:
+            try:
+                self._pull()
+            except StopIteration:
+                raise InputError(
+                    f"hg.stream: the iterator ended after {self.position} batches, and the run stands at {position}: "
+                    "the loader is not the one that the run began with."
+                ) from None
+            del self.recent[:-1]
+
+    def forget(self) -> None:
+        """What was handed out so far has been used and will not be put back."""
+        self.recent.clear()
+
+    def _pull(self) -> PyTree:
+        batch = self._ahead.pop(0) if self._ahead else next(self.iterator)
+        self.recent.append(batch)
+        self.position += 1
+        return batch
 
 
 def minibatches(arrays: PyTree, size: int) -> Minibatches:
@@ -94,6 +141,10 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
 def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
     """Use a host data loader: any iterable of batches (pytrees of equal shapes), started anew when it ends if possible.
 
+    `hg.tune(..., checkpoint=...)` keeps count of the batches that it took. A resumed run pulls and drops as many from
+    the new stream, so the loader must yield the same batches in the same order each time the program runs (a fixed
+    shuffle seed); the last of them is compared with the one that the run had seen.
+
     Args:
         iterator: what yields the batches; `hg.tune` pulls from it between compiled steps.
         per_step: batches that one outer step needs: the number of inner steps. Fewer are cycled through.
@@ -116,17 +167,21 @@ def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
             f"stream: iterator must be an iterable of batches, found {type(iterator).__name__}: "
             "write a list of batches, a data loader or a generator."
         )
-    return Stream(_endless(iterator), int(per_step))
+    return Stream(_Endless(iterator), int(per_step))
 
 
-def _endless(batches: Iterable[PyTree]) -> Iterator[PyTree]:
-    while True:
-        seen = False
-        for batch in batches:
-            seen = True
-            yield batch
-        if not seen:  # a generator that ran out, or nothing at all
-            return
+class _Endless(Iterator[PyTree]):
+    """Started anew when it ends. No generator: an interrupt inside of one would end it for good."""
+
+    def __init__(self, batches: Iterable[PyTree]):
+        self.batches, self.iterator = batches, None
+
+    def __next__(self) -> PyTree:
+        if self.iterator is not None:
+            with contextlib.suppress(StopIteration):
+                return next(self.iterator)
+        self.iterator = iter(self.batches)
+        return next(self.iterator)  # a generator that ran out, or nothing at all, ends here
 
 
 def prepare(name: str, data: PyTree) -> PyTree:

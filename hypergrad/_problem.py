@@ -195,11 +195,10 @@ def bind_inner(problem: Problem, train: PyTree, key: Array | None, model_state: 
 def bind_outer(
     problem: Problem, valid: PyTree, key: Array | None, model_state: PyTree
 ) -> Callable[[PyTree, PyTree], tuple[Array, dict[str, Any]]]:
-    """`(params, hparams) -> (outer loss, metrics)`, with data, key and frozen model state bound."""
+    """`(params, hparams) -> (outer loss, metrics)`, with data, key and model state bound."""
     data_key, loss_key = (None, None) if key is None else jax.random.split(key)
     batch = draw(valid, data_key, 0)
-    frozen = jax.lax.stop_gradient(model_state)
-    return lambda params, hparams: outer_value(problem, params, hparams, batch, loss_key, frozen)
+    return lambda params, hparams: outer_value(problem, params, hparams, batch, loss_key, model_state)
 
 
 def inner_value(

@@ -87,8 +87,9 @@ _ADVICE = {
         "`tol`, or use `hg.unrolled`, which differentiates the steps that were actually taken."
     ),
     Status.INNER_STALLED: (
-        "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1) or "
-        "a discontinuous loss. Use `hg.inner.fixed_point` with a proximal step for L1, smooth the loss, or unroll."
+        "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1), a "
+        "discontinuous loss, or a condition number beyond the precision. Use `hg.inner.fixed_point` with a proximal "
+        "step for L1, smooth the loss, standardise the features, compute in float64, or unroll."
     ),
     Status.NEG_CURVATURE: (
         "The inner Hessian has a direction of negative curvature: the parameters sit at a saddle, or an unconverged "

@@ -85,8 +85,8 @@ def zeros_like(x: PyTree) -> PyTree:
 
 def all_finite(x: PyTree) -> Array:
     """Whether every floating-point entry is finite, a boolean scalar."""
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x) if is_float(leaf)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+    # 0 · x is 0, but for NaN and infinities: a sum takes a third of the time that testing each entry does.
+    return jnp.isfinite(_total([jnp.sum(0 * leaf) for leaf in jax.tree.leaves(x) if is_float(leaf)]))
 
 
 def size(x: PyTree) -> int:

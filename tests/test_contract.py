@@ -68,12 +68,12 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
+    "hypernetwork": lambda p: _keyed(
+        hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
+    ),
     "self-tuning": _self_tuning,
     "self-tuning, groups and learned scales": lambda p: _self_tuning(
         p, perturb=4, scale_optimizer=optax.adam(0.01), training="split", valid_steps=2
-    ),
-    "hypernetwork": lambda p: _keyed(
-        hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
     ),
 }
 

@@ -1,8 +1,10 @@
-"""What a bar's measurement returns, and how it is printed."""
+"""What a bar's measurement returns, how it is printed, and how it is kept."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -71,3 +73,20 @@ def rounded(value: Any) -> Any:
         return value
     value = float(value)
     return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def keep(found: dict[str, Any], command: str, machine: str, folder: Path) -> None:
+    """Write the figures into `expected.json`, and the table of the page between its markers."""
+    table = [f"`{command}`, on {machine}:", "", "| bar | what | measured | asked | met |", "|---|---|---:|---|---|"]
+    word = {True: "yes", False: "**no**", None: "not measured"}
+    for name, bar in rounded(found).items():
+        for c in bar["checks"]:
+            value = "-" if c["measured"] is None else f"{c['measured']:.3g}"
+            sign = "≥" if c["sense"] == ">=" else "≤"
+            table.append(f"| {name} | {c['what']} | {value} | {sign} {c['bar']:g} | {word[c['met']]} |")
+    page = folder / "README.md"
+    head, _, rest = page.read_text().partition("<!-- measured -->\n")
+    tail = rest.partition("<!-- /measured -->")[2]
+    page.write_text(f"{head}<!-- measured -->\n" + "\n".join(table) + f"\n<!-- /measured -->{tail}")
+    kept = {"command": command, "machine": machine, "bars": rounded(found)}
+    (folder / "expected.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -40,7 +40,7 @@ import loop  # noqa: E402
 import peers  # noqa: E402
 import timing  # noqa: E402
 import unroll  # noqa: E402
-from report import Setting, rounded, rows  # noqa: E402
+from report import Setting, keep, rounded, rows  # noqa: E402
 
 BARS = {
     "V1": implicit.v1,
@@ -69,20 +69,24 @@ def main(arguments: list[str] | None = None) -> dict:
         help="cpu: time given to this process, for a machine that is busy with other things",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--keep", action="store_true", help="write the figures into expected.json and README.md")
     options = parser.parse_args(arguments)
     chosen = [name for name in options.only.split(",") if name] or list(BARS)
     unknown = [name for name in chosen if name not in BARS]
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; the bars are {', '.join(BARS)}")
+    if options.keep and (options.smoke or options.only):
+        parser.error("argument --keep: only the figures of a whole run mean something")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchopt")
     timing.CLOCK[0] = options.clock
 
     setting = Setting(options.seed, options.smoke, options.large)
     missing = [name for name, found in peers.installed().items() if not found]
-    print(
+    machine = (
         f"jax {jax.__version__}, {jax.devices()[0].platform}, one thread, float32, clock: {options.clock}, "
         f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
+    print(machine)
     print(
         "not installed, skipped: " + ", ".join(missing) + " (pip install 'hypergrad-jax[bench]', and torch)"
         if missing
@@ -101,9 +105,16 @@ def main(arguments: list[str] | None = None) -> dict:
         f"not met: {', '.join(k for k in chosen if found[k]['met'] is False) or 'none'}; "
         f"not measured: {', '.join(k for k in chosen if found[k]['met'] is None) or 'none'}"
     )
+    if options.keep:
+        keep(found, _command(options), machine, Path(__file__).parent)
     if options.json:
         print(json.dumps(rounded(found)))
     return found
+
+
+def _command(options: argparse.Namespace) -> str:
+    clock = "" if options.clock == "wall" else f" --clock {options.clock}"
+    return f"python experiments/benchmark/run.py --seed {options.seed}{' --large' * options.large}{clock} --keep"
 
 
 if __name__ == "__main__":

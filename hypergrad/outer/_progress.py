@@ -24,15 +24,20 @@ class Callback(Protocol):
 
 
 @contextlib.contextmanager
-def progress_bar(steps: int, *, show: bool) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
+def progress_bar(steps: int, done: int = 0, *, show: bool) -> Iterator[Callable[[Mapping[str, Any], int], None]]:
     """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status.
 
     Nothing is shown where tqdm is not installed, or where stderr is no terminal.
 
+    Args:
+        steps: of the run.
+        done: steps that a resumed run has behind it.
+        show: whether to show it.
+
     Yields:
         `update(metrics, skipped)`.
     """
-    bar = _tqdm(steps) if show else None
+    bar = _tqdm(steps, done) if show else None
     if bar is None:
         yield lambda metrics, skipped: None
         return
@@ -49,11 +54,11 @@ def progress_bar(steps: int, *, show: bool) -> Iterator[Callable[[Mapping[str, A
         bar.close()
 
 
-def _tqdm(steps: int) -> Any:
+def _tqdm(steps: int, done: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in a notebook without ipywidgets it says so, and falls back to text
             from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm(total=steps, desc="tune", disable=None, dynamic_ncols=True)
+    return tqdm(total=steps, initial=done, desc="tune", disable=None, dynamic_ncols=True)

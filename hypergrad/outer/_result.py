@@ -23,7 +23,7 @@ class TuneStatus(enum.StrEnum):
         STOPPED: a callback asked for it.
         CONVERGED: `patience` steps went by without a new best.
         FAILED: too many hypergradients in a row were unusable, or none was usable at all.
-        INTERRUPTED: Ctrl-C.
+        INTERRUPTED: Ctrl-C or SIGTERM.
         RAISED: an exception came out of a callback or the data; the result is its attribute `result`.
 
     >>> import hypergrad as hg

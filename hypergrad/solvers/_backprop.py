@@ -1,6 +1,6 @@
 r"""Reverse mode through training, written out, within a budget of stored points.
 
-    a_T = ∂_w f,     (a_t, c_t) = (∂Ψ_t/∂(w, s))ᵀ a_{t+1}, (∂Ψ_t/∂λ)ᵀ a_{t+1},     g = ∂_λ f + Σ_t c_t
+    a_T = ∂_{(w, m)} f,   (a_t, c_t) = (∂Ψ_t/∂(w, s, m))ᵀ a_{t+1}, (∂Ψ_t/∂λ)ᵀ a_{t+1},   g = ∂_λ f + Σ_t c_t
 
 What to store is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯ k_1 steps stores where each of its k_d
 children starts, and each child, when its turn comes, is run again from there in the same manner. (T) stores every step;

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -80,8 +81,8 @@ def find_optimum(
     the residual. `scale` is 0 at the very first call.
     """
     if inner.claims:
-        begin = _tree.norm(inner.residual(objective, params, hparams)).astype(scale.dtype)
-        scale = jnp.where(scale > 0, scale, begin)
+        natural = lambda: _natural_size(inner, objective, params, hparams).astype(scale.dtype)
+        scale = jax.lax.cond(scale > 0, lambda: scale, natural)
     tol = default_tol(options.get("tol"), params)
     handover = jnp.maximum(tol, jnp.sqrt(tol)) if polish_steps else tol
     solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
@@ -127,6 +128,12 @@ def find_optimum(
         steps,
         status,
     )
+
+
+def _natural_size(inner: Inner, objective: Objective, params: PyTree, hparams: PyTree) -> Array:
+    """max(‖F‖, ‖∂_w F · w‖): a start at the solution is not asked for digits that nobody has."""
+    residual, change = jax.jvp(lambda w: inner.residual(objective, w, hparams), (params,), (params,))
+    return jnp.maximum(_tree.norm(residual), _tree.norm(change))
 
 
 def _verdict(status: Array, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:

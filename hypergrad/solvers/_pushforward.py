@@ -1,6 +1,6 @@
 r"""Forward mode through training: one tangent for each scalar hyperparameter, carried along with the steps.
 
-    Z_{t+1} = ∂Ψ_t/∂(w, s) Z_t + ∂Ψ_t/∂λ,     g = ∂_λ f + Z_Tᵀ ∂_w f
+    Z_{t+1} = ∂Ψ_t/∂(w, s, m) Z_t + ∂Ψ_t/∂λ,     g = ∂_λ f + Z_Tᵀ ∂_{(w, m)} f
 
 Source: Franceschi et al. 2017, arXiv:1703.01785. Differs: the tangents share one evaluation of the step; they are
 compared with what one step injects, which says when they are noise.
@@ -18,7 +18,7 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._tree import PyTree
-from hypergrad.solvers._steps import Moving, Point, Record, Step, Taken
+from hypergrad.solvers._steps import Moving, Point, Record, Step, Taken, moving
 
 
 class Forward(NamedTuple):
@@ -63,11 +63,11 @@ def push(
     units = basis(hparams)
 
     def one(point: Point, tangent: Moving, t: Any) -> tuple[Moving, Taken]:
-        moving = Moving(point.params, _tree.partition(point.state)[0])
+        here = moving(point)
 
         def along(z: Moving, unit: PyTree) -> tuple[Moving, Taken]:
             through = lambda m, h: step.through(m, h, point, t)
-            _, moved, taken = jax.jvp(through, (moving, hparams), (z, unit), has_aux=True)
+            _, moved, taken = jax.jvp(through, (here, hparams), (z, unit), has_aux=True)
             return moved, taken
 
         return jax.vmap(along, out_axes=(0, None))(tangent, units)
@@ -103,11 +103,11 @@ def push(
     return result, jnp.maximum(1, jnp.max(result.peak / scale))
 
 
-def pull_out(tangent: Moving, cotangent: PyTree, hparams: PyTree) -> PyTree:
-    """`Zᵀ ∂_w f` as a pytree like the hyperparameters."""
+def pull_out(tangent: PyTree, cotangent: PyTree, hparams: PyTree) -> PyTree:
+    """`Zᵀ ∂f` as a pytree like the hyperparameters; `tangent` is like `cotangent`, with a leading axis."""
     size = _tree.norm(cotangent)
     unit = _tree.scale(1 / jnp.where(size > 0, size, 1), cotangent)
-    flat = size * jax.vmap(lambda z: _tree.vdot(z, unit))(tangent.params)
+    flat = size * jax.vmap(lambda z: _tree.vdot(z, unit))(tangent)
     leaves, treedef = jax.tree.flatten(hparams)
     parts, offset = [], 0
     for leaf in leaves:

@@ -1,16 +1,15 @@
 r"""One training step as unrolling needs it: taken, pulled back, pushed forward.
 
-    (w, s) ↦ Ψ_t(w, s, λ),     w: parameters,   s: the floating-point part of the optimizer's state
+    (w, s, m) ↦ Ψ_t(w, s, m, λ),     w: parameters,   s, m: floating-point parts of optimizer's and model's state
 
-Counters, keys and the model's state are carried along and never differentiated. The gradient inside a step is
-differentiated in mixed mode: along the cotangent ḡ of the gradient, one forward-mode product of the joint gradient
-(∂_w h, ∂_λ h) gives H ḡ and the cross term together, where reverse mode over reverse mode would store every
-intermediate of both passes.
+Counters and keys are carried along and never differentiated. The gradient inside a step is differentiated in mixed
+mode: along the cotangent ḡ of the gradient, one forward-mode product of the joint gradient (∂_w h, ∂_m h, ∂_λ h) gives
+H ḡ and the cross terms together, where reverse mode over reverse mode would store every intermediate of both passes.
 
 Source: Kemaev et al. 2025 (MixFlow-MG), arXiv:2505.00793. Differs: the recursion over steps is written out, so that
 nothing but what it names is ever stored, and no custom derivative rule is involved.
-Cost: a step pulled back is about two gradients of the inner loss, a step pushed forward about a half for each
-direction.
+Cost: a step pulled back is about two gradients of the inner loss (three with a model state), a step pushed forward
+about a half for each direction.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ class Moving(NamedTuple):
 
     params: PyTree
     floats: list[Array]  # floating-point leaves of the optimizer's state
+    model: list[Array]  # floating-point leaves of the model's state
 
 
 class Record(NamedTuple):
@@ -110,7 +110,7 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point)
     through, pull = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
 
     def take(point: Point, t: Any) -> Taken:
-        return through(_moving(point), hparams, point, t)[1]
+        return through(moving(point), hparams, point, t)[1]
 
     return Step(
         take,
@@ -121,58 +121,79 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point)
 
 
 def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> tuple[Any, Any]:
-    def loss_at(point: Point, t: Any) -> Callable[[PyTree, PyTree], tuple[Array, PyTree]]:
-        frozen = jax.lax.stop_gradient(point.model_state)
-        return lambda params, hparams: objective.stochastic(params, hparams, frozen, t)
+    def loss_at(point: Point, t: Any) -> Callable[[PyTree, list[Array], PyTree], tuple[Array, PyTree]]:
+        _, combine = _tree.partition(point.model_state)
 
-    def updated(grads: PyTree, moving: Moving, hparams: PyTree, point: Point) -> tuple[Moving, PyTree]:
+        def loss(params: PyTree, model: list[Array], hparams: PyTree) -> tuple[Array, PyTree]:
+            value, fresh = objective.stochastic(params, hparams, combine(model), t)
+            return value, like(fresh, point.model_state)
+
+        return loss
+
+    def updated(
+        grads: PyTree, params: PyTree, floats: list[Array], hparams: PyTree, point: Point
+    ) -> tuple[PyTree, PyTree]:
         _, combine = _tree.partition(point.state)
-        params, state = update(grads, moving.params, combine(moving.floats), hparams)
-        state = like(state, point.state)
-        return Moving(like(params, point.params), _tree.partition(state)[0]), state
+        params, state = update(grads, params, combine(floats), hparams)
+        return like(params, point.params), like(state, point.state)
 
-    def pull_update(grads: PyTree, hparams: PyTree, point: Point, cotangent: Moving) -> tuple[PyTree, Moving, PyTree]:
-        return jax.vjp(lambda g, m, h: updated(g, m, h, point)[0], grads, _moving(point), hparams)[1](cotangent)
+    def pull_update(
+        grads: PyTree, hparams: PyTree, point: Point, params: PyTree, floats: list[Array]
+    ) -> tuple[PyTree, PyTree, list[Array], PyTree]:
+        def moved(grads: PyTree, w: PyTree, s: list[Array], h: PyTree) -> tuple[PyTree, list[Array]]:
+            new, state = updated(grads, w, s, h, point)
+            return new, _tree.partition(state)[0]
+
+        here = moving(point)
+        return jax.vjp(moved, grads, here.params, here.floats, hparams)[1]((params, floats))
 
     # Pulling back SGD needs no gradient, Adam's does. Storing it spares its second evaluation.
-    wanted = _depends_on_first(pull_update, start.params, hparams, start, _moving(start))
+    first = moving(start)
+    wanted = _depends_on_first(pull_update, start.params, hparams, start, first.params, first.floats)
 
-    def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
-        (loss, model_state), grads = jax.value_and_grad(loss_at(point, t), has_aux=True)(moving.params, hparams)
-        new, state = updated(grads, moving, hparams, point)
-        fresh = jax.lax.stop_gradient(like(model_state, point.model_state))
-        return new, Taken(Point(new.params, state, fresh), loss, _tree.max_abs(grads), grads if wanted else None)
+    def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
+        evaluate = jax.value_and_grad(loss_at(point, t), has_aux=True)
+        (loss, model_state), grads = evaluate(here.params, here.model, hparams)
+        after = Point(*updated(grads, here.params, here.floats, hparams, point), model_state)
+        return moving(after), Taken(after, loss, _tree.max_abs(grads), grads if wanted else None)
 
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
-        loss = lambda params, hparams: loss_at(point, t)(params, hparams)[0]
-        along, kept, contribution = pull_update(grads if wanted else point.params, hparams, point, cotangent)
-        curved, cross = joint_product(loss, point.params, hparams, along)
-        return Moving(_tree.add(kept.params, curved), kept.floats), _tree.add(contribution, cross)
+        loss, model = loss_at(point, t), moving(point).model
+        along, kept, floats, contribution = pull_update(
+            grads if wanted else point.params, hparams, point, cotangent.params, cotangent.floats
+        )
+        curved, (mixed, cross) = joint_product(lambda w, rest: loss(w, *rest)[0], point.params, (model, hparams), along)
+        if model:  # m_{t+1} = M(w, m, λ), pulled back beside the gradient
+            carried = lambda *at: _tree.partition(loss(*at)[1])[0]
+            seen = jax.vjp(carried, point.params, model, hparams)[1](cotangent.model)
+            curved, mixed, cross = _tree.add((curved, mixed, cross), seen)
+        return Moving(_tree.add(kept, curved), floats, mixed), _tree.add(contribution, cross)
 
     return through, pull
 
 
 def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
-    def through(moving: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
+    def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         _, combine = _tree.partition(point.state)
-        params, state = move(objective, moving.params, combine(moving.floats), hparams, t)
+        params, state = move(objective, here.params, combine(here.floats), hparams, t)
         check_same_structure(
             "the map's result", params, point.params, "a map returns parameters like those it is given."
         )
         params, state = like(params, point.params), like(state, point.state)
         size = _tree.max_abs(_tree.sub(params, point.params))
         after = Point(params, state, point.model_state)
-        return _moving(after), Taken(after, size, size, None)
+        return moving(after)._replace(model=here.model), Taken(after, size, size, None)
 
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         del grads
-        return jax.vjp(lambda m, h: through(m, h, point, t)[0], _moving(point), hparams)[1](cotangent)
+        return jax.vjp(lambda m, h: through(m, h, point, t)[0], moving(point), hparams)[1](cotangent)
 
     return through, pull
 
 
-def _moving(point: Point) -> Moving:
-    return Moving(point.params, _tree.partition(point.state)[0])
+def moving(point: Point) -> Moving:
+    """What derivatives flow through at a point."""
+    return Moving(point.params, *(_tree.partition(part)[0] for part in (point.state, point.model_state)))
 
 
 def _depends_on_first(f: Callable[..., Any], first: PyTree, *rest: Any) -> bool:

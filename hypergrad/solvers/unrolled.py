@@ -2,6 +2,8 @@ r"""Unrolled hypergradient: differentiate training itself, step by step.
 
     g = d/dλ f(w_T(λ), λ),     (w_{t+1}, s_{t+1}) = Ψ_t(w_t, s_t, λ),     t = 0, ..., T − 1
 
+with the optimizer's and the model's state in s.
+
 Exact for the T steps that were taken, converged or not, and the only solver here that sees learning rates, momenta,
 schedules and initialisations.
 
@@ -34,7 +36,7 @@ from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, c
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
 from hypergrad.solvers import _backprop, _pushforward
-from hypergrad.solvers._steps import Moving, Point, Record, Step, make_step, new_record, strong, training_status
+from hypergrad.solvers._steps import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
@@ -69,7 +71,7 @@ class _Pass(NamedTuple):
     value: Array
     metrics: dict[str, Any]
     direct: PyTree
-    rhs: PyTree  # ∂_w f
+    rhs: tuple[PyTree, list[Array]]  # ∂_w f, ∂_m f
     indirect: PyTree
     growth: Array
     dropped: Array  # estimate of what truncation left out, as a share of the whole indirect part
@@ -116,7 +118,7 @@ def unrolled(
         Where it leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of
         the last step over the largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against
         the exact derivative of the run of T steps (with `warm_start`, of this call's steps). Model state (batch-norm
-        statistics) follows the steps and counts as constant in the derivative.
+        statistics) follows the steps, and the derivative goes through it.
 
     Raises:
         InputError: for an unknown option, or an inner solver without a number of steps.
@@ -179,7 +181,7 @@ def unrolled(
         # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
         outer = lambda end: bind_outer(problem, valid, outer_key, end.model_state)
-        finish = lambda end: jax.value_and_grad(outer(end), argnums=(0, 1), has_aux=True)(end.params, hparams)
+        finish = lambda end: _finish(outer, end, hparams)
         forward = mode == "forward" or (mode == "auto" and _tree.size(hparams) <= _FORWARD_AT_MOST)
         if forward:
             done = _forward(step, hparams, point, skip, length, record, floats, finish)
@@ -195,7 +197,7 @@ def unrolled(
             # What a unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
             end = done.point.params
             moved, _ = joint_product(lambda w, h: outer(done.point)(w, h)[0], end, hparams, end)
-            cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs))
+            cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs[0]))
         else:
             cancelled = jnp.ones_like(rounding)
         error = _error_estimate(grad, done, rounding * cancelled)
@@ -249,11 +251,10 @@ def _forward(
         z = stack(_tree.partition(point.state)[0])
     else:
         z = jax.vmap(lambda unit: jax.jvp(floats, (hparams,), (unit,))[1])(units)
-    result, growth = _pushforward.push(
-        step, hparams, point, Moving(stack(point.params), z), begin, length, record, keep_sizes=begin > 0
-    )
+    first = Moving(stack(point.params), z, stack(moving(point).model))
+    result, growth = _pushforward.push(step, hparams, point, first, begin, length, record, keep_sizes=begin > 0)
     (value, metrics), (rhs, direct) = finish(result.point)
-    indirect = _pushforward.pull_out(result.tangent, rhs, hparams)
+    indirect = _pushforward.pull_out((result.tangent.params, result.tangent.model), rhs, hparams)
     if result.sizes is None:
         dropped = jnp.zeros_like(growth)
     else:
@@ -283,12 +284,12 @@ def _reverse(
         point, stored, record = _backprop.train_and_store(step, layout, point, begin, length, record)
         sweep = lambda back: _backprop.sweep(step, layout, stored, begin, length, begin + length, back)
     (value, metrics), (rhs, direct) = finish(point)
-    size, unit = _unit(rhs)
+    size, (unit, model) = _unit(rhs)
     dtype = _tree.dtype(rhs)
-    still = [jnp.zeros_like(x) for x in _tree.partition(point.state)[0]]
+    still = [jnp.zeros_like(x) for x in moving(point).floats]
     back = sweep(
         _backprop.Backward(
-            Moving(unit, still),
+            Moving(unit, still, model),
             _tree.zeros_like(hparams),
             jnp.ones((), dtype),
             jnp.zeros((length,), dtype) if begin else None,
@@ -314,28 +315,37 @@ def _reverse_whole(
     finish: Callable[[Point], Any],
 ) -> _Pass:
     """Plain reverse mode over a scan: stores every intermediate, and only sees the adjoint at the beginning."""
-    from_state, _ = _tree.partition(point.state)
 
-    def run(params: PyTree, initial: list[Array], hparams: PyTree) -> tuple[PyTree, tuple[Point, Record]]:
+    def run(here: Moving, hparams: PyTree) -> tuple[tuple[PyTree, list[Array]], tuple[Point, Record]]:
         def body(carry: tuple[Moving, Point, Record], t: Array) -> tuple[tuple[Moving, Point, Record], None]:
-            moving, point, record = carry
-            moving, taken = step.through(moving, hparams, point, t)
-            return (moving, *jax.lax.stop_gradient((taken.point, step.watch(record, taken, t)))), None
+            here, point, record = carry
+            here, taken = step.through(here, hparams, point, t)
+            return (here, *jax.lax.stop_gradient((taken.point, step.watch(record, taken, t)))), None
 
-        start = (Moving(params, initial), point, record)
-        (moving, end, seen), _ = jax.lax.scan(body, start, begin + jnp.arange(length))
-        return moving.params, (end, seen)
+        (here, end, seen), _ = jax.lax.scan(body, (here, point, record), begin + jnp.arange(length))
+        return (here.params, here.model), (end, seen)
 
-    _, back, (end, seen) = jax.vjp(run, point.params, from_state, hparams, has_aux=True)
+    _, back, (end, seen) = jax.vjp(run, moving(point), hparams, has_aux=True)
     (value, metrics), (rhs, direct) = finish(end)
     size, unit = _unit(rhs)
-    first, first_floats, total = back(unit)
+    first, total = back(unit)
     if floats is not None:
-        total = _tree.add(total, jax.vjp(floats, hparams)[1](first_floats)[0])
-    decay = jnp.sqrt(_tree.vdot(first, first)).astype(_tree.dtype(rhs))
+        total = _tree.add(total, jax.vjp(floats, hparams)[1](first.floats)[0])
+    decay = jnp.sqrt(_tree.vdot(first.params, first.params)).astype(_tree.dtype(rhs))
     dropped = jnp.where(decay < 1, decay, jnp.inf) if begin else jnp.zeros_like(decay)
     growth = jnp.where(decay > 1, decay, jnp.ones_like(decay))
     return _Pass(end, seen, value, metrics, direct, rhs, _tree.scale(size, total), growth, dropped)
+
+
+def _finish(outer: Callable[[Point], Callable[..., Any]], end: Point, hparams: PyTree) -> Any:
+    """`((f, metrics), ((∂_w f, ∂_m f), ∂_λ f))` where training ended."""
+    _, combine = _tree.partition(end.model_state)
+
+    def value(at: tuple[PyTree, list[Array]], hparams: PyTree) -> Any:
+        return outer(end._replace(model_state=combine(at[1])))(at[0], hparams)
+
+    here = moving(end)
+    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)((here.params, here.model), hparams)
 
 
 def _unit(rhs: PyTree) -> tuple[Array, PyTree]:
@@ -369,4 +379,4 @@ def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
     through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
     estimate = rounding + _TRUNCATION * jnp.where(done.dropped == 0, 0, done.dropped * through)
-    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
+    return jnp.where(jnp.isnan(estimate) | ~_tree.all_finite(grad), jnp.inf, estimate)

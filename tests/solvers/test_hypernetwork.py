@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import jax
@@ -13,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from tests._helpers import assert_trees_equal, relative_error, tol
+from tests._helpers import relative_error, tol
 
 PyTree = Any
 KEY = jax.random.key(0)

@@ -1,115 +1,21 @@
 """What can go wrong does, with the status that names it: eager, jitted, and in a batch whose other members stay as they
 are.
-
-One program serves most faults, since what is wrong is in the data and in the traced options:
-
-    h = ½ wᵀAw − λ bᵀw + κ ‖w‖₁ + ¼ q Σ w⁴,     f = cᵀw
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import hypergrad as hg
 from hypergrad import Status
-from tests._helpers import assert_trees_close, assert_trees_equal, relative_error, tol
+from tests._helpers import assert_trees_equal, tol
+from tests.solvers._faulty import FAULTS, GOOD, PROBLEM, SOLVER, Member, batch, outer_loss, pick, stack, start
 from tests.solvers._problems import compiled
-
-
-def inner_loss(w, h, batch):
-    a, b, kink, quartic = batch["a"], batch["b"], batch["kink"], batch["quartic"]
-    return 0.5 * w @ a @ w - h * b @ w + kink * jnp.sum(jnp.abs(w)) + 0.25 * quartic * jnp.sum(w**4)
-
-
-def outer_loss(w, h, batch):
-    return batch["c"] @ w
-
-
-PROBLEM = hg.Problem(inner_loss, outer_loss)
-SOLVER = hg.implicit(PROBLEM)
-ROOT = np.array([[1.0, 0.3, -0.2], [0.0, 1.2, 0.4], [0.5, 0.0, 0.9]])
-GOOD = ROOT @ ROOT.T
-NAN = float("nan")
-
-
-class Member(NamedTuple):
-    """One problem of the family, and what its hypergradient's status must be."""
-
-    expected: Status = Status.OK
-    a: Any = GOOD
-    b: Any = (0.7, -0.4, 1.1)
-    c: Any = (0.3, 0.9, -0.5)
-    kink: float = 0.0
-    quartic: float = 0.0
-    inner: dict[str, float] = {}
-    linear: dict[str, float] = {}
-
-    def data(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`train`, `valid`."""
-        train = {"a": self.a, "b": self.b, "kink": self.kink, "quartic": self.quartic}
-        return jax.tree.map(_array, train, is_leaf=_is_data), {"c": _array(self.c)}
-
-
-def _array(x: Any) -> jax.Array:
-    return jnp.asarray(np.asarray(x, np.float64))
-
-
-def _is_data(x: Any) -> bool:
-    return isinstance(x, (tuple, np.ndarray, float))
-
-
-TURN = np.linalg.qr(ROOT)[0]
-FLAT = TURN @ np.diag([1.0, 2.0, 0.0]) @ TURN.T
-FAULTS: dict[str, Member] = {
-    "inner steps": Member(Status.INNER_MAX_STEPS, quartic=50.0, b=(7.0, -4.0, 11.0), inner={"max_steps": 1}),
-    "linear steps": Member(Status.LINEAR_MAX_STEPS, linear={"max_steps": 1}),
-    "inner tolerance below rounding": Member(Status.PRECISION_LIMITED, quartic=3.0, inner={"tol": 1e-30}),
-    "linear tolerance below rounding": Member(Status.PRECISION_LIMITED, linear={"tol": 1e-30}),
-    "inner loss is NaN": Member(Status.NONFINITE_LOSS, b=(NAN, 0.0, 1.0)),
-    "outer loss is NaN": Member(Status.NONFINITE_LOSS, c=(NAN, 0.0, 1.0)),
-    "outer loss is infinite": Member(Status.NONFINITE_LOSS, c=(float("inf"), 0.0, 1.0)),
-    "saddle": Member(Status.NEG_CURVATURE, a=np.diag([1.0, -1.0, 2.0]), b=(0.0, 0.0, 0.0)),
-    "no curvature along the right-hand side": Member(
-        Status.NEG_CURVATURE, a=np.array([[0, 1.0, 0], [1.0, 0, 0], [0, 0, 1.0]]), b=(0.0, 0.0, 0.0), c=(1.0, 0.0, 0.0)
-    ),
-    "singular, no solution": Member(Status.SINGULAR, a=FLAT, b=FLAT @ [1.0, 1.0, 0.0], c=(1.0, 1.0, 1.0)),
-    "singular, a solution": Member(Status.OK, a=FLAT, b=FLAT @ [1.0, 1.0, 0.0], c=FLAT @ [0.2, 1.0, 0.7]),
-    "a parameter that the inner loss ignores": Member(
-        Status.SINGULAR, a=np.diag([1.0, 2.0, 0.0]), b=(1.0, 1.0, 0.0), c=(1.0, 1.0, 1.0)
-    ),
-    "a parameter that no loss uses": Member(
-        Status.OK, a=np.diag([1.0, 2.0, 0.0]), b=(1.0, 1.0, 0.0), c=(1.0, 1.0, 0.0)
-    ),
-    "outer gradient is zero": Member(Status.OK, c=(0.0, 0.0, 0.0)),
-    "the hyperparameter moves nothing here": Member(Status.INSENSITIVE, b=(0.0, 0.0, 0.0)),
-    "kink": Member(Status.INNER_STALLED, kink=5.0),
-}
-
-
-def start(solver: hg.Solver, member: Member, h: jax.Array) -> Any:
-    """State with the member's options, in the types that `init` gave them."""
-    state = solver.init(jnp.zeros(3), h)
-    for name in ("inner", "linear"):
-        for option, value in getattr(member, name).items():
-            state.options[name][option] = jnp.asarray(value, state.options[name][option].dtype)
-    return state
-
-
-def stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-def batch(solver: hg.Solver, members: list[Member]) -> tuple[Any, ...]:
-    hparams = jnp.asarray([0.37 + 0.01 * i for i in range(len(members))])
-    states = stack([start(solver, m, h) for m, h in zip(members, hparams, strict=True)])
-    data = [m.data() for m in members]
-    return states, hparams, stack([d[0] for d in data]), stack([d[1] for d in data])
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +46,6 @@ def as_expected(name: str, status: Any) -> bool:
     """In float32, a null direction on an axis may look like negative curvature: also a failure, named less well."""
     single = name == "a parameter that the inner loss ignores" and bool(tol(0, 1))
     return Status(int(status)) in [FAULTS[name].expected, Status.NEG_CURVATURE][: 2 if single else 1]
-
-
-def pick(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda x: x[index], tree)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -228,130 +130,6 @@ def test_best_response_gives_nan_derivatives_exactly_where_the_status_is_not_usa
             assert np.isfinite(float(forward[i])) == usable, name
 
 
-def failure(solver: hg.Solver, good: Member, bad: Member, rtol: float = 1e-6) -> tuple[Status, Any]:
-    """Status of the bad member of a batch of two; the good one must be OK, and both OK on the next, good call."""
-    step = compiled(jax.vmap(solver.hypergrad))
-    arguments = batch(solver, [good, bad])
-    out, state = step(*arguments)
-    assert int(out.info.status[0]) == Status.OK, Status(int(out.info.status[0])).name
-    assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(state))
-    clean = batch(solver, [good, good])
-    after, _ = step(state._replace(options=clean[0].options), *clean[1:])
-    assert np.all(np.asarray(after.info.status) == Status.OK)
-    assert_trees_close(after.grad[1], after.grad[0], tol(rtol, 1e-3))
-    return Status(int(out.info.status[1])), pick(out, 1)
-
-
-STEEP = Member(a=40.0 * GOOD)
-
-
-@pytest.mark.parametrize("to_tolerance", [True, False])
-def test_a_learning_rate_above_the_limit_is_named(to_tolerance):
-    inner = hg.inner.gradient(optax.sgd(0.2), steps=400, **({"tol": tol(1e-8, 1e-5)} if to_tolerance else {}))
-    status, _ = failure(hg.implicit(PROBLEM, inner=inner), Member(), STEEP)
-    assert status == Status.INNER_DIVERGED
-
-
-def test_a_neumann_step_above_the_limit_is_named():
-    status, _ = failure(hg.implicit(PROBLEM, linear=hg.linear.neumann(200, step_size=0.4)), Member(), STEEP)
-    assert status == Status.NEUMANN_DIVERGING
-
-
-def test_a_neumann_series_that_is_too_short_for_its_tolerance_is_named():
-    solver = hg.implicit(PROBLEM, linear=hg.linear.neumann(100, tol=1e-4))
-    status, out = failure(solver, Member(), Member(linear={"max_steps": 3}), rtol=1e-4)
-    assert status == Status.LINEAR_MAX_STEPS
-    assert out.info.linear_residual > 1e-4
-
-
-def test_a_preconditioner_that_is_not_positive_is_named():
-    flip = hg.linear.precondition(lambda v, w, h: jnp.where(h > 0.375, -1.0, 1.0) * v)
-    solver = hg.implicit(PROBLEM, linear=hg.linear.cg(preconditioner=flip), polish=0)
-    out, _ = compiled(jax.vmap(solver.hypergrad))(*batch(solver, [Member(), Member()]))
-    assert [Status(int(code)) for code in out.info.status] == [Status.OK, Status.LINEAR_BREAKDOWN]
-
-
-def test_an_unbounded_inner_problem_is_not_usable():
-    status, _ = failure(SOLVER, Member(), Member(a=np.diag([1.0, -1.0, 2.0])))
-    assert not status.usable
-
-
-def test_float32_cannot_solve_a_condition_number_of_ten_billion():
-    """Whatever the precision of the run: parameters decide."""
-    scales = jnp.asarray(np.logspace(0, -10, 6), jnp.float32)
-    turn = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0], jnp.float32)
-    problem = hg.Problem(lambda w, h, b: 0.5 * jnp.sum(scales * (turn @ w) ** 2) - h * jnp.sum(w), lambda w, h, b: w[0])
-    solver = hg.implicit(problem)
-    h = jnp.float32(0.37)
-    out, state = compiled(solver.hypergrad)(solver.init(jnp.zeros(6, jnp.float32), h), h)
-    assert Status(int(out.info.status)) != Status.OK
-    assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(state))
-
-
-def test_a_gradient_that_is_nan_where_the_loss_is_not_is_named():
-    problem = hg.Problem(lambda w, h, b: jnp.sum((w - h) ** 2) + jnp.sqrt(jnp.sum(w**2)), lambda w, h, b: jnp.sum(w))
-    solver = hg.implicit(problem)
-    step, h = compiled(solver.hypergrad), jnp.asarray(0.37)
-    out, state = step(solver.init(jnp.zeros(3), h), h)
-    assert Status(int(out.info.status)) == Status.NONFINITE_GRAD
-    assert np.isfinite(out.value)
-    assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(state))
-    out, _ = step(state._replace(params=jnp.ones(3)), h + 2)
-    assert Status(int(out.info.status)) == Status.OK
-
-
-def test_an_outer_gradient_that_is_nan_where_the_loss_is_not_is_named():
-    problem = hg.Problem(lambda w, h, b: jnp.sum((w - b * h) ** 2), lambda w, h, b: jnp.sqrt(jnp.sum(w**2)))
-    solver = hg.implicit(problem)
-    step, h = compiled(solver.hypergrad), jnp.asarray(0.37)
-    out, state = step(solver.init(jnp.zeros(3), h), h, jnp.asarray(0.0))
-    assert Status(int(out.info.status)) == Status.NONFINITE_GRAD
-    out, _ = step(state, h, jnp.asarray(1.0))
-    assert Status(int(out.info.status)) == Status.OK
-
-
-def test_a_start_that_is_nan_raises():
-    with pytest.raises(hg.InputError, match=r"params holds 1 NaN or infinite of 3 values; start from finite ones"):
-        SOLVER.init(jnp.asarray([1.0, NAN, 2.0]), 0.37)
-
-
-def test_a_learning_rate_under_implicit_raises_and_names_the_solver_that_sees_it():
-    inner = hg.inner.gradient(lambda h: optax.sgd(h["rate"]), steps=5)
-    problem = hg.Problem(lambda w, h, b: jnp.sum((w - h["at"]) ** 2), lambda w, h, b: jnp.sum(w))
-    solver = hg.implicit(problem, inner=inner)
-    h = {"at": 0.37, "rate": 0.1}
-    with pytest.raises(hg.InputError, match=r"hparams\['rate'\] does not move the inner optimum.*hg\.unrolled"):
-        solver.hypergrad(solver.init(jnp.zeros(3), h), h)
-
-
-def test_a_hyperparameter_that_nothing_uses_warns_and_has_gradient_zero():
-    problem = hg.Problem(lambda w, h, b: jnp.sum((w - h["at"]) ** 2), lambda w, h, b: jnp.sum(w))
-    solver = hg.implicit(problem)
-    h = {"at": jnp.asarray(0.37), "att": jnp.asarray(0.1)}
-    with pytest.warns(UserWarning, match=r"hparams\['att'\] is used neither.*misspelt"):
-        out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(3), h), h)
-    assert float(out.grad["att"]) == 0
-    np.testing.assert_allclose(float(out.grad["at"]), 3.0, rtol=tol(1e-9, 1e-5))
-
-
-def test_on_a_kink_of_the_lasso_and_of_relu_the_hypergradient_is_finite():
-    """|z| = λ exactly, and ReLU at exactly zero: a one-sided derivative, not NaN."""
-
-    def step(w, h, b):
-        z = 0.5 * (w + jnp.asarray([0.5, 2.0]))  # minimises ½ (w − t)² + h |w|, t = (0.5, 2)
-        return jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.5 * h, 0)
-
-    solver = hg.implicit(hg.Problem(None, lambda w, h, b: jnp.sum(w)), inner=hg.inner.fixed_point(step))
-    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(2), 0.5), jnp.asarray(0.5))
-    assert Status(int(out.info.status)).usable
-    assert -2 - 1e-6 <= float(out.grad) <= -1 + 1e-6
-
-    relu = hg.Problem(lambda w, h, b: jnp.sum((w - h) ** 2) + jnp.sum(jax.nn.relu(w) ** 2), lambda w, h, b: jnp.sum(w))
-    solver = hg.implicit(relu)
-    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(2), 0.0), jnp.asarray(0.0))
-    assert np.isfinite(out.grad)
-
-
 def test_raise_if_failed_names_each_cause_with_its_advice_and_residuals(together):
     with pytest.raises(hg.FailedHypergradientError) as error:
         hg.raise_if_failed(together["out"])
@@ -366,62 +144,3 @@ def test_raise_if_failed_names_each_cause_with_its_advice_and_residuals(together
     hg.raise_if_failed(together["clean"].info)
     with pytest.raises(hg.InputTypeError, match="works on the host"):
         jax.jit(lambda out: hg.raise_if_failed(out))(together["clean"])
-
-
-def test_a_hundred_values_of_the_hyperparameter_and_of_every_option_trace_once():
-    traces = []
-
-    def counted(w, h, b):
-        traces.append(1)
-        return inner_loss(w, h, b)
-
-    solver = hg.implicit(hg.Problem(counted, outer_loss), damping=0.1)
-    step = compiled(solver.hypergrad)
-    train, valid = Member().data()
-    h = jnp.asarray(0.3)
-    state = solver.init(jnp.zeros(3), h)
-    _, state = step(state, h, train, valid)
-    first = len(traces)
-    for i in range(100):
-        option = {
-            "inner": {"tol": 1e-6 / (i + 1), "max_steps": 20 + i},
-            "linear": {"tol": 1e-5 / (i + 1), "max_steps": 30 + i},
-        }
-        for name, values in option.items():
-            for key, value in values.items():
-                state.options[name][key] = jnp.asarray(value, state.options[name][key].dtype)
-        state.options["damping"] = jnp.asarray(0.01 * i, state.options["damping"].dtype)
-        out, state = step(state, h + 0.01 * i, train, valid)
-        assert Status(int(out.info.status)).usable
-    assert len(traces) == first
-    assert step._cache_size() == 1
-
-
-def test_tighter_tolerances_in_the_state_are_obeyed():
-    solver = hg.implicit(
-        PROBLEM, inner=hg.inner.lbfgs(tol=1e-2), linear=hg.linear.cg(tol=1e-1, preconditioner=None), polish=0
-    )
-    step = compiled(solver.hypergrad)
-    h = jnp.asarray(0.37)
-    loose, _ = step(start(solver, Member(quartic=1.0), h), h, *Member(quartic=1.0).data())
-    tight = Member(quartic=1.0, inner={"tol": tol(1e-9, 1e-6)}, linear={"tol": tol(1e-9, 1e-6)})
-    out, _ = step(start(solver, tight, h), h, *tight.data())
-    assert out.info.inner_residual < loose.info.inner_residual and out.info.linear_residual < loose.info.linear_residual
-    assert out.info.inner_steps > loose.info.inner_steps and out.info.linear_steps >= loose.info.linear_steps
-    assert out.info.error_estimate < loose.info.error_estimate
-
-
-def test_a_converged_hypergradient_is_that_of_central_differences_on_the_quartic_problem():
-    member, h = Member(quartic=3.0), jnp.asarray(0.37)
-    out, _ = compiled(SOLVER.hypergrad)(start(SOLVER, member, h), h, *member.data())
-
-    def value(x: float) -> float:
-        w = np.zeros(3)
-        for _ in range(50):
-            gradient = member.a @ w - x * np.asarray(member.b) + 3.0 * w**3
-            w = w - np.linalg.solve(member.a + np.diag(9.0 * w**2), gradient)
-        return float(np.asarray(member.c) @ w)
-
-    eps = 1e-4
-    slope = (8 * (value(0.37 + eps) - value(0.37 - eps)) - (value(0.37 + 2 * eps) - value(0.37 - 2 * eps))) / (12 * eps)
-    assert relative_error(out.grad, np.asarray(slope)) <= tol(1e-8, 1e-4)

@@ -1,0 +1,258 @@
+r"""Files that are whole or absent: after a kill, a power cut, a full disk, or somebody else's hands.
+
+    write → fsync(file) → fsync(folder) → rename → fsync(parent)
+
+A rename within one folder is atomic in POSIX, and each fsync keeps the disk from doing the later thing first
+(Pillai et al. 2014, "All file systems are not created equal").
+Reading opens regular files only, and follows no link. Every byte passes through `os.write`, every failure is an
+`OSError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import socket
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypergrad._sensitivity import caller_level
+from hypergrad._solver import HypergradError, InputError
+
+TEMPORARY = re.compile(r"tmp-\d+-(\d+)(-old)?")
+# Lock files that this process holds: the kernel's locks tell processes apart, not runs within one.
+_HELD: set[tuple[int, int]] = set()
+_MUTEX = threading.Lock()
+
+
+class CheckpointError(HypergradError, RuntimeError):
+    """No checkpoint can be read, or another process writes to the folder.
+
+    >>> import hypergrad as hg
+    >>> issubclass(hg.outer.CheckpointError, hg.HypergradError)
+    True
+    """
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written. The message names the file."""
+
+
+class Sink:
+    """A new file, open for writing, and the SHA-256 of what was written. Has the little that `zipfile` asks for."""
+
+    def __init__(self, path: Path):
+        self.sha256, self.size = hashlib.sha256(), 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.sha256.update(view)
+        self.size += len(view)
+        rest = view
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Without a sync: a file that is left early is not kept."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._fd)
+        finally:
+            self.close()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder as durable as their files."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(path: Path) -> None:
+    """Make everything in a folder durable, for files that another library wrote."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(folder))
+
+
+def open_regular(path: Path) -> Any:
+    """A binary file for reading.
+
+    Raises:
+        Damaged: if there is none, or if it is a link, a pipe or a folder.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Damaged(f"{path} is not a regular file")
+    return os.fdopen(fd, "rb")
+
+
+def digests(folder: Path, skip: str = "") -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, by relative path with `/`; links are not followed.
+
+    Args:
+        folder: where to look.
+        skip: name of a file, directly in it, that is left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for here, _, files in os.walk(folder):
+        for name in sorted(files):
+            path = Path(here) / name
+            relative = path.relative_to(folder).as_posix()
+            if relative != skip:
+                with open_regular(path) as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    found[relative] = {"size": file.tell(), "sha256": sha256}
+    return dict(sorted(found.items()))
+
+
+def replace(new: Path, target: Path) -> None:
+    """Put a finished folder in its place. One that is there already (a damaged one) is moved aside first."""
+    old = new.with_name(f"{new.name}-old")
+    if aside := os.path.lexists(target):
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if aside:
+            os.rename(old, target)
+        raise
+    sync_folder(target.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder if it is there; what cannot be deleted stays."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def prepare_folder(where: str, folder: Path) -> None:
+    """Make the folder, and see that files can be written, synced and renamed in it: better now than after an hour.
+
+    Raises:
+        InputError: naming the folder and the reason.
+    """
+    probe = folder / f"tmp-0-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove(probe)
+        probe.mkdir()
+        with Sink(probe / "probe") as file:
+            file.write(b"hypergrad")
+        os.rename(probe / "probe", probe / "renamed")
+        sync_folder(folder)
+    except OSError as error:
+        raise InputError(
+            f"{where}: the folder {str(folder)!r} cannot be written to ({error.strerror or error}): "
+            "name one that can, with some space left."
+        ) from error
+    finally:
+        remove(probe)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what writers that are dead left half-written; anything else that is in the folder is not ours."""
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
+            remove(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second writer.
+
+    The kernel keeps the lock and drops it when the process ends, however it ends; the file `lock` stays, and names its
+    last holder.
+
+    Raises:
+        CheckpointError: if another run holds it, naming which.
+        InputError: on systems without POSIX locks.
+    """
+    with _MUTEX:
+        fd, name = _lock(folder, folder / "lock")
+        _HELD.add(name)
+    try:
+        yield
+    finally:
+        with _MUTEX:
+            _HELD.discard(name)
+            os.close(fd)
+
+
+def _lock(folder: Path, path: Path) -> tuple[int, tuple[int, int]]:
+    try:
+        import fcntl
+    except ImportError:
+        raise InputError("checkpoints need a POSIX system (Linux, macOS): on Windows run under WSL.") from None
+    entry = os.stat(path) if path.exists() else None
+    # Closing a file that this process holds elsewhere would drop its lock, so it is not even opened.
+    if entry is not None and (entry.st_dev, entry.st_ino) in _HELD:
+        raise CheckpointError(_second_writer(folder, "this very process"))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise CheckpointError(_second_writer(folder, holder)) from None
+        warnings.warn(
+            f"checkpoints: the file system of {str(folder)!r} has no file locks ({error.strerror}): see to it yourself "
+            "that only one run writes there.",
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return fd, (os.fstat(fd).st_dev, os.fstat(fd).st_ino)
+
+
+def _second_writer(folder: Path, holder: str) -> str:
+    return (
+        f"{holder} is writing to the checkpoint folder {str(folder)!r}, and two runs in one folder would overwrite "
+        "each other: wait until it ends, or give this run a folder of its own."
+    )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

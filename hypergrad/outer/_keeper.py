@@ -1,0 +1,127 @@
+"""The checkpoints of one run of `hg.tune`: found again when the same call is made again, written as it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hypergrad._data import Stream
+from hypergrad._sensitivity import caller_level
+from hypergrad._solver import InputError
+from hypergrad._tree import PyTree
+from hypergrad.outer import _durable
+from hypergrad.outer._config import check_allowed, check_config
+from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
+from hypergrad.outer.checkpoint import Store, as_store, newest, write
+
+
+@dataclasses.dataclass
+class Keeper:
+    """What is known about the checkpoints of a run.
+
+    Attributes:
+        store: where they are.
+        allowed: what may differ from the run that wrote them.
+        config: of this call; see `hypergrad.outer._config`.
+        damaged: those that cannot be used, to be deleted once a new one is safe.
+        saved: `(steps taken, steps answered)` of the last that was saved or read.
+        failing: whether the last attempt to save failed.
+    """
+
+    store: Store
+    allowed: tuple[str, ...]
+    config: dict[str, str] = dataclasses.field(default_factory=dict)
+    damaged: list[Path] = dataclasses.field(default_factory=list)
+    saved: tuple[int, int] = (0, 0)
+    failing: bool = False
+
+
+def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any) -> Keeper | None:
+    """Take hold of the folder until the stack is closed; None if there is none.
+
+    Raises:
+        InputError: if the folder cannot be written to, or for a name in `allow_changed` that is none.
+        CheckpointError: if another run writes to it.
+    """
+    allowed = check_allowed(allow_changed)
+    if checkpoint is None:
+        return None
+    store = as_store("tune: checkpoint", checkpoint)
+    _durable.prepare_folder("tune: checkpoint", store.folder)
+    stack.enter_context(_durable.locked(store.folder))
+    _durable.clear_leftovers(store.folder)
+    return Keeper(store, allowed)
+
+
+def resume(
+    keeper: Keeper,
+    config: dict[str, str],
+    start: Run,
+    notes: Notes,
+    params: PyTree,
+    streams: Mapping[str, Stream],
+    steps: int,
+) -> Run:
+    """The run as its newest whole checkpoint left it; `start` if there is none.
+
+    Args:
+        keeper: of the folder.
+        config: of this call.
+        start: the run before its first step.
+        notes: filled in.
+        params: shapes of what the solver's response returns.
+        streams: brought to where the run stands.
+        steps: how many the call asks for.
+
+    Raises:
+        InputError: if the checkpoint was made with another configuration, is beyond `steps`, or if a stream cannot be
+            brought to where it stands.
+        CheckpointError: if there are checkpoints and all are damaged.
+    """
+    keeper.config = config
+
+    def check(manifest: dict[str, Any]) -> None:
+        what = f"the checkpoint of step {manifest['step']} in {str(keeper.store.folder)!r}"
+        check_config(manifest["config"], config, keeper.allowed, what)
+        if manifest["step"] > steps:
+            raise InputError(
+                f"tune: {what} is beyond steps={steps}: ask for at least as many, or begin anew in another folder."
+            )
+
+    found = newest(keeper.store, functools.partial(like, start=start, params=params), check)
+    if found is None:
+        return start
+    run = unpack(found.tree, found.manifest, start, notes)
+    rewind(streams, found.manifest)
+    keeper.damaged, keeper.saved = found.damaged, (run.count, run.answered)
+    return run
+
+
+def save(keeper: Keeper | None, run: Run, notes: Notes) -> None:
+    """Write a checkpoint, if there is anything new. What cannot be written is a warning: the run is worth more.
+
+    Warns:
+        UserWarning: at the first of several failures in a row.
+    """
+    if keeper is None or keeper.saved == (run.count, run.answered):
+        return
+    tree, rest = pack(run, notes)
+    try:
+        write(keeper.store, run.count, tree, config=keeper.config, notes=rest, damaged=keeper.damaged)
+    except OSError as error:
+        if not keeper.failing:
+            last = f"that of step {keeper.saved[0]} stays the last" if keeper.saved[0] else "there is none before it"
+            warnings.warn(
+                f"tune: the checkpoint of step {run.count} could not be written to {str(keeper.store.folder)!r} "
+                f"({error.strerror or error}); {last}. The run goes on, and tries again at the next one.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
+        keeper.failing = True
+        return
+    keeper.damaged, keeper.saved, keeper.failing = [], (run.count, run.answered), False

@@ -1,0 +1,340 @@
+"""Bugs of the kind that hypergradients have, one source edit each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FORMS = "tests/solvers/test_implicit_closed_forms.py"
+STATUSES = "tests/solvers/test_statuses.py"
+UNROLLED = "tests/solvers/test_unrolled.py"
+TUNE = "tests/outer/test_tune.py"
+AGREEMENT = "tests/solvers/test_agreement.py"
+LINEAR = "tests/linear/test_linear.py"
+CONTRACT = "tests/test_contract.py"
+
+
+class Mutation(NamedTuple):
+    """One bug.
+
+    Attributes:
+        what: in words.
+        file: inside `hypergrad/`.
+        old, new: the edit; `old` occurs exactly once in the file.
+        tests: files that ought to notice, the likeliest first.
+    """
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "implicit: direct term dropped", "solvers/implicit.py", "lambda d, c: d - c.", "lambda d, c: -c.", (FORMS,)
+    ),
+    Mutation(
+        "implicit: sign of the indirect term",
+        "solvers/implicit.py",
+        "lambda d, c: d - c.",
+        "lambda d, c: d + c.",
+        (FORMS,),
+    ),
+    Mutation(
+        "implicit: state keeps the stale parameters",
+        "solvers/implicit.py",
+        "            params=params,\n",
+        "            params=state.params,\n",
+        (CONTRACT, STATUSES),
+    ),
+    Mutation(
+        "implicit: damping forgotten in the operator",
+        "solvers/implicit.py",
+        "operator = damped(system.matvec, shift) if damping is not None else system.matvec",
+        "operator = system.matvec",
+        (FORMS, CONTRACT),
+    ),
+    Mutation(
+        "implicit: insensitivity never reported",
+        "solvers/implicit.py",
+        "silent = (_tree.max_abs(grad) == 0)",
+        "silent = (_tree.max_abs(grad) < 0)",
+        (STATUSES,),
+    ),
+    Mutation(
+        "implicit: error estimate a hundred times too small",
+        "solvers/implicit.py",
+        "_SAFETY = 4.0",
+        "_SAFETY = 0.04",
+        ("tests/solvers/test_error_estimate.py",),
+    ),
+    Mutation(
+        "implicit: inner and outer loss share a key",
+        "solvers/implicit.py",
+        "inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)",
+        "inner_key, outer_key, probe_key = key, key, key",
+        (AGREEMENT, FORMS),
+    ),
+    Mutation(
+        "status: the latest cause wins", "_solver.py", "for code in reversed(codes):", "for code in codes:", (STATUSES,)
+    ),
+    Mutation(
+        "cross product: of a map, transposed operator",
+        "_curvature.py",
+        "return System(value, lambda v: pull(v)[0],",
+        "return System(value, lambda v: jax.jvp(lambda w: residual(w, hparams), (params,), (v,))[1],",
+        ("tests/inner/test_fixed_point.py", FORMS),
+    ),
+    Mutation(
+        "cross product: twice as large",
+        "_curvature.py",
+        "return jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]",
+        "hv, cross = jax.jvp(lambda w: jax.grad(loss, argnums=(0, 1))(w, hparams), (params,), (v,))[1]\n    return hv, jax.tree.map(lambda x: 2 * x, cross)",
+        (FORMS,),
+    ),
+    Mutation(
+        "Gauss-Newton: curvature of the loss dropped",
+        "_curvature.py",
+        "pull(curve(push(v)))",
+        "pull(push(v))",
+        (FORMS,),
+    ),
+    Mutation(
+        "damping: sign",
+        "_curvature.py",
+        "_tree.axpy(damping, v, matvec(v))",
+        "_tree.axpy(-damping, v, matvec(v))",
+        (FORMS, CONTRACT),
+    ),
+    Mutation(
+        "linear: right-hand side not normalised",
+        "linear/_linear.py",
+        "        _unit(rhs, size),\n        start=start",
+        "        rhs,\n        start=start",
+        (LINEAR,),
+    ),
+    Mutation(
+        "linear: norm not put back",
+        "linear/_linear.py",
+        "_tree.scale(jnp.where(zero, 1, size), result.solution)",
+        "result.solution",
+        (LINEAR,),
+    ),
+    Mutation(
+        "linear: warm start, sign of its residual",
+        "linear/_linear.py",
+        "return x, _tree.axpy(-length, unit, rhs)",
+        "return x, _tree.axpy(length, unit, rhs)",
+        (LINEAR,),
+    ),
+    Mutation(
+        "CG: steepest descent (no conjugacy)",
+        "linear/cg.py",
+        "beta = rz / jnp.where(ok, c.rz, 1)",
+        "beta = 0 * rz",
+        ("tests/linear/test_cg.py",),
+    ),
+    Mutation(
+        "CG: stale iterate returned",
+        "linear/cg.py",
+        "_tree.where(ok, x, c.x),",
+        "c.x,",
+        ("tests/linear/test_cg.py", LINEAR),
+    ),
+    Mutation(
+        "CG: negative curvature not looked for",
+        "linear/cg.py",
+        "ok = (rayleigh > _FLAT * eps * high) & (c.rz > 0)",
+        "ok = c.rz > 0",
+        ("tests/linear/test_cg.py", STATUSES),
+    ),
+    Mutation(
+        "Neumann: step size missing from the sum",
+        "linear/neumann.py",
+        "_tree.axpy(step_size, c.total, x)",
+        "_tree.axpy(1.0, c.total, x)",
+        ("tests/linear/test_neumann.py",),
+    ),
+    Mutation(
+        "Neumann: sign of a term",
+        "linear/neumann.py",
+        "term = _tree.sub(c.term, product)",
+        "term = _tree.add(c.term, product)",
+        ("tests/linear/test_neumann.py",),
+    ),
+    Mutation(
+        "Neumann: one term too few",
+        "linear/neumann.py",
+        '    max_steps = options["max_steps"]\n',
+        '    max_steps = options["max_steps"] - 1\n',
+        ("tests/linear/test_neumann.py",),
+    ),
+    Mutation(
+        "T1-T2: step size missing",
+        "linear/identity.py",
+        '_tree.scale(options["step_size"], rhs)',
+        "_tree.scale(1.0, rhs)",
+        ("tests/linear/test_identity.py",),
+    ),
+    Mutation(
+        "Nyström: sign in Woodbury's identity",
+        "linear/nystrom.py",
+        "return _tree.scale(1 / rho, _tree.sub(v, weigh(factor, inner)))",
+        "return _tree.scale(1 / rho, _tree.add(v, weigh(factor, inner)))",
+        ("tests/linear/test_nystrom.py",),
+    ),
+    Mutation(
+        "dense: transposed matrix",
+        "linear/dense.py",
+        "jnp.where(finite, columns.T,",
+        "jnp.where(finite, columns,",
+        ("tests/linear/test_dense.py",),
+    ),
+    Mutation(
+        "GMRES: sign of a rotation",
+        "linear/gmres.py",
+        ".set(cos * upper + sin * lower)",
+        ".set(cos * upper - sin * lower)",
+        ("tests/linear/test_gmres.py",),
+    ),
+    Mutation(
+        "unrolled: direct term dropped",
+        "solvers/unrolled.py",
+        "lambda d, i: d + i.astype(d.dtype)",
+        "lambda d, i: i.astype(d.dtype)",
+        (UNROLLED,),
+    ),
+    Mutation(
+        "unrolled: truncation off by one",
+        "solvers/unrolled.py",
+        "min(int(truncate), steps)",
+        "min(int(truncate) + 1, steps)",
+        (UNROLLED,),
+    ),
+    Mutation(
+        "unrolled: dependence of the initial state dropped",
+        "solvers/unrolled.py",
+        "floats = None if skip or warm_start else",
+        "floats = None if True else",
+        (UNROLLED, "tests/solvers/test_unrolled_runs.py", "tests/inner/test_gradient.py"),
+    ),
+    Mutation(
+        "unrolled: adjoint not scaled back",
+        "solvers/unrolled.py",
+        "return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total),",
+        "return _Pass(point, record, value, metrics, direct, rhs, total,",
+        (UNROLLED,),
+    ),
+    Mutation(
+        "unrolled: explosion never reported",
+        "solvers/unrolled.py",
+        "_MEANINGLESS = 0.1",
+        "_MEANINGLESS = 1e300",
+        (UNROLLED, "tests/solvers/test_unrolled_runs.py"),
+    ),
+    Mutation(
+        "step: cross term dropped", "solvers/_steps.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
+    ),
+    Mutation(
+        "step: identity part of the pullback dropped",
+        "solvers/_steps.py",
+        "_tree.add(kept, curved)",
+        "curved",
+        (UNROLLED,),
+    ),
+    Mutation(
+        "sweep: steps in the wrong order",
+        "solvers/_backprop.py",
+        "body(count - 1 - (j * width + i), b)",
+        "body(j * width + i, b)",
+        (UNROLLED,),
+    ),
+    Mutation(
+        "sweep: time of a step always that of the first",
+        "solvers/_backprop.py",
+        "return _pull(step, here, at, last, back)",
+        "return _pull(step, here, begin, last, back)",
+        (UNROLLED, AGREEMENT),
+    ),
+    Mutation(
+        "forward: time of a step off by one",
+        "solvers/_pushforward.py",
+        "one(carry.point, carry.tangent, begin + i)",
+        "one(carry.point, carry.tangent, begin + i + 1)",
+        (UNROLLED, AGREEMENT),
+    ),
+    Mutation(
+        "keys: the same batch at every step",
+        "_problem.py",
+        "jax.random.fold_in(step_key, step)",
+        "step_key",
+        ("tests/test_data.py", UNROLLED, "tests/inner/test_gradient.py"),
+    ),
+    Mutation(
+        "keys: every outer step draws the same", "outer/tune.py", "jax.random.fold_in(key, loop.step)", "key", (TUNE,)
+    ),
+    Mutation(
+        "minibatches: the last row is never drawn",
+        "_data.py",
+        "jax.random.randint(key, (data.size,), 0, n)",
+        "jax.random.randint(key, (data.size,), 0, n - 1)",
+        ("tests/test_data.py",),
+    ),
+    Mutation(
+        "tune: a failed step is taken",
+        "outer/tune.py",
+        "*_tree.where(usable, (free, outer_state), (loop.free, loop.outer))",
+        "free, outer_state",
+        (TUNE,),
+    ),
+    Mutation(
+        "tune: the worst step is the best",
+        "outer/tune.py",
+        'not metrics["value"] >= record.best.value',
+        'not metrics["value"] <= record.best.value',
+        (TUNE,),
+    ),
+    Mutation(
+        "tune: derivative of the domain forgotten",
+        "outer/tune.py",
+        "(grad,) = pull(jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams))",
+        "grad = jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams)",
+        (TUNE,),
+    ),
+    Mutation(
+        "optimum: linearized before polishing",
+        "solvers/_optimum.py",
+        "        steps = steps + polished\n        system = linearize(inner, objective, solution, hparams)\n",
+        "        steps = steps + polished\n",
+        (FORMS, AGREEMENT),
+    ),
+    Mutation(
+        "optimum: residual not relative",
+        "solvers/_optimum.py",
+        "residual = norm / jnp.where(largest > 0, largest, 1)",
+        "residual = norm",
+        (FORMS, STATUSES),
+    ),
+    Mutation(
+        "polish: keeps what is worse",
+        "inner/newton.py",
+        "better = after < before\n",
+        "better = after > before\n",
+        (FORMS,),
+    ),
+    Mutation(
+        "best response: no NaN after a failure",
+        "solvers/best_response.py",
+        "factor = jnp.where(usable, 1.0, jnp.nan)",
+        "factor = jnp.where(usable, 1.0, 1.0)",
+        ("tests/solvers/test_best_response.py", STATUSES),
+    ),
+    Mutation(
+        "arithmetic: half-precision accumulation",
+        "_tree.py",
+        "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
+        "return x",
+        (LINEAR, "tests/inner/test_lbfgs.py"),
+    ),
+)

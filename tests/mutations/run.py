@@ -1,0 +1,133 @@
+"""Plant one bug after the other and see that the unit tests turn red.
+
+    python tests/mutations/run.py [--only WORDS] [--jobs N] [--green] [--json]
+
+Each bug is one edit of a temporary copy of the package. Its own tests run first; where they stay green, all files of the
+suite that are not end-to-end. A whole run writes the table README.md beside this file. Exits with 1 if a bug survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.mutations._mutations import MUTATIONS, Mutation
+
+# Everything but end-to-end tests: the demo, doctests, experiments, README.
+UNIT = sorted({file for m in MUTATIONS for file in m.tests})
+
+
+class Result(NamedTuple):
+    """Which test noticed, after how long; None if none did."""
+
+    mutation: Mutation
+    noticed: str | None
+    seconds: float
+
+
+def copy(folder: Path) -> Path:
+    """The package and its tests, as they are."""
+    for name in ("hypergrad", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def plant(mutation: Mutation, folder: Path) -> None:
+    """Make the edit."""
+    path = folder / "hypergrad" / mutation.file
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.what}: the text to replace occurs {source.count(mutation.old)} times in {path.name}"
+        )
+    path.write_text(source.replace(mutation.old, mutation.new))
+
+
+def first_failure(folder: Path, files: tuple[str, ...] | list[str]) -> str | None:
+    """The first test that fails, or None."""
+    files = [file for file in files if (folder / file).exists()]
+    if not files:
+        return None
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "HYPERGRAD_X64": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return found.group(1) if found else f"exit {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+
+
+def attempt(mutation: Mutation | None) -> Result:
+    """Plant a bug in a copy of its own and run the tests; without a bug, all tests, which must be green."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hypergrad-mutation-") as name:
+        folder = copy(Path(name))
+        if mutation is None:
+            return Result(MUTATIONS[0], first_failure(folder, UNIT), time.perf_counter() - began)
+        plant(mutation, folder)
+        noticed = first_failure(folder, mutation.tests) or first_failure(folder, UNIT)
+    return Result(mutation, noticed, time.perf_counter() - began)
+
+
+def table(results: list[Result]) -> str:
+    """The results in Markdown."""
+    caught = sum(r.noticed is not None for r in results)
+    lines = [
+        "# Seeded bugs",
+        "",
+        f"`python tests/mutations/run.py` plants each of these {len(results)} bugs in a copy of the package and runs unit "
+        f"tests (no end-to-end ones): **{caught} of {len(results)} are caught**. This file is written by that command.",
+        "",
+        "| bug | file | first test that fails |",
+        "|---|---|---|",
+    ]
+    for r in results:
+        noticed = f"`{r.noticed.replace('tests/', '', 1)}`" if r.noticed else "**survived**"
+        lines.append(f"| {r.mutation.what} | `{r.mutation.file}` | {noticed} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", metavar="WORDS", help="bugs whose description holds these words")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (default: 2)")
+    parser.add_argument("--green", action="store_true", help="skip the run without any bug: the suite is known to pass")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTATIONS if options.only in m.what]
+    if not chosen:
+        parser.error(f"--only: no bug is described by {options.only!r}")
+    if not (options.only or options.green) and (broken := attempt(None).noticed):
+        print(f"The tests fail without any bug: {broken}", file=sys.stderr)
+        sys.exit(1)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        results = []
+        for result in pool.map(attempt, chosen):
+            results.append(result)
+            print(f"{result.seconds:5.0f} s  {result.mutation.what}: {result.noticed or 'SURVIVED'}", flush=True)
+    survived = [r.mutation.what for r in results if r.noticed is None]
+    print(f"{len(results) - len(survived)} of {len(results)} caught" + (f"; survived: {survived}" if survived else ""))
+    if not options.only:
+        (Path(__file__).parent / "README.md").write_text(table(results))
+    found = {"caught": len(results) - len(survived), "planted": len(results), "survived": survived}
+    if options.json:
+        print(json.dumps(found))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()["survived"]))

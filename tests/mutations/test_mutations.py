@@ -1,0 +1,28 @@
+"""Every seeded bug still applies to the source, and none is there already."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.mutations._mutations import MUTATIONS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
+def test_a_seeded_bug_applies_and_is_still_a_program(mutation):
+    source = (ROOT / "hypergrad" / mutation.file).read_text()
+    assert source.count(mutation.old) == 1
+    ast.parse(source.replace(mutation.old, mutation.new))
+    assert all((ROOT / file).exists() for file in mutation.tests)
+
+
+def test_there_are_enough_bugs_and_the_table_names_them_all():
+    assert len(MUTATIONS) >= 30
+    assert len({m.what for m in MUTATIONS}) == len(MUTATIONS)
+    written = (Path(__file__).parent / "README.md").read_text()
+    missing = [m.what for m in MUTATIONS if m.what not in written]
+    assert not missing, f"run python tests/mutations/run.py for {missing}"

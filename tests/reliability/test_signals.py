@@ -1,0 +1,111 @@
+"""SIGTERM and Ctrl-C end a run with what it has, and a process that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hypergrad.outer import TuneStatus
+from tests.reliability._runs import assert_same, at, run
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "reliability" / "durability.py"
+
+
+@pytest.fixture
+def term_handler():
+    """A handler of the program's own, and the list of what it heard."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def send(number):
+    return at(5, lambda: os.kill(os.getpid(), number))
+
+
+def test_sigterm_ends_the_run_within_a_step_and_all_of_it_is_saved(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    result = run(tmp_path, callbacks=send(signal.SIGTERM), steps=10**6)
+    assert result.status is TuneStatus.INTERRUPTED
+    assert len(result.history.value) == 6
+    assert result.best.value == np.min(result.history.value)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert_same(run(tmp_path), run())
+
+
+def test_a_sigterm_handler_of_the_programs_own_is_called_and_put_back(term_handler):
+    own = signal.getsignal(signal.SIGTERM)
+    assert run(callbacks=send(signal.SIGTERM)).status is TuneStatus.INTERRUPTED
+    assert term_handler == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+def test_a_handler_that_exits_exits_and_the_run_is_saved(tmp_path):
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit):
+            run(tmp_path, callbacks=send(signal.SIGTERM), every=100)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000000006"]
+
+
+def test_a_program_that_ignores_sigterm_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run(callbacks=send(signal.SIGTERM)).status is TuneStatus.FINISHED
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_that_a_callback_swallows_still_ends_the_run(term_handler):
+    """So does one that Python drops because an object is being deleted."""
+
+    def swallow(step, metrics):
+        try:
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a call in which it arrives
+        except KeyboardInterrupt:
+            pass
+
+    result = run(callbacks=swallow, steps=1000)
+    assert result.status is TuneStatus.INTERRUPTED and len(result.history.value) == 7
+
+
+def test_outside_the_main_thread_no_handler_is_touched():
+    before = signal.getsignal(signal.SIGTERM)
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(run(callbacks=lambda *_: results.append(signal.getsignal(signal.SIGTERM))))
+    )
+    thread.start()
+    thread.join()
+    assert results[-1].status is TuneStatus.FINISHED
+    assert all(handler is before for handler in results[:-1])
+
+
+def test_real_kills_and_real_signals_lose_nothing(x64):
+    """The experiment in small: real processes, SIGKILL at random instants, SIGINT, SIGTERM."""
+    if not x64:
+        pytest.skip("the experiment chooses its own precision: one run of the suite is enough")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--smoke", "--json", "--only", "P9,P10,P15"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["P9", "P10", "P15"]
+    assert all(met for _, _, met in found.values()), found
