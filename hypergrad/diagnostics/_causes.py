@@ -165,8 +165,8 @@ def _approximate(e: Evidence) -> Iterator[str]:
         yield (
             f"learned: the best response is a fitted function. At the hyperparameters it gives an outer loss of "
             f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}){left}. "
-            f"The hypergradient's error is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last of many: "
-            "more steps lower both, another scale or response what remains."
+            f"The hypergradient's error is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last of "
+            "many: more steps lower both, another scale or response what remains."
         )
     if _is_direct(e.info) and not e.ok:
         yield (
