@@ -148,6 +148,7 @@ def test_the_names_of_the_design_are_public():
         inner.gradient inner.lbfgs inner.newton inner.fixed_point linear.cg
         linear.neumann linear.gmres linear.nystrom linear.dense linear.identity linear.jacobi linear.precondition
         hypernetwork responses.linear responses.mlp responses.structured
+        self_tuning responses.gated augment.dropout augment.cutout
         domains.positive domains.interval domains.log domains.simplex domains.integer diagnostics.plots.losses
         diagnostics.plots.hyperparameters diagnostics.plots.hypergradient diagnostics.plots.landscape"""
     missing = [name for name in expected.split() if f"hypergrad.{name}" not in public(hg)]

@@ -87,7 +87,7 @@ def _is_direct(info: Info) -> bool:
 
 
 def _is_learned(info: Info) -> bool:
-    return "response_residual" in info.extra
+    return "response_residual" in info.extra or "direct_norm" in info.extra
 
 
 def _status(e: Evidence) -> Iterator[str]:
@@ -160,12 +160,13 @@ def _approximate(e: Evidence) -> Iterator[str]:
 
     if _is_learned(e.info):
         gap = abs(e.value - e.center.settled) / max(abs(e.center.settled), 1e-300)
+        residual = e.info.extra.get("response_residual")  # self-tuning does not measure it
+        left = "" if residual is None else f"; its slope leaves {float(residual):.1g} of its equation"
         yield (
             f"learned: the best response is a fitted function. At the hyperparameters it gives an outer loss of "
-            f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}); its slope leaves "
-            f"{float(e.info.extra['response_residual']):.1g} of its equation. The hypergradient's error is "
-            f"{e.error:.1g} at the first call and {e.settled_error:.1g} at the last of many: more steps lower both, "
-            "another scale or response what remains."
+            f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}){left}. "
+            f"The hypergradient's error is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last of "
+            "many: more steps lower both, another scale or response what remains."
         )
     if _is_direct(e.info) and not e.ok:
         yield (

@@ -1,4 +1,4 @@
-"""The self-tuning experiments run whole on tiny problems: every key of expected.json, of its type and in its range."""
+"""The self-tuning experiments run whole on tiny problems: every number of expected.json in its range."""
 
 from __future__ import annotations
 
@@ -28,10 +28,5 @@ def test_smoke(name, x64, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for key, expected in json.loads((folder / "expected.json").read_text()).items():
-        assert key in found, key
-        if isinstance(expected, list):
-            low, high = expected
-            assert low <= found[key] <= high, (key, found[key])
-        else:
-            assert type(found[key]).__name__ == expected, key
+    for key, (low, high) in json.loads((folder / "expected.json").read_text())["ranges"].items():
+        assert low <= found[key] <= high, (key, found.get(key))

@@ -286,3 +286,11 @@ def test_a_hyperparameter_that_neither_loss_uses_is_named():
     state = solver.init(jnp.zeros(5, DTYPE), hparams, key=jax.random.key(0))
     with pytest.warns(UserWarning, match=r"hparams\['l3'\] is used neither by inner_loss nor by outer_loss"):
         jax.eval_shape(lambda: solver.hypergrad(state, hparams, TRAIN, VALID, key=jax.random.key(0))[0])
+
+
+def test_check_says_that_the_response_is_learned_and_how_far_off_it_is():
+    problem = hg.Problem(lambda w, h, batch: jnp.sum((w - h) ** 2), lambda w, h, batch: jnp.sum((w - 1) ** 2))
+    solver = _solver(problem, steps=50)
+    report = hg.check(solver, jnp.zeros(2, DTYPE), jnp.asarray(0.3, DTYPE), key=jax.random.key(0))
+    assert any(cause.startswith("learned: the best response is a fitted function") for cause in report.causes)
+    assert not any("adjoint system was not solved" in cause for cause in report.causes)
