@@ -50,7 +50,7 @@ from hypergrad.inner.gradient import gradient
 from hypergrad.responses._response import Response, Weights, recentre
 from hypergrad.responses.linear import linear
 
-_SAFETY = 3.0  # calibrated: tests/solvers/test_hypernetwork.py
+_SAFETY = 3.0  # as for the other solvers whose residuals stand for errors
 _FORGET = 0.1  # a scale that is no longer seen loses a digit a call
 
 Distribution = Callable[[Array], PyTree] | tuple[PyTree, PyTree]
