@@ -160,11 +160,12 @@ def p9(seed: int, smoke: bool) -> Answer:
                 folder = Path(home) / f"chain{finished}"
                 number = nursery.start(folder, steps)
                 if trial % 2:  # after the first step, where most of the time goes into saving; else any time at all
-                    _wait_for(Path(f"{folder}.log"))
+                    _wait_for(folder, number)
                 time.sleep(rng.uniform(0, length / 2 if trial % 2 else length))
                 with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
                     os.kill(number, signal.SIGKILL)
-                if nursery.wait() == -signal.SIGKILL:
+                status = nursery.wait()
+                if status == -signal.SIGKILL:
                     kills += 1
                     inside += any(folder.glob("tmp-*"))
                     done = _logged(folder)
@@ -172,7 +173,7 @@ def p9(seed: int, smoke: bool) -> Answer:
                     failures += leaves != truth.get(step, {})
                     lost = max(lost, done - step)
                 else:
-                    failures += json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
+                    failures += status != 0 or json.loads(Path(f"{folder}.json").read_text())["digest"] != expected
                     finished += 1
                 if kills >= wanted and inside >= needed:
                     break
@@ -213,7 +214,7 @@ def p15(seed: int, smoke: bool) -> Answer:
         for trial in progress(range(count), "P15 signals"):
             folder = Path(home) / str(trial)
             number = nursery.start(folder, steps=10**6, every=10)
-            _wait_for(Path(f"{folder}.log"))
+            _wait_for(folder, number)
             time.sleep(rng.uniform(0, 0.5))
             before, began = _logged(folder), time.perf_counter()
             os.kill(number, (signal.SIGINT, signal.SIGTERM)[trial % 2])
@@ -305,12 +306,21 @@ def _logged(folder: Path) -> int:
     return int(lines[-1].split()[0]) + 1 if lines else 0
 
 
-def _wait_for(file: Path) -> None:
-    limit = time.monotonic() + 600
-    while not (file.exists() and file.stat().st_size):
+def _wait_for(folder: Path, number: int) -> None:
+    """Until the run has taken a step, or ended: one that was killed after its last step takes none when it resumes."""
+    log, limit = Path(f"{folder}.log"), time.monotonic() + 600
+    while _alive(number) and not (log.exists() and log.stat().st_size):
         if time.monotonic() > limit:
             raise RuntimeError("a run took no step within ten minutes")
         time.sleep(0.002)
+
+
+def _alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _keep_compiled_code() -> None:
