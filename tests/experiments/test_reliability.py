@@ -1,0 +1,38 @@
+"""The promises run from the command line, in small; in full they take an hour."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / "experiments" / "reliability" / "run.py"
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def once(x64):
+    if not x64:
+        pytest.skip("the experiment chooses its own precision: one run of the suite is enough")
+
+
+def test_each_promise_is_a_figure_a_bar_and_a_verdict():
+    done = _run("--smoke", "--json", "--only", "P12,P13,P14")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"P12", "P13", "P14", "seed", "seconds"}
+    for name in ("P12", "P13", "P14"):
+        figure, bar, met = found[name]
+        assert isinstance(figure, str) and isinstance(bar, str) and met is True, found[name]
+
+
+def test_an_unknown_promise_is_refused_by_name():
+    done = _run("--only", "P1,P99")
+    assert done.returncode == 2
+    assert "unknown P99" in done.stderr
