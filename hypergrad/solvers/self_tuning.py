@@ -154,6 +154,8 @@ def self_tuning(
     True
     """
     check_options("self_tuning", steps=steps, valid_steps=valid_steps, entropy=entropy)
+    for sigma in jax.tree.leaves(scale):
+        check_options("self_tuning", scale=sigma)
     check_choice("self_tuning", "training", training, ("joint", "split", "linearized"))
     check_perturb(perturb)
     if not isinstance(problem.inner_loss, Composed) and training == "linearized":
