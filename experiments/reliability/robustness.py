@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import optax
 
 import hypergrad as hg
 from experiments._common import progress
-from tests.reliability._faults import FAULTS
+from tests.reliability._faults import FAULTS, Fault, Outcome
 from tests.reliability._harness import in_a_batch, one_by_one
 from tests.reliability._methods import METHODS
 from tests.reliability._mistakes import MISTAKES, MODES, Mistake, make
@@ -31,29 +32,33 @@ def p2(seed: int, smoke: bool, table: list[str] | None = None) -> tuple[str, str
     """Every fault that is a value, through every solver: in a batch, alone under jit, and without jit."""
     del seed
     names = list(METHODS)[-4:] if smoke else list(METHODS)
-    counts, silent, spoiled, rows = dict.fromkeys(("vmap", "jit", "eager"), 0), [], [], {f: [] for f in FAULTS}
+    counts, silent, spoiled = dict.fromkeys(("vmap", "jit", "eager"), 0), [], []
+    cells: dict[str, list[str]] = {fault.what: [] for fault in FAULTS}
     for i, name in enumerate(progress(names, "solvers")):
         batch = in_a_batch(name, FAULTS)
         spoiled += [] if batch.same and batch.good and all(batch.finite) else [name]
-        runs = {"vmap": dict(zip(FAULTS, batch.outcomes, strict=True))}
-        some = FAULTS[i % EAGER_EVERY :: EAGER_EVERY]
+        runs = {"vmap": _by_name(FAULTS, batch.outcomes)}
         if not smoke:
-            runs["jit"] = dict(zip(FAULTS, one_by_one(name, FAULTS, jit=True), strict=True))
-            runs["eager"] = dict(zip(some, one_by_one(name, some, jit=False), strict=True))
+            some = FAULTS[i % EAGER_EVERY :: EAGER_EVERY]
+            runs["jit"] = _by_name(FAULTS, one_by_one(name, FAULTS, jit=True))
+            runs["eager"] = _by_name(some, one_by_one(name, some, jit=False))
         for mode, found in runs.items():
             counts[mode] += len(found)
-            silent += [f"{f.what}, {name}, {mode}: {o}" for f, o in found.items() if o.silent]
-        for fault in FAULTS:
-            said = {mode: str(found[fault]) for mode, found in runs.items() if fault in found}
-            first = said["vmap"]
-            others = [f"{mode}: {text}" for mode, text in said.items() if text.split(",")[0] != first.split(",")[0]]
-            rows[fault].append("; ".join([first, *others]))
+            silent += [f"{what}, {name}, {mode}: {outcome}" for what, outcome in found.items() if outcome.silent]
+        for what, cell in cells.items():
+            first = runs["vmap"][what]
+            others = {mode: found[what] for mode, found in runs.items() if what in found}
+            cell.append("; ".join([str(first), *(f"{m}: {o}" for m, o in others.items() if o.status != first.status)]))
     if table is not None:
         table += [f"| | fault | {' | '.join(names)} |", "|" + "---|" * (len(names) + 2)]
-        table += [f"| {f.number} | {f.what} | {' | '.join(rows[f])} |" for f in FAULTS]
+        table += [f"| {f.number} | {f.what} | {' | '.join(cells[f.what])} |" for f in FAULTS]
     figure = f"{len(silent)} silent of " + ", ".join(f"{n} ({mode})" for mode, n in counts.items())
     figure += f"; batches whose good members changed: {len(spoiled)} of {len(names)}"
     return figure + (f": {silent + spoiled}" if silent or spoiled else ""), "0 silent, 0 changed", not silent + spoiled
+
+
+def _by_name(faults: Sequence[Fault], outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    return {fault.what: outcome for fault, outcome in zip(faults, outcomes, strict=True)}
 
 
 def p11(seed: int, smoke: bool) -> tuple[str, str, bool]:
