@@ -46,7 +46,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/implicit.py",
         "            params=params,\n",
         "            params=state.params,\n",
-        (CONTRACT, STATUSES),
+        (STATUSES, CONTRACT),
     ),
     Mutation(
         "implicit: damping forgotten in the operator",
@@ -273,7 +273,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_data.py", UNROLLED, "tests/inner/test_gradient.py"),
     ),
     Mutation(
-        "keys: every outer step draws the same", "outer/tune.py", "jax.random.fold_in(key, loop.step)", "key", (TUNE,)
+        "keys: every outer step draws the same", "outer/_step.py", "jax.random.fold_in(key, loop.step)", "key", (TUNE,)
     ),
     Mutation(
         "minibatches: the last row is never drawn",
@@ -284,7 +284,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "tune: a failed step is taken",
-        "outer/tune.py",
+        "outer/_step.py",
         "*_tree.where(usable, (free, outer_state), (loop.free, loop.outer))",
         "free, outer_state",
         (TUNE,),
@@ -298,7 +298,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "tune: derivative of the domain forgotten",
-        "outer/tune.py",
+        "outer/_step.py",
         "(grad,) = pull(jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams))",
         "grad = jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams)",
         (TUNE,),
@@ -336,6 +336,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "_tree.py",
         "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
         "return x",
-        (LINEAR, "tests/inner/test_lbfgs.py"),
+        ("tests/test_tree.py",),
     ),
 )
