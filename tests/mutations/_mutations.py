@@ -46,7 +46,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/implicit.py",
         "            params=params,\n",
         "            params=state.params,\n",
-        (CONTRACT, STATUSES),
+        (STATUSES, CONTRACT),
     ),
     Mutation(
         "implicit: damping forgotten in the operator",
@@ -336,6 +336,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "_tree.py",
         "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
         "return x",
-        (LINEAR, "tests/inner/test_lbfgs.py"),
+        ("tests/test_tree.py",),
     ),
 )

@@ -1,9 +1,9 @@
 """Plant one bug after the other and see that the unit tests turn red.
 
-    python tests/mutations/run.py [--only WORDS] [--jobs N] [--green] [--json]
+    python tests/mutations/run.py [--only WORDS] [--missing] [--jobs N] [--green] [--json]
 
-Each bug is one edit of a temporary copy of the package. Its own tests run first; where they stay green, all files that
-any bug names, none of which is end-to-end. A whole run writes the table README.md beside this file, line by line. Exits
+Each bug is one edit of a temporary copy of the package. Its own tests run first; where they stay green, all files
+that any bug names, none of which is end-to-end. The table README.md beside this file is written line by line. Exits
 with 1 if a bug survives.
 """
 
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).parent / "README.md"
+SURVIVED = "survived"
 sys.path.insert(0, str(ROOT))
 
 from tests.mutations._mutations import MUTATIONS, Mutation
@@ -84,46 +86,58 @@ def attempt(mutation: Mutation | None) -> Result:
     return Result(mutation, noticed, time.perf_counter() - began)
 
 
-def table(results: list[Result]) -> str:
+def known() -> dict[str, str]:
+    """What the table says of each bug that there still is: the name of a test, or nothing."""
+    if not TABLE.exists():
+        return {}
+    rows = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines() if line.count(" | ") == 2]
+    return {what: noticed.strip("`") for what, _, noticed in rows if what in {m.what for m in MUTATIONS}}
+
+
+def table(noticed: dict[str, str]) -> str:
     """The results in Markdown."""
-    caught = sum(r.noticed is not None for r in results)
-    planted = f"{len(MUTATIONS)} bugs, one at a time, in a copy of the package"
+    caught = sum(test != SURVIVED for test in noticed.values())
     lines = [
         "# Seeded bugs",
         "",
-        f"`python tests/mutations/run.py` plants {planted} and runs unit tests (no end-to-end ones). Of the "
-        f"{len(results)} planted so far **{caught} are caught**. That command writes this file, a line as each ends.",
+        f"`python tests/mutations/run.py` plants {len(MUTATIONS)} bugs, one at a time, in a copy of the package, and",
+        f"runs unit tests (no end-to-end ones). Of the {len(noticed)} planted so far **{caught} are caught**.",
+        "That command writes this file; `--missing` plants those that it does not name yet.",
         "",
         "| bug | file | first test that fails |",
         "|---|---|---|",
+        *(f"| {m.what} | `{m.file}` | `{noticed[m.what]}` |" for m in MUTATIONS if m.what in noticed),
     ]
-    for r in results:
-        noticed = f"`{r.noticed.replace('tests/', '', 1)}`" if r.noticed else "**survived**"
-        lines.append(f"| {r.mutation.what} | `{r.mutation.file}` | {noticed} |")
     return "\n".join(lines) + "\n"
+
+
+def _chosen(options: argparse.Namespace) -> list[Mutation]:
+    done = known() if options.missing else {}
+    return [m for m in MUTATIONS if options.only in m.what and m.what not in done]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORDS", help="bugs whose description holds these words")
+    parser.add_argument("--missing", action="store_true", help="only bugs of which the table says nothing")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="bugs at once (default: 2)")
     parser.add_argument("--green", action="store_true", help="skip the run without any bug: the suite is known to pass")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options = parser.parse_args(arguments)
     slow = lambda m: not m.tests[0].startswith("tests/linear")
-    chosen = sorted((m for m in MUTATIONS if options.only in m.what), key=slow)  # the quick ones first
-    if not chosen:
+    chosen = sorted(_chosen(options), key=slow)  # the quick ones first
+    if not chosen and not options.missing:
         parser.error(f"--only: no bug is described by {options.only!r}")
-    if not (options.only or options.green) and (broken := attempt(None).noticed):
+    if not (options.only or options.missing or options.green) and (broken := attempt(None).noticed):
         print(f"The tests fail without any bug: {broken}", file=sys.stderr)
         sys.exit(1)
+    results, written = [], known()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        results = []
-        for result in pool.map(attempt, chosen):
-            results.append(result)
-            print(f"{result.seconds:5.0f} s  {result.mutation.what}: {result.noticed or 'SURVIVED'}", flush=True)
-            if not options.only:
-                (Path(__file__).parent / "README.md").write_text(table(results))
+        for future in concurrent.futures.as_completed([pool.submit(attempt, m) for m in chosen]):
+            results.append(result := future.result())
+            written[result.mutation.what] = (result.noticed or SURVIVED).replace("tests/", "", 1)
+            TABLE.write_text(table(written))
+            print(f"{result.seconds:5.0f} s  {result.mutation.what}: {result.noticed or SURVIVED}", flush=True)
     survived = [r.mutation.what for r in results if r.noticed is None]
     print(f"{len(results) - len(survived)} of {len(results)} caught" + (f"; survived: {survived}" if survived else ""))
     found = {"caught": len(results) - len(survived), "planted": len(results), "survived": survived}

@@ -1,0 +1,30 @@
+"""Arithmetic on pytrees where precision could be lost."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad import _tree
+
+
+def test_inner_products_of_half_precision_are_accumulated_in_single():
+    """4096 · (1 + 2⁻⁸)² needs 17 bits more than half precision has, and 300² more than its range."""
+    ones = jnp.full(4096, 1 + 2.0**-8, jnp.float16)
+    assert _tree.vdot({"a": ones}, {"a": ones}).dtype == jnp.float32
+    assert float(_tree.vdot({"a": ones}, {"a": ones})) == 4096 * (1 + 2.0**-8) ** 2
+    large = jnp.full(3, 300.0, jnp.float16)
+    assert float(_tree.vdot(large, large)) == 3 * 300.0**2
+    np.testing.assert_allclose(float(_tree.norm(large)), 300 * 3**0.5, rtol=1e-6)
+
+
+def test_norms_neither_underflow_nor_overflow():
+    for size in (1e-30, 1e30):
+        x = {"a": jnp.full(2, size, jnp.float32), "b": [jnp.full(2, -size, jnp.float32)]}
+        np.testing.assert_allclose(float(_tree.norm(x)), 2 * size, rtol=1e-6)
+
+
+def test_each_leaf_keeps_its_dtype():
+    x = {"half": jnp.ones(2, jnp.float16), "single": jnp.ones(2, jnp.float32)}
+    for y in (_tree.scale(2.0, x), _tree.axpy(2.0, x, x), _tree.where(True, x, x), _tree.zeros_like(x)):
+        assert [leaf.dtype for leaf in y.values()] == [jnp.float16, jnp.float32]
