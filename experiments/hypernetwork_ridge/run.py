@@ -150,7 +150,7 @@ def draw(folder: Path, numbers: dict[str, Any], truth: np.ndarray, learned: np.n
     right.text(len(paths[0.0]), numbers["lambda_true"], "best λ", va="bottom", ha="right", fontsize=9, color=style.INK)
     lines = [(0.0, style.ORANGE, "σ = 0: biased"), (0.1, style.SKY, "σ = 0.1"), (0.5, style.GREEN, "σ = 0.5")]
     lines += [(-0.1, style.BLUE, "σ = 0.1, centred"), (-0.5, style.PINK, "σ = 0.5, centred")]
-    for sigma, color, label in lines:
+    for sigma, color, label in [line for line in lines if line[0] in paths]:
         right.plot(paths[sigma], color=color, linewidth=1.6, label=label)
     right.legend(frameon=False, loc="lower right")
     style.titled(right, "Local hypernetworks: λ on the way", xlabel="outer step", ylabel="λ")
