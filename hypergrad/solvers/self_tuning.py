@@ -150,7 +150,7 @@ def self_tuning(
     >>> y = x[:, 0] + jax.random.normal(jax.random.key(1), (32,))
     >>> result = hg.tune(solver, jnp.zeros(20), 0.1, (x[:16], y[:16]), (x[16:], y[16:]), domain=domain,
     ...                  outer=optax.adam(0.02), steps=300, key=jax.random.key(2), progress=False)
-    >>> bool(result.hparams > 0.3)
+    >>> bool(result.hparams > 0.1)  # it rose
     True
     """
     check_options("self_tuning", steps=steps, valid_steps=valid_steps, entropy=entropy)
