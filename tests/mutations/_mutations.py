@@ -292,8 +292,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "tune: the worst step is the best",
         "outer/tune.py",
-        'not metrics["value"] >= record.best.value',
-        'not metrics["value"] <= record.best.value',
+        'not metrics["value"] >= best.value',
+        'not metrics["value"] <= best.value',
         (TUNE,),
     ),
     Mutation(
