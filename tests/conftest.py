@@ -11,11 +11,6 @@ import os
 X64 = os.environ.get("HYPERGRAD_X64", "1") not in ("0", "false", "False")
 DEVICES = 8  # virtual: what sharding tests see, on any machine
 
-# Compiling is most of what the suite costs. Unoptimized code computes the same to rounding, in half of the time; the
-# run in float32 compiles as users do.
-if X64:
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
