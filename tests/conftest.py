@@ -44,3 +44,10 @@ def devices() -> list[jax.Device]:
     if len(found) < DEVICES:
         pytest.skip(f"needs {DEVICES} CPU devices, found {len(found)}")
     return found[:DEVICES]
+
+
+@pytest.fixture(scope="session")  # before whatever a module prepares
+def once(x64: bool) -> None:
+    """For what runs in a process or precision of its own, the same in either run of the suite: the first is enough."""
+    if not x64:
+        pytest.skip("computes in a precision of its own: one run of the suite is enough")

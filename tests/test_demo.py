@@ -39,9 +39,8 @@ def cache(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
-def test_the_first_command_finds_the_wrong_labels(tmp_path, x64):
-    if not x64:
-        pytest.skip("runs in a process of its own, in float32 whatever this run is in: once is enough")
+@pytest.mark.usefixtures("once")
+def test_the_first_command_finds_the_wrong_labels(tmp_path):
     path = tmp_path / "picture.png"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run(

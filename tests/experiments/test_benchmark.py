@@ -13,6 +13,7 @@ import pytest
 
 RUN = Path(__file__).parents[2] / "experiments" / "benchmark" / "run.py"
 BARS = ["V1", "V2", "V3", "V4", "V5", "V6", "V7", "V8", "V9", "V11"]
+pytestmark = pytest.mark.usefixtures("once")
 NEEDED = {"V1": "jaxopt", "V2": "jaxopt", "V7": "optuna"}  # without which a bar cannot be judged
 
 
@@ -39,12 +40,6 @@ def smoke():
     done = _run("--smoke", "--seed", "0", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
-
-
-@pytest.fixture(autouse=True)
-def once(x64):
-    if not x64:
-        pytest.skip("the benchmark chooses its own precision, float32: one run of the suite is enough")
 
 
 def test_last_line_is_one_json_object_with_every_bar(smoke):

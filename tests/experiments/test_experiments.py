@@ -17,6 +17,7 @@ from experiments import _common, report
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
+pytestmark = pytest.mark.usefixtures("once")
 
 
 def _expected(home: Path) -> dict:
@@ -25,12 +26,6 @@ def _expected(home: Path) -> dict:
 
 EXPERIMENTS = sorted(p.parent for p in FOLDER.glob("*/expected.json") if "smoke" in json.loads(p.read_text()))
 each = pytest.mark.parametrize("home", EXPERIMENTS, ids=lambda home: home.name)
-
-
-@pytest.fixture(autouse=True)
-def once(x64):
-    if not x64:
-        pytest.skip("experiments run in a precision of their own, float32: one run of the suite is enough")
 
 
 @each

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parents[2] / "experiments" / "reliability" / "run.py"
+pytestmark = pytest.mark.usefixtures("once")
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(autouse=True)
-def once(x64):
-    if not x64:
-        pytest.skip("the experiment chooses its own precision: one run of the suite is enough")
 
 
 def test_each_promise_is_a_figure_a_bar_and_a_verdict():

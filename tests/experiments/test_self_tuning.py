@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+pytestmark = pytest.mark.usefixtures("once")
 
 
 @pytest.mark.parametrize("name", ["self_tuning_digits", "self_tuning_cnn", "self_tuning_lstm", "hyper_layers"])
-def test_smoke(name, x64, tmp_path):
-    if not x64:
-        pytest.skip("the experiments choose their own precision: one run of the suite is enough")
+def test_smoke(name, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     folder = EXPERIMENTS / name
     done = subprocess.run(

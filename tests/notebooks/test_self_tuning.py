@@ -12,9 +12,8 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "notebooks" / "self_tuning.py"
 
 
-def test_the_notebook_runs_as_written(x64, capsys):
-    if not x64:
-        pytest.skip("the notebook is float32 either way: one run of the suite is enough")
+@pytest.mark.usefixtures("once")
+def test_the_notebook_runs_as_written(capsys):
     names = runpy.run_path(str(SOURCE))
     assert np.all(np.isfinite(names["result"].history.value))
     assert "best" in capsys.readouterr().out

@@ -95,10 +95,9 @@ def test_outside_the_main_thread_no_handler_is_touched():
     assert all(handler is before for handler in results[:-1])
 
 
-def test_real_kills_and_real_signals_lose_nothing(x64):
+@pytest.mark.usefixtures("once")
+def test_real_kills_and_real_signals_lose_nothing():
     """The experiment in small: real processes, SIGKILL at random instants, SIGINT, SIGTERM."""
-    if not x64:
-        pytest.skip("the experiment chooses its own precision: one run of the suite is enough")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--smoke", "--json", "--only", "P9,P10,P15"],
         capture_output=True,
