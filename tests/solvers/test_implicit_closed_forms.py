@@ -180,3 +180,15 @@ def test_without_warm_start_every_call_is_the_first():
     _, state = step(state, jax.tree.map(lambda h: h + 1, hparams), train, valid)
     second, _ = step(state, hparams, train, valid)
     assert_trees_equal(second, first)
+
+
+def test_a_start_at_the_solution_is_not_asked_for_digits_that_nobody_has():
+    """The natural size of F is ‖H w‖ there, not the rounding error that is left of F: a first look or two, and done."""
+    case = curved.logistic()
+    params, hparams, train, valid = case.arrays()
+    solver = hg.implicit(case.problem)
+    step = compiled(solver.hypergrad)
+    out, state = step(solver.init(params, hparams), hparams, train, valid)
+    again, _ = step(solver.init(solver.response(state, hparams), hparams), hparams, train, valid)
+    assert int(again.info.inner_steps) <= 4 < int(out.info.inner_steps)
+    assert_trees_close(again.grad, out.grad, tol(1e-8, 1e-4))
