@@ -1,11 +1,13 @@
 """Precision, devices and strictness, set before JAX starts.
 
 `HYPERGRAD_X64=0 pytest` runs the suite in float32, where users live; the default is float64, where theorems hold to
-rounding.
+rounding. `XLA_FLAGS= pytest` compiles as users do; without it, what XLA does to make programs fast is left out, since
+nearly every program here runs once or twice and compiling is most of the time.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 X64 = os.environ.get("HYPERGRAD_X64", "1") not in ("0", "false", "False")
@@ -13,6 +15,11 @@ DEVICES = 8  # virtual: what sharding tests see, on any machine
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+QUICK = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # other versions may not know it, and would not start
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))  # read when JAX first computes; scripts that tests start inherit it
 
 import jax
 import pytest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,7 @@ NEEDED = {"V1": "jaxopt", "V2": "jaxopt", "V7": "optuna"}  # without which a bar
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # its own: one thread, one device
-    return subprocess.run(
-        [sys.executable, str(RUN), *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
 
 
 def _figures(value, path=""):

@@ -275,11 +275,12 @@ def test_any_pytree_keeps_its_structure_and_dtypes(name):
 def test_new_values_of_options_count_and_do_not_recompile(name):
     changes = {"tol": 1e-2, "max_steps": 3, "step_size": 0.25, "damping": 0.5}
     out = run(name, spd(10.0), vector())
+    programs = compiled(name)._cache_size()  # another test of this process may have called it with other shapes
     for option in SOLVERS[name].options:
         other = run(name, spd(10.0), vector(), **{option: changes[option]})
         unused = option == "tol" and (name == "dense" or not SOLVERS[name].claims)
         assert error(other.x, out.x) > 0 or unused
-    assert compiled(name)._cache_size() == 1
+    assert compiled(name)._cache_size() == programs
 
 
 @pytest.mark.parametrize("name", ["cg", "gmres restarted"])

@@ -7,10 +7,10 @@ from typing import NamedTuple
 FORMS = "tests/solvers/test_implicit_closed_forms.py"
 STATUSES = "tests/solvers/test_statuses.py"
 UNROLLED = "tests/solvers/test_unrolled.py"
+RUNS = "tests/solvers/test_unrolled_runs.py"
 TUNE = "tests/outer/test_tune.py"
 AGREEMENT = "tests/solvers/test_agreement.py"
 LINEAR = "tests/linear/test_linear.py"
-CONTRACT = "tests/test_contract.py"
 
 
 class Mutation(NamedTuple):
@@ -46,14 +46,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/implicit.py",
         "            params=params,\n",
         "            params=state.params,\n",
-        (STATUSES, CONTRACT),
+        (FORMS,),
     ),
     Mutation(
         "implicit: damping forgotten in the operator",
         "solvers/implicit.py",
         "operator = damped(system.matvec, shift) if damping is not None else system.matvec",
         "operator = system.matvec",
-        (FORMS, CONTRACT),
+        (AGREEMENT,),
     ),
     Mutation(
         "implicit: insensitivity never reported",
@@ -99,14 +99,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         "_curvature.py",
         "pull(curve(push(v)))",
         "pull(push(v))",
-        (FORMS,),
+        (AGREEMENT,),
     ),
     Mutation(
         "damping: sign",
         "_curvature.py",
         "_tree.axpy(damping, v, matvec(v))",
         "_tree.axpy(-damping, v, matvec(v))",
-        (FORMS, CONTRACT),
+        (AGREEMENT,),
     ),
     Mutation(
         "linear: right-hand side not normalised",
@@ -218,7 +218,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/unrolled.py",
         "floats = None if skip or warm_start else",
         "floats = None if True else",
-        (UNROLLED, "tests/solvers/test_unrolled_runs.py", "tests/inner/test_gradient.py"),
+        (UNROLLED, RUNS, "tests/inner/test_gradient.py"),
     ),
     Mutation(
         "unrolled: adjoint not scaled back",
@@ -232,7 +232,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/unrolled.py",
         "_MEANINGLESS = 0.1",
         "_MEANINGLESS = 1e300",
-        (UNROLLED, "tests/solvers/test_unrolled_runs.py"),
+        (RUNS,),
     ),
     Mutation(
         "step: cross term dropped", "solvers/_steps.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
@@ -263,7 +263,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/_pushforward.py",
         "one(carry.point, carry.tangent, begin + i)",
         "one(carry.point, carry.tangent, begin + i + 1)",
-        (UNROLLED, AGREEMENT),
+        (RUNS,),
     ),
     Mutation(
         "keys: the same batch at every step",

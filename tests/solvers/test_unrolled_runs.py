@@ -210,3 +210,17 @@ def test_each_leaf_keeps_its_dtype_whatever_the_others_are():
         assert int(out.info.status) == hg.Status.OK
         for found, given in ((after.params, params), (out.grad, hparams), (after.inner_state, state.inner_state)):
             assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(given)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_derivative_without_a_correct_digit_is_not_called_one(mode):
+    """The logistic map w ← λ w (1 − w): at 2.8 it ends in 1 − 1/λ, whose slope is 1/λ²; at 3.9 it is chaotic."""
+    inner = hg.inner.fixed_point(lambda w, h, batch: h * w * (1 - w), steps=150)
+    solver = hg.unrolled(hg.Problem(quadratic, lambda w, h, batch: w[0]), inner=inner, **MODES[mode])
+    state, step = solver.init(jnp.asarray([0.3]), jnp.asarray(2.8)), compiled(solver.hypergrad)
+    tame, _ = step(state, jnp.asarray(2.8))
+    assert int(tame.info.status) == hg.Status.OK
+    assert relative_error(tame.grad, 1 / 2.8**2) <= tol(1e-12, 1e-5)
+    wild, _ = step(state, jnp.asarray(3.9))
+    assert int(wild.info.status) == hg.Status.UNROLL_EXPLODED
+    assert float(wild.info.error_estimate) > 0.1
