@@ -13,6 +13,10 @@ Why that is right, and not merely finite:
    derivative is 0; and the update m/(√v + ε) has m = 0 there, so that the kink drops out and ∂m/ε remains: exactly
    the derivative.
 3. Where all local derivatives are finite, nothing changes.
+`max` and `min` have another weakness: JAX's rule asks which input equals the output. Where a compiler computes an input
+twice and rounds it differently, none does, and the derivative is silently 0 (seen in adamax, on XLA without its
+optimizations). Here the inputs are compared with each other, and ties are shared, as by JAX's rule.
+
 Not covered: an update whose own derivative is infinite, such as a schedule √λ at λ = 0; hyperparameters belong
 inside their domain. The usual remedy, a larger `eps_root`, changes the training itself (1e-4 biases d/d lr by 78 %
 in our measurements).
@@ -96,6 +100,14 @@ _OK: dict[str, Callable[..., Array]] = {
     "integer_pow": lambda p, x: _finite(p["y"] * lax.integer_pow(x, p["y"] - 1)),
     "pow": _power_ok,
 }
+_EXTREMA = {"max": operator.gt, "min": operator.lt}
+
+
+def _extremum(eqn: Any, inputs: Sequence[Any]) -> Array:
+    out, beats = eqn.outvars[0].aval, _EXTREMA[eqn.primitive.name]
+    x, y = (jnp.broadcast_to(jnp.asarray(x, out.dtype), out.shape) for x in inputs)
+    shared = 0.5 * x + 0.5 * y  # of a tie, or of NaN
+    return lax.select(beats(x, y), x, lax.select(beats(y, x), y, shared))
 
 
 def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
@@ -132,6 +144,8 @@ def _apply(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     if name in _NESTED:
         return _NESTED[name](eqn, inputs)
     floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    if name in _EXTREMA and floating:
+        return [_extremum(eqn, inputs)]
     if name in _OK and floating and not _linear(name, inputs):
         return [_guarded(eqn, inputs)]
     bound = eqn.primitive.get_bind_params(params)

@@ -9,6 +9,7 @@ the optimum of the pre-training by the implicit function theorem.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,17 +97,17 @@ def after_fine_tuning(params: dict[str, Any], hparams: Any, batch: Any) -> Any:
     return cross_entropy(fine_tune(params["encoder"], tune), encode(params["encoder"], x), y)
 
 
-@jax.jit
-def pretrain(hparams: dict[str, Any], params: Any, data: Any, key: Any) -> Any:
+@functools.partial(jax.jit, static_argnames="steps")
+def pretrain(hparams: dict[str, Any], params: Any, data: Any, key: Any, *, steps: int) -> Any:
     """A run from scratch."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, PRETRAINING))
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     def step(carry: Any, key: Any) -> Any:
         params, state = carry
         updates, state = optimizer.update(jax.grad(pretraining_loss)(params, hparams, data, key), state)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, PRETRAINING))[0][0]
+    return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))[0][0]
 
 
 @jax.jit
@@ -117,6 +118,7 @@ def accuracy(encoder: Any, tune: Any, test: Any) -> Any:
 
 def measure(options: Any, numbers: dict[str, Any]) -> None:
     steps, repeats, draws = (3, 1, 2) if options.smoke else (200, 3, 12)
+    again = functools.partial(pretrain, steps=PRETRAINING // 6 if options.smoke else PRETRAINING)
     data = load(options.seed)
     keys = jax.random.split(jax.random.key(options.seed), 3)
     uniform = {
@@ -129,10 +131,10 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     def retrained(hparams: dict[str, Any]) -> float:
         """Test accuracy after pre-training from scratch, from starts that no tuning has seen."""
         fresh = jax.random.split(jax.random.fold_in(keys[0], 1), (repeats, 2))
-        found = (pretrain(hparams, start(key[0]), data.pretrain, key[1]) for key in fresh)
+        found = (again(hparams, start(key[0]), data.pretrain, key[1]) for key in fresh)
         return float(np.mean([accuracy(params["encoder"], data.tune, data.test) for params in found]))
 
-    began = pretrain(uniform, start(keys[0]), data.pretrain, keys[1])
+    began = pretrain(uniform, start(keys[0]), data.pretrain, keys[1], steps=PRETRAINING)
     random = accuracy(start(keys[0])["encoder"], data.tune, data.test)
     numbers["no_pretraining"], numbers["uniform"] = random, retrained(uniform)
 
@@ -140,7 +142,7 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     for _ in progress(range(draws), "search"):
         blur, decay = (np.float32(np.exp(rng.uniform(*np.log(box)))) for box in (BLUR, DECAY))
         hparams = uniform | {"blur": jnp.asarray(blur), "decay": jnp.asarray(decay)}
-        params = pretrain(hparams, start(keys[0]), data.pretrain, keys[1])
+        params = again(hparams, start(keys[0]), data.pretrain, keys[1])
         tried.append((float(after_fine_tuning(params, hparams, (data.tune, data.valid))), hparams))
     searched = min(tried, key=lambda pair: pair[0])[1]
     numbers["searched"] = retrained(searched)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,11 +9,6 @@ import jax.numpy as jnp
 
 import hypergrad as hg
 from hypergrad._problem import bind_inner
-
-# Half the time to compile: nearly every solve of these tests runs once.
-compiled = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 def problem(loss, model_state=False):
@@ -38,7 +32,7 @@ def solve(
     state = inner.init(params, hparams) if state is None else state
     options = {**inner.options, **(options or {})}
 
-    @compiled
+    @jax.jit
     def run(params, state, hparams, data, key, model_state, scale, options):
         objective = bind_inner(problem(loss, model_state is not None), data, key, model_state)
         return inner.solve(objective, params, state, hparams, model_state, scale=scale, options=options)

@@ -10,7 +10,7 @@ import pytest
 import hypergrad as hg
 from hypergrad._problem import bind_inner
 from tests._helpers import assert_trees_equal, relative_error, tol
-from tests.inner._solve import compiled, problem, status
+from tests.inner._solve import problem, status
 
 X = np.random.default_rng(0).normal(size=(30, 8))
 Y = X @ np.array([2.0, 0, 0, -1.5, 0, 0, 0.7, 0]) + 0.1 * np.random.default_rng(1).normal(size=30)
@@ -36,7 +36,7 @@ def affine(w, gain, batch):
 
 
 def solve(inner: Any, params: Any, hparams: Any = 1.0, data: Any = None, *, key=None, scale=1.0, options=None):
-    @compiled
+    @jax.jit
     def run(params, hparams, data, key, scale, options):
         objective = bind_inner(hg.Problem(None, lambda *_: jnp.zeros(())), data, key, None)
         return inner.solve(objective, params, inner.init(params, hparams), hparams, None, scale=scale, options=options)
@@ -172,7 +172,7 @@ def test_to_a_tolerance_every_step_sees_the_same_batch_and_key(key):
 def test_traced_tolerance_and_step_count_never_recompile():
     inner = hg.inner.fixed_point(affine)
     objective = bind_inner(problem(None), None, None, None)
-    run: Any = compiled(
+    run: Any = jax.jit(
         lambda options: inner.solve(objective, jnp.zeros(3), (), 1.0, None, scale=jnp.ones(()), options=options)
     )
     steps = [
@@ -187,9 +187,9 @@ def test_lanes_of_a_vmap_are_independent():
     objective = bind_inner(problem(None), None, None, None)
     run = lambda gain: inner.solve(objective, jnp.zeros(3), (), gain, None, scale=jnp.ones(()), options=inner.options)
     gains = jnp.asarray([0.9, 2.0, 0.1])
-    batched = compiled(jax.vmap(run))(gains)
+    batched = jax.jit(jax.vmap(run))(gains)
     for i, gain in enumerate(gains):
-        single = compiled(run)(gain)
+        single = jax.jit(run)(gain)
         assert int(batched.status[i]) == int(single.status) and int(batched.steps[i]) == int(single.steps)
         assert relative_error(batched.params[i], single.params) < tol(1e-12, 1e-4)
     assert [hg.Status(int(s)).name for s in batched.status] == ["OK", "INNER_DIVERGED", "OK"]

@@ -11,7 +11,7 @@ import pytest
 import hypergrad as hg
 from hypergrad._problem import bind_inner
 from tests._helpers import assert_trees_close, assert_trees_equal, central_difference, relative_error, tol
-from tests.inner._solve import compiled, problem, solve, status
+from tests.inner._solve import problem, solve, status
 
 CURVATURE = np.array([0.7, 1.9, 3.1])
 AIM = np.array([0.4, -1.2, 0.8])
@@ -186,7 +186,7 @@ def test_losses_that_jump_from_batch_to_batch_have_not_diverged(steps, key):
         state = inner.init(start(), 0.0)
         return inner.solve(objective, start(), state, 0.0, None, scale=jnp.ones(()), options=inner.options)
 
-    assert np.all(compiled(jax.vmap(run))(jax.random.split(key, 50)).status == 0)
+    assert np.all(jax.jit(jax.vmap(run))(jax.random.split(key, 50)).status == 0)
 
 
 def test_a_loss_that_overflows_at_once_has_diverged():
@@ -219,7 +219,7 @@ def test_an_optimizer_that_makes_parameters_nan_has_diverged():
 def test_traced_tolerance_and_step_count_never_recompile():
     inner = hg.inner.gradient(optax.sgd(0.3), steps=50, tol=1e-4)
     objective = bind_inner(problem(quadratic), None, None, None)
-    run: Any = compiled(
+    run: Any = jax.jit(
         lambda options: inner.solve(
             objective, start(), inner.init(start(), 0.0), 0.0, None, scale=jnp.ones(()), options=options
         )
@@ -239,9 +239,9 @@ def test_lanes_of_a_vmap_are_independent(tolerance):
         objective, start(), inner.init(start(), lr), lr, None, scale=jnp.ones(()), options=inner.options
     )
     rates = jnp.asarray([0.3, 3.0, 0.5])  # the second one diverges
-    batched = compiled(jax.vmap(run))(rates)
+    batched = jax.jit(jax.vmap(run))(rates)
     for i, lr in enumerate(rates):
-        single = compiled(run)(lr)
+        single = jax.jit(run)(lr)
         assert int(batched.status[i]) == int(single.status) and int(batched.steps[i]) == int(single.steps)
         assert relative_error(batched.params[i], single.params) < tol(1e-10, 1e-4)
 

@@ -10,7 +10,7 @@ import pytest
 import hypergrad as hg
 from hypergrad._problem import bind_inner
 from tests._helpers import assert_trees_equal, relative_error, tol
-from tests.inner._solve import compiled, problem, solve, status
+from tests.inner._solve import problem, solve, status
 
 EIGENVALUES = np.geomspace(1.0, 300.0, 12)
 AIM = np.linspace(-1.0, 2.0, 12)
@@ -201,7 +201,7 @@ def test_a_failed_solve_leaves_no_pairs_behind():
 def test_traced_tolerance_and_step_count_never_recompile():
     inner = hg.inner.lbfgs()
     objective = bind_inner(problem(quadratic), None, None, None)
-    run: Any = compiled(
+    run: Any = jax.jit(
         lambda options, scale: inner.solve(
             objective, jnp.zeros(12), inner.init(jnp.zeros(12), 0.0), 0.0, None, scale=scale, options=options
         )
@@ -229,9 +229,9 @@ def test_lanes_of_a_vmap_are_independent(data):
         )
 
     strengths = jnp.asarray([[-5.0], [jnp.nan], [1.0]]) * jnp.ones((3, 8))
-    batched = compiled(jax.vmap(run))(strengths)
+    batched = jax.jit(jax.vmap(run))(strengths)
     for i in range(3):
-        single = compiled(run)(strengths[i])
+        single = jax.jit(run)(strengths[i])
         assert int(batched.status[i]) == int(single.status) and int(batched.steps[i]) == int(single.steps)
         assert relative_error(batched.params[i], single.params) < tol(1e-8, 1e-3)
     assert [hg.Status(int(s)).name for s in batched.status] == ["OK", "NONFINITE_LOSS", "OK"]

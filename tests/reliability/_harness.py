@@ -12,7 +12,6 @@ import hypergrad as hg
 from tests.reliability._family import Member, arguments, stack, truth
 from tests.reliability._faults import Fault, Outcome, judge
 from tests.reliability._methods import METHODS, solver
-from tests.solvers._problems import compiled
 
 
 class Batch(NamedTuple):
@@ -37,7 +36,7 @@ def in_a_batch(name: str, faults: Sequence[Fault]) -> Batch:
     healthy = [Member(b=(0.7 + 0.01 * i, -0.4, 1.1)) for i in range(len(faults) + 1)]
     mixed = [m for fault, good in zip(faults, healthy, strict=False) for m in (good, fault.member)] + healthy[-1:]
     clean = [m for good in healthy[:-1] for m in (good, Member())] + healthy[-1:]
-    step = compiled(jax.vmap(made.hypergrad))
+    step = jax.jit(jax.vmap(made.hypergrad))
     out, state = step(*stack([arguments(made, m) for m in mixed]))
     reference, after = step(*stack([arguments(made, m) for m in clean]))
     fine = slice(0, None, 2)
@@ -53,7 +52,7 @@ def in_a_batch(name: str, faults: Sequence[Fault]) -> Batch:
 def one_by_one(name: str, faults: Sequence[Fault], *, jit: bool) -> list[Outcome]:
     """Each fault alone; with `jit`, through one compiled function."""
     made, kind = solver(name), METHODS[name].truth
-    step = compiled(made.hypergrad) if jit else made.hypergrad
+    step = jax.jit(made.hypergrad) if jit else made.hypergrad
     found = []
     for fault in faults:
         out, _ = step(*arguments(made, fault.member))

@@ -24,7 +24,6 @@ import hypergrad as hg
 from hypergrad import Status
 from hypergrad._solver import first_failure
 from tests._helpers import relative_error, tol
-from tests.solvers._problems import compiled
 
 ROWS, WIDTH = 12, 3
 EXAMPLES = int(os.environ.get("HYPERGRAD_EXAMPLES", "8"))
@@ -77,7 +76,7 @@ def example(seed: int) -> Example:
 
 @functools.cache
 def _step() -> Any:
-    return compiled(SOLVER.hypergrad)
+    return jax.jit(SOLVER.hypergrad)
 
 
 def run(e: Example, state: Any = None, **options: dict[str, float]) -> tuple[np.ndarray, hg.Hypergradient, Any]:
@@ -239,7 +238,7 @@ def _both_modes() -> Any:
         (pulled,) = jax.vjp(response, u)[1](cotangent)
         return jnp.vdot(cotangent, tangent), jnp.vdot(pulled, v)
 
-    return compiled(both)
+    return jax.jit(both)
 
 
 def _adjoint(seed: int, sign: float = 1.0) -> None:

@@ -68,14 +68,6 @@ class Case(NamedTuple):
         return jax.tree.map(jnp.asarray, (self.params, self.hparams, self.train, self.valid))
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` that compiles four times as fast and runs slower: these problems are small, and each runs once."""
-    options = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):
-        options["xla_cpu_use_fusion_emitters"] = False  # later versions have no other emitters
-    return jax.jit(fn, compiler_options=options)
-
-
 def flatten(tree: PyTree) -> ndarray:
     """All leaves as one float64 vector, in the order of `jax.tree.leaves`."""
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])

@@ -17,13 +17,13 @@ from hypergrad._problem import bind_inner
 from tests._helpers import assert_trees_close, relative_error, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
-from tests.solvers._problems import Case, compiled, flatten
+from tests.solvers._problems import Case, flatten
 
 
 def hypergradient(solver: hg.Solver, case: Case, calls: int = 1, **options: Any) -> hg.Hypergradient:
     """The last of several calls; `options` replace values in the state, as `linear={"damping": 0.1}`."""
     params, hparams, train, valid = case.arrays()
-    step, state = compiled(solver.hypergrad), solver.init(params, hparams)
+    step, state = jax.jit(solver.hypergrad), solver.init(params, hparams)
     for name, values in options.items():
         state.options[name].update({k: jnp.asarray(v, state.options[name][k].dtype) for k, v in values.items()})
     for _ in range(calls - 1):
@@ -171,7 +171,7 @@ def test_damping_in_the_state_may_be_replaced():
     solver = hg.implicit(case.problem, damping=0.9)
     state = solver.init(params, hparams)
     state.options["damping"] = jnp.asarray(0.0, state.options["damping"].dtype)
-    out, _ = compiled(solver.hypergrad)(state, hparams, train, valid)
+    out, _ = jax.jit(solver.hypergrad)(state, hparams, train, valid)
     assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= tol(1e-7, 1e-4)
 
 
@@ -212,7 +212,7 @@ def test_gauss_newton_on_a_network_equals_the_dense_product():
     flat, unravel = ravel_pytree(params)
     flat_h, unravel_h = ravel_pytree(hparams)
 
-    @compiled
+    @jax.jit
     def reference(w, h):
         jac = jax.jacobian(lambda w: outputs(unravel(w), hparams, batch).ravel())(w)
         curve = jax.hessian(lambda z, w: loss(z.reshape(9, 2), unravel(w), unravel_h(h), batch), argnums=(0, 1))(
@@ -230,7 +230,7 @@ def test_gauss_newton_on_a_network_equals_the_dense_product():
     stay = hg.inner.gradient(optax.sgd(0.1), steps=0)
     for linear, solver_tol in ((hg.linear.cg(), tol(1e-7, 1e-3)), (hg.linear.dense(), tol(1e-9, 1e-3))):
         solver = hg.implicit(hg.Problem(inner, outer), inner=stay, linear=linear, curvature="gauss_newton")
-        out, state = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, batch, batch)
+        out, state = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, batch, batch)
         assert relative_error(flatten(out.grad), np.asarray(expected)) <= solver_tol
         assert_trees_close(state.params, params, 0.0)
 
@@ -241,12 +241,10 @@ def test_the_solve_the_hessian_and_the_cross_product_see_one_minibatch():
     params, hparams, train, valid = case.arrays()
     key = jax.random.key(3)
     solver = hg.implicit(case.problem)
-    out, _ = compiled(solver.hypergrad)(
-        solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key
-    )
+    out, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key)
     drawn = bind_inner(case.problem, hg.minibatches(train, 20), jax.random.split(key, 3)[0], None).fixed_batch[0]
-    again, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, drawn, valid)
+    again, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, drawn, valid)
     assert int(out.info.status) == int(again.info.status) == hg.Status.OK
     assert_trees_close(out.grad, again.grad, tol(1e-8, 1e-4))
-    full, _ = compiled(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
+    full, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
     assert relative_error(full.grad, out.grad) > 1e-2

@@ -14,7 +14,7 @@ import hypergrad as hg
 from tests._helpers import assert_trees_close, relative_error, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
-from tests.solvers._problems import Case, compiled, flatten
+from tests.solvers._problems import Case, flatten
 
 CASES: dict[str, Callable[[], Case]] = {
     "ridge, per coordinate": lambda: problems.ridge("per coordinate"),
@@ -47,7 +47,7 @@ def second_derivative(case: Case) -> np.ndarray:
 def test_gradient_equals_closed_form_in_both_modes(name):
     case = CASES[name]()
     loss, hparams = composed(case), case.arrays()[1]
-    (value, reverse), forward = compiled(lambda h: (jax.value_and_grad(loss)(h), jax.jacfwd(loss)(h)))(hparams)
+    (value, reverse), forward = jax.jit(lambda h: (jax.value_and_grad(loss)(h), jax.jacfwd(loss)(h)))(hparams)
     expected = problems.hypergradient(case)
     assert relative_error(flatten(reverse), expected) <= tol(1e-7, 1e-4)
     assert relative_error(flatten(forward), expected) <= tol(1e-7, 1e-4)
@@ -58,7 +58,7 @@ def test_gradient_equals_closed_form_in_both_modes(name):
 @pytest.mark.parametrize("name", ["ridge, per coordinate", "direct terms", "logistic"])
 def test_second_derivative_equals_central_differences_of_the_closed_form(name):
     case = CASES[name]()
-    found = compiled(jax.hessian(composed(case)))(case.arrays()[1])
+    found = jax.jit(jax.hessian(composed(case)))(case.arrays()[1])
     expected = second_derivative(case)
     assert relative_error(found, expected) <= tol(1e-6, 1e-3)
     assert relative_error(np.asarray(found).T, found) <= tol(1e-6, 1e-3)
@@ -67,7 +67,7 @@ def test_second_derivative_equals_central_differences_of_the_closed_form(name):
 def test_reverse_over_reverse_equals_forward_over_reverse():
     case = problems.ridge("log")
     loss, h = composed(case), case.arrays()[1]
-    twice, mixed = compiled(
+    twice, mixed = jax.jit(
         lambda h: (jax.grad(jax.grad(loss))(h), jax.jvp(jax.grad(loss), (h,), (jnp.ones_like(h),))[1])
     )(h)
     expected = second_derivative(case)
@@ -80,8 +80,8 @@ def test_vmap_of_first_and_second_derivatives_equals_a_loop():
     loss = composed(case)
     both = lambda h: (jax.grad(loss)(h), jax.jacfwd(loss)(h), jax.hessian(loss)(h))
     many = case.arrays()[1][None] + jnp.asarray([[0.0, 0.0], [0.3, -0.2], [-0.5, 0.4]])
-    batched = compiled(jax.vmap(both))(many)
-    one = compiled(both)
+    batched = jax.jit(jax.vmap(both))(many)
+    one = jax.jit(both)
     for i in range(3):
         assert_trees_close(jax.tree.map(lambda x: x[i], batched), one(many[i]), tol(1e-8, 1e-3))
         assert relative_error(batched[0][i], problems.hypergradient(case, flatten(many[i]))) <= tol(1e-7, 1e-4)
@@ -90,7 +90,7 @@ def test_vmap_of_first_and_second_derivatives_equals_a_loop():
 def test_through_a_proximal_fixed_point_the_gradient_is_that_of_the_active_set():
     case, step = curved.l1(ridge=True)
     loss = composed(case, inner=hg.inner.fixed_point(step))
-    reverse, forward = compiled(lambda h: (jax.grad(loss)(h), jax.jacfwd(loss)(h)))(case.arrays()[1])
+    reverse, forward = jax.jit(lambda h: (jax.grad(loss)(h), jax.jacfwd(loss)(h)))(case.arrays()[1])
     assert relative_error(reverse, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
     assert relative_error(forward, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
 
@@ -99,7 +99,7 @@ def test_through_a_proximal_fixed_point_the_gradient_is_that_of_the_active_set()
 def test_every_linear_solver_gives_the_same_derivatives(linear):
     case = problems.direct_terms()
     loss = composed(case, inner=hg.inner.newton(), linear=linear())
-    reverse, forward = compiled(lambda h: (jax.grad(loss)(h), jax.jacfwd(loss)(h)))(case.arrays()[1])
+    reverse, forward = jax.jit(lambda h: (jax.grad(loss)(h), jax.jacfwd(loss)(h)))(case.arrays()[1])
     assert relative_error(reverse, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
     assert relative_error(forward, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
 
@@ -109,7 +109,7 @@ def test_the_start_has_derivative_zero_and_does_not_matter():
     params, hparams, train, valid = case.arrays()
     w_star = hg.best_response(case.problem)
     loss = lambda w0: case.problem.outer_loss(w_star(hparams, w0, train), hparams, valid)
-    value, grad = compiled(jax.value_and_grad(loss))(params + 3)
+    value, grad = jax.jit(jax.value_and_grad(loss))(params + 3)
     np.testing.assert_array_equal(np.asarray(grad), np.zeros(params.shape))
     np.testing.assert_allclose(float(value), problems.outer_value(case, flatten(hparams)), rtol=tol(1e-8, 1e-4))
 
@@ -133,7 +133,7 @@ def test_derivatives_reach_the_batch_and_arrays_that_a_loss_closes_over():
 
     expected = problems.hypergradient(case)
     for loss in (through_batch, through_closure):
-        reverse, forward = compiled(lambda y: (jax.grad(loss)(y), jax.jacfwd(loss)(y)))(labels)
+        reverse, forward = jax.jit(lambda y: (jax.grad(loss)(y), jax.jacfwd(loss)(y)))(labels)
         assert relative_error(reverse, expected) <= tol(1e-7, 1e-4)
         assert relative_error(forward, expected) <= tol(1e-7, 1e-4)
 
@@ -143,7 +143,7 @@ def test_inside_a_scan_and_a_users_own_objective():
     case = problems.ridge("log")
     params, hparams, train, valid = case.arrays()
 
-    @compiled
+    @jax.jit
     def descend(h, train, valid):
         w_star = hg.best_response(case.problem)
 
@@ -189,7 +189,7 @@ def test_where_a_solve_fails_the_value_is_finite_and_every_derivative_nan(name):
     case = curved.logistic()
     loss = composed(case, **FAILURES[name])
     everything = lambda h: (loss(h), jax.grad(loss)(h), jax.jvp(loss, (h,), (jnp.ones_like(h),))[1])
-    value, reverse, forward = compiled(everything)(case.arrays()[1])
+    value, reverse, forward = jax.jit(everything)(case.arrays()[1])
     assert np.isfinite(value)
     assert np.all(np.isnan(reverse))
     assert np.isnan(forward)
@@ -197,7 +197,7 @@ def test_where_a_solve_fails_the_value_is_finite_and_every_derivative_nan(name):
 
 def test_a_second_derivative_through_a_failed_solve_is_nan():
     case = curved.poisson()
-    found = compiled(jax.grad(jax.grad(composed(case, **FAILURES["inner solve"]))))(case.arrays()[1])
+    found = jax.jit(jax.grad(jax.grad(composed(case, **FAILURES["inner solve"]))))(case.arrays()[1])
     assert np.isnan(found)
 
 
@@ -207,7 +207,7 @@ def test_one_failed_member_of_a_batch_leaves_the_others_right():
     loss = composed(case)
     good = flatten(case.hparams)[0]
     many = jnp.asarray([good, -50.0, good + 0.1])
-    values, grads = compiled(jax.vmap(jax.value_and_grad(loss)))(many)
+    values, grads = jax.jit(jax.vmap(jax.value_and_grad(loss)))(many)
     assert np.isnan(grads[1])
     for i in (0, 2):
         h = np.asarray([float(many[i])])

@@ -10,7 +10,6 @@ import pytest
 
 import hypergrad as hg
 from tests._helpers import assert_trees_equal, relative_error, tol
-from tests.solvers._problems import compiled
 
 A = np.diag([0.6, 1.5, 2.2])
 B = np.array([0.75, -0.5, 1.25])
@@ -27,7 +26,7 @@ def solution(l2: np.ndarray) -> np.ndarray:
 
 def call(problem: hg.Problem, inner: hg.inner.Inner, hparams, calls: int = 1):
     solver = hg.direct(problem, inner=inner)
-    state, step = solver.init(jnp.zeros(3), hparams), compiled(solver.hypergrad)
+    state, step = solver.init(jnp.zeros(3), hparams), jax.jit(solver.hypergrad)
     out = None
     for _ in range(calls):
         out, state = step(state, hparams)
@@ -88,7 +87,7 @@ def test_model_state_is_carried_and_the_outer_loss_sees_it_frozen():
     solver = hg.direct(problem, inner=hg.inner.gradient(optax.sgd(0.3), steps=2))
     hparams = {"l2": jnp.asarray(L2)}
     state = solver.init(jnp.ones(3), hparams, model_state={"mean": jnp.zeros(3)})
-    out, state = compiled(solver.hypergrad)(state, hparams)
+    out, state = jax.jit(solver.hypergrad)(state, hparams)
     second = 1 - 0.3 * (np.diag(A) - B + np.exp(L2))
     assert relative_error(state.model_state["mean"], 0.5 + second) <= tol(1e-12, 1e-5)
     assert_trees_equal(out.grad["l2"], state.model_state["mean"])

@@ -16,7 +16,6 @@ import pytest
 
 import hypergrad as hg
 from tests._helpers import tol
-from tests.solvers._problems import compiled
 
 DRAWS, ROWS, WIDTH = 200, 24, 6
 
@@ -78,7 +77,7 @@ def _errors(kind: str, width: int, seed: int, polish: int | None = None) -> tupl
         out, _ = solver.hypergrad(state, h, (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]))
         return out.grad, out.info.error_estimate, out.info.status
 
-    grads, estimates, statuses = compiled(jax.vmap(one))(*map(jnp.asarray, (hparams, x, y, *tolerances)))
+    grads, estimates, statuses = jax.jit(jax.vmap(one))(*map(jnp.asarray, (hparams, x, y, *tolerances)))
     usable = np.flatnonzero(np.asarray(statuses) <= hg.Status.INSENSITIVE)
     assert len(usable) >= 0.95 * DRAWS
     errors = []

@@ -14,12 +14,11 @@ import hypergrad as hg
 from hypergrad import Status
 from tests._helpers import assert_trees_close, relative_error, tol
 from tests.solvers._faulty import GOOD, NAN, PROBLEM, SOLVER, Member, batch, inner_loss, outer_loss, pick, start
-from tests.solvers._problems import compiled
 
 
 def failure(solver: hg.Solver, good: Member, bad: Member, rtol: float = 1e-6) -> tuple[Status, Any]:
     """Status of the bad member of a batch of two; the good one must be OK, and both OK on the next, good call."""
-    step = compiled(jax.vmap(solver.hypergrad))
+    step = jax.jit(jax.vmap(solver.hypergrad))
     arguments = batch(solver, [good, bad])
     out, state = step(*arguments)
     assert int(out.info.status[0]) == Status.OK, Status(int(out.info.status[0])).name
@@ -56,7 +55,7 @@ def test_a_neumann_series_that_is_too_short_for_its_tolerance_is_named():
 def test_a_preconditioner_that_is_not_positive_is_named():
     flip = hg.linear.precondition(lambda v, w, h: jnp.where(h > 0.375, -1.0, 1.0) * v)
     solver = hg.implicit(PROBLEM, linear=hg.linear.cg(preconditioner=flip), polish=0)
-    out, _ = compiled(jax.vmap(solver.hypergrad))(*batch(solver, [Member(), Member()]))
+    out, _ = jax.jit(jax.vmap(solver.hypergrad))(*batch(solver, [Member(), Member()]))
     assert [Status(int(code)) for code in out.info.status] == [Status.OK, Status.LINEAR_BREAKDOWN]
 
 
@@ -72,7 +71,7 @@ def test_float32_cannot_solve_a_condition_number_of_ten_billion():
     problem = hg.Problem(lambda w, h, b: 0.5 * jnp.sum(scales * (turn @ w) ** 2) - h * jnp.sum(w), lambda w, h, b: w[0])
     solver = hg.implicit(problem)
     h = jnp.float32(0.37)
-    out, state = compiled(solver.hypergrad)(solver.init(jnp.zeros(6, jnp.float32), h), h)
+    out, state = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(6, jnp.float32), h), h)
     assert Status(int(out.info.status)) != Status.OK
     assert all(np.all(np.isfinite(np.asarray(x))) for x in jax.tree.leaves(state))
 
@@ -80,7 +79,7 @@ def test_float32_cannot_solve_a_condition_number_of_ten_billion():
 def test_a_gradient_that_is_nan_where_the_loss_is_not_is_named():
     problem = hg.Problem(lambda w, h, b: jnp.sum((w - h) ** 2) + jnp.sqrt(jnp.sum(w**2)), lambda w, h, b: jnp.sum(w))
     solver = hg.implicit(problem)
-    step, h = compiled(solver.hypergrad), jnp.asarray(0.37)
+    step, h = jax.jit(solver.hypergrad), jnp.asarray(0.37)
     out, state = step(solver.init(jnp.zeros(3), h), h)
     assert Status(int(out.info.status)) == Status.NONFINITE_GRAD
     assert np.isfinite(out.value)
@@ -92,7 +91,7 @@ def test_a_gradient_that_is_nan_where_the_loss_is_not_is_named():
 def test_an_outer_gradient_that_is_nan_where_the_loss_is_not_is_named():
     problem = hg.Problem(lambda w, h, b: jnp.sum((w - b * h) ** 2), lambda w, h, b: jnp.sqrt(jnp.sum(w**2)))
     solver = hg.implicit(problem)
-    step, h = compiled(solver.hypergrad), jnp.asarray(0.37)
+    step, h = jax.jit(solver.hypergrad), jnp.asarray(0.37)
     out, state = step(solver.init(jnp.zeros(3), h), h, jnp.asarray(0.0))
     assert Status(int(out.info.status)) == Status.NONFINITE_GRAD
     out, _ = step(state, h, jnp.asarray(1.0))
@@ -118,7 +117,7 @@ def test_a_hyperparameter_that_nothing_uses_warns_and_has_gradient_zero():
     solver = hg.implicit(problem)
     h = {"at": jnp.asarray(0.37), "att": jnp.asarray(0.1)}
     with pytest.warns(UserWarning, match=r"hparams\['att'\] is used neither.*misspelt"):
-        out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(3), h), h)
+        out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(3), h), h)
     assert float(out.grad["att"]) == 0
     np.testing.assert_allclose(float(out.grad["at"]), 3.0, rtol=tol(1e-9, 1e-5))
 
@@ -131,13 +130,13 @@ def test_on_a_kink_of_the_lasso_and_of_relu_the_hypergradient_is_finite():
         return jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.5 * h, 0)
 
     solver = hg.implicit(hg.Problem(None, lambda w, h, b: jnp.sum(w)), inner=hg.inner.fixed_point(step))
-    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(2), 0.5), jnp.asarray(0.5))
+    out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(2), 0.5), jnp.asarray(0.5))
     assert Status(int(out.info.status)).usable
     assert -2 - 1e-6 <= float(out.grad) <= -1 + 1e-6
 
     relu = hg.Problem(lambda w, h, b: jnp.sum((w - h) ** 2) + jnp.sum(jax.nn.relu(w) ** 2), lambda w, h, b: jnp.sum(w))
     solver = hg.implicit(relu)
-    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(2), 0.0), jnp.asarray(0.0))
+    out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(2), 0.0), jnp.asarray(0.0))
     assert np.isfinite(out.grad)
 
 
@@ -149,7 +148,7 @@ def test_a_hundred_values_of_the_hyperparameter_and_of_every_option_trace_once()
         return inner_loss(w, h, b)
 
     solver = hg.implicit(hg.Problem(counted, outer_loss), damping=0.1)
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     train, valid = Member().data()
     h = jnp.asarray(0.3)
     state = solver.init(jnp.zeros(3), h)
@@ -174,7 +173,7 @@ def test_tighter_tolerances_in_the_state_are_obeyed():
     solver = hg.implicit(
         PROBLEM, inner=hg.inner.lbfgs(tol=1e-2), linear=hg.linear.cg(tol=1e-1, preconditioner=None), polish=0
     )
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     h = jnp.asarray(0.37)
     loose, _ = step(start(solver, Member(quartic=1.0), h), h, *Member(quartic=1.0).data())
     tight = Member(quartic=1.0, inner={"tol": tol(1e-9, 1e-6)}, linear={"tol": tol(1e-9, 1e-6)})
@@ -186,7 +185,7 @@ def test_tighter_tolerances_in_the_state_are_obeyed():
 
 def test_a_converged_hypergradient_is_that_of_central_differences_on_the_quartic_problem():
     member, h = Member(quartic=3.0), jnp.asarray(0.37)
-    out, _ = compiled(SOLVER.hypergrad)(start(SOLVER, member, h), h, *member.data())
+    out, _ = jax.jit(SOLVER.hypergrad)(start(SOLVER, member, h), h, *member.data())
 
     def value(x: float) -> float:
         w = np.zeros(3)

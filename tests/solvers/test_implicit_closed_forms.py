@@ -15,7 +15,7 @@ import hypergrad as hg
 from tests._helpers import assert_trees_close, assert_trees_equal, central_difference, relative_error, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
-from tests.solvers._problems import Case, compiled, flatten
+from tests.solvers._problems import Case, flatten
 
 SMOOTH: dict[str, Callable[[], Case]] = {
     "ridge, scalar": lambda: problems.ridge("scalar"),
@@ -41,7 +41,7 @@ EXACT = tol(1e-7, 1e-4)
 
 def hypergradient(solver: hg.Solver, case: Case) -> tuple[hg.Hypergradient, Any]:
     params, hparams, train, valid = case.arrays()
-    return compiled(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
+    return jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
 
 
 def check(case: Case, out: hg.Hypergradient, name: str = "") -> None:
@@ -158,7 +158,7 @@ def test_the_second_call_starts_from_the_first_and_gives_the_same_hypergradient(
     case = curved.logistic()
     params, hparams, train, valid = case.arrays()
     solver = hg.implicit(case.problem)
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     first, state = step(solver.init(params, hparams), hparams, train, valid)
     second, state = step(state, hparams, train, valid)
     assert_trees_close(second.grad, first.grad, tol(1e-8, 1e-4))
@@ -175,7 +175,7 @@ def test_without_warm_start_every_call_is_the_first():
     case = curved.logistic()
     params, hparams, train, valid = case.arrays()
     solver = hg.implicit(case.problem, warm_start=False)
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     first, state = step(solver.init(params, hparams), hparams, train, valid)
     _, state = step(state, jax.tree.map(lambda h: h + 1, hparams), train, valid)
     second, _ = step(state, hparams, train, valid)
@@ -187,7 +187,7 @@ def test_a_start_at_the_solution_is_not_asked_for_digits_that_nobody_has():
     case = curved.logistic()
     params, hparams, train, valid = case.arrays()
     solver = hg.implicit(case.problem)
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     out, state = step(solver.init(params, hparams), hparams, train, valid)
     again, _ = step(solver.init(solver.response(state, hparams), hparams), hparams, train, valid)
     assert int(again.info.inner_steps) <= 4 < int(out.info.inner_steps)

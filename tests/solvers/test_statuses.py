@@ -15,7 +15,6 @@ import hypergrad as hg
 from hypergrad import Status
 from tests._helpers import assert_trees_equal, tol
 from tests.solvers._faulty import FAULTS, GOOD, PROBLEM, SOLVER, Member, batch, outer_loss, pick, stack, start
-from tests.solvers._problems import compiled
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def together() -> dict[str, Any]:
     each."""
     members = [m for fault in FAULTS.values() for m in (Member(), fault)] + [Member()]
     good = [Member()] * len(members)
-    step = compiled(jax.vmap(SOLVER.hypergrad))
+    step = jax.jit(jax.vmap(SOLVER.hypergrad))
     arguments = batch(SOLVER, members)
     out, state = step(*arguments)
     clean_arguments = batch(SOLVER, good)
@@ -91,7 +90,7 @@ def test_what_can_be_used_is_finite_and_right(together):
 
 
 def test_each_fault_has_its_status_alone_under_jit():
-    step = compiled(SOLVER.hypergrad)
+    step = jax.jit(SOLVER.hypergrad)
     for name in FAULTS:
         member, h = FAULTS[name], jnp.asarray(0.37)
         train, valid = member.data()
@@ -118,7 +117,7 @@ def test_best_response_gives_nan_derivatives_exactly_where_the_status_is_not_usa
     data = [FAULTS[n].data() for n in names]
     train, valid = stack([d[0] for d in data]), stack([d[1] for d in data])
     both = lambda h, t, v: (jax.grad(loss)(h, t, v), jax.jvp(lambda h: loss(h, t, v), (h,), (jnp.ones_like(h),))[1])
-    reverse, forward = compiled(jax.vmap(both))(jnp.full(len(names), 0.37), train, valid)
+    reverse, forward = jax.jit(jax.vmap(both))(jnp.full(len(names), 0.37), train, valid)
     for i, name in enumerate(names):
         usable = FAULTS[name].expected.usable
         assert np.isfinite(float(reverse[i])) == usable, name

@@ -18,7 +18,6 @@ from numpy import ndarray
 
 import hypergrad as hg
 from tests._helpers import assert_trees_close, assert_trees_equal, central_difference, relative_error, tol
-from tests.solvers._problems import compiled
 
 STEPS = 11
 ROOT = np.array([[1.1, 0.3, -0.2], [0.0, 0.8, 0.4], [0.5, 0.1, 0.6]], np.float32).astype(float)
@@ -141,7 +140,7 @@ def arrays(tree: Any) -> Any:
 def hypergradient(optimizer: Any, hparams: Any, steps: int = STEPS, problem=PROBLEM, calls: int = 1, **options: Any):
     """`(out, state)` after some calls."""
     solver = hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=steps), **options)
-    state, step = solver.init(jnp.asarray(START), arrays(hparams)), compiled(solver.hypergrad)
+    state, step = solver.init(jnp.asarray(START), arrays(hparams)), jax.jit(solver.hypergrad)
     out = None
     for _ in range(calls):
         out, state = step(state, arrays(hparams))
@@ -210,7 +209,7 @@ def test_an_unrolled_map_equals_the_descent_it_writes_out():
     move = lambda w, h, batch: w - h["lr"] * jax.grad(quadratic)(w, h, batch)
     for options in MODES.values():
         solver = hg.unrolled(PROBLEM, inner=hg.inner.fixed_point(move, steps=STEPS), **options)
-        out, _ = compiled(solver.hypergrad)(solver.init(jnp.asarray(START), arrays(hparams)), arrays(hparams))
+        out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(START), arrays(hparams)), arrays(hparams))
         assert int(out.info.status) == hg.Status.OK
         assert_trees_close(out.grad, expected.grad, tol(1e-13, 1e-5))
 
@@ -255,7 +254,7 @@ def test_example_weights_through_a_long_run_equal_the_weighted_least_squares():
     rate = 1.5 / np.linalg.eigvalsh(hess)[-1]
     solver = hg.unrolled(problem, inner=hg.inner.gradient(optax.sgd(rate), steps=600))
     hparams, batch = jnp.asarray(s), (jnp.asarray(x), jnp.asarray(y))
-    out, _ = compiled(solver.hypergrad)(solver.init(jnp.zeros(3), hparams), hparams, batch)
+    out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(3), hparams), hparams, batch)
     assert relative_error(out.grad, expected) <= tol(1e-10, 1e-4)
     assert int(out.info.status) == hg.Status.OK
 

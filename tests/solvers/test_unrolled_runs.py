@@ -13,7 +13,6 @@ import pytest
 import hypergrad as hg
 from hypergrad._problem import bind_inner, bind_outer
 from tests._helpers import assert_trees_close, assert_trees_equal, relative_error, tol
-from tests.solvers._problems import compiled
 
 MODES = {
     "forward": {"mode": "forward"},
@@ -64,7 +63,7 @@ def test_a_key_determines_the_run_which_is_that_of_a_loop_over_its_batches(mode)
     train, valid, key = hg.minibatches(TRAIN, 8), hg.minibatches(VALID, 8), jax.random.key(7)
     (value, end), grad = by_hand(problem, optimizer, jnp.zeros(3), HPARAMS, train, valid, key, steps)
     solver = hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=steps), **MODES[mode])
-    state, step = solver.init(jnp.zeros(3), HPARAMS), compiled(solver.hypergrad)
+    state, step = solver.init(jnp.zeros(3), HPARAMS), jax.jit(solver.hypergrad)
     out, after = step(state, HPARAMS, train, valid, key=key)
     assert_trees_close(out.grad, grad, tol(1e-12, 1e-4))
     np.testing.assert_allclose(out.value, value, rtol=tol(1e-12, 1e-5))
@@ -102,7 +101,7 @@ def test_the_derivative_goes_through_the_state_of_the_model(mode):
     )
     begin = {"mean": jnp.asarray(np.array([0.1, 0.3])), "count": jnp.int32(0)}
     state = solver.init(jnp.asarray(np.array([0.4, -0.2])), h, model_state=begin)
-    out, after = compiled(solver.hypergrad)(state, h)
+    out, after = jax.jit(solver.hypergrad)(state, h)
     assert relative_error(out.grad, np.sum((2 * w + mean) * tangent + w * drift)) <= tol(1e-12, 1e-5)
     assert relative_error(after.model_state["mean"], mean) <= tol(1e-12, 1e-5)
     assert relative_error(after.params, w) <= tol(1e-12, 1e-5)
@@ -129,7 +128,7 @@ def adam(steps: int, **options: Any):
 
 def test_cold_calls_repeat_themselves_to_the_bit():
     solver, state, hparams = adam(6)
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     first, after = step(state, hparams)
     second, later = step(after, hparams)
     assert_trees_equal(first, second)
@@ -142,11 +141,11 @@ def test_cold_calls_repeat_themselves_to_the_bit():
 def test_warm_calls_go_on_and_differentiate_their_own_steps(mode):
     """Two warm calls of 6 steps are one run of 12, of which the second differentiates the last 6."""
     solver, state, hparams = adam(6, warm_start=True, **MODES[mode])
-    step = compiled(solver.hypergrad)
+    step = jax.jit(solver.hypergrad)
     _, state = step(state, hparams)
     out, state = step(state, hparams)
     long, begin, _ = adam(12, truncate=6, **MODES[mode])
-    expected, end = compiled(long.hypergrad)(begin, hparams)
+    expected, end = jax.jit(long.hypergrad)(begin, hparams)
     assert_trees_close(out.grad, expected.grad, tol(1e-12, 1e-4))
     assert_trees_close(state.params, end.params, tol(1e-12, 1e-5))
     assert_trees_close(state.inner_state, end.inner_state, tol(1e-12, 1e-5))
@@ -167,7 +166,7 @@ def test_a_coordinate_whose_gradient_is_always_zero_gives_no_nan(optimizer, mode
         inner = hg.inner.gradient(lambda h: optimizer(h["lr"]), steps=4)
         solver = hg.unrolled(hg.Problem(loss, lambda w, h, b: jnp.sum(w[:2] ** 2)), inner=inner, **MODES[mode])
         hparams = {"lr": jnp.asarray(0.1), "b": jnp.asarray(0.45)}
-        out, _ = compiled(solver.hypergrad)(solver.init(jnp.asarray(START[:size]), hparams), hparams)
+        out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(START[:size]), hparams), hparams)
         assert int(out.info.status) == hg.Status.OK
         assert np.all(np.isfinite([out.grad["lr"], out.grad["b"]]))
         found.append(out.grad)
@@ -182,7 +181,7 @@ def test_keys_and_counters_in_the_optimizers_state_are_carried_and_not_different
     problem = hg.Problem(lambda w, h, b: quadratic(w, {"b": jnp.asarray(B["b"])}, b), final)
     solver = hg.unrolled(problem, inner=inner, **MODES[mode])
     hparams = {"lr": jnp.asarray(0.2)}
-    state, step = solver.init(jnp.asarray(START), hparams), compiled(solver.hypergrad)
+    state, step = solver.init(jnp.asarray(START), hparams), jax.jit(solver.hypergrad)
     out, after = step(state, hparams)
     size = 1e-4
     near = [float(step(state, {"lr": jnp.asarray(0.2 + s * size)})[0].value) for s in (1, -1)]
@@ -206,7 +205,7 @@ def test_each_leaf_keeps_its_dtype_whatever_the_others_are():
         inner = hg.inner.gradient(lambda h: optax.adam(h["lr"]), steps=4)
         solver = hg.unrolled(hg.Problem(loss, loss), inner=inner, **mode)
         state = solver.init(params, hparams)
-        out, after = compiled(solver.hypergrad)(state, hparams)
+        out, after = jax.jit(solver.hypergrad)(state, hparams)
         assert int(out.info.status) == hg.Status.OK
         for found, given in ((after.params, params), (out.grad, hparams), (after.inner_state, state.inner_state)):
             assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(given)]
@@ -217,7 +216,7 @@ def test_a_derivative_without_a_correct_digit_is_not_called_one(mode):
     """The logistic map w ← λ w (1 − w): at 2.8 it ends in 1 − 1/λ, whose slope is 1/λ²; at 3.9 it is chaotic."""
     inner = hg.inner.fixed_point(lambda w, h, batch: h * w * (1 - w), steps=150)
     solver = hg.unrolled(hg.Problem(quadratic, lambda w, h, batch: w[0]), inner=inner, **MODES[mode])
-    state, step = solver.init(jnp.asarray([0.3]), jnp.asarray(2.8)), compiled(solver.hypergrad)
+    state, step = solver.init(jnp.asarray([0.3]), jnp.asarray(2.8)), jax.jit(solver.hypergrad)
     tame, _ = step(state, jnp.asarray(2.8))
     assert int(tame.info.status) == hg.Status.OK
     assert relative_error(tame.grad, 1 / 2.8**2) <= tol(1e-12, 1e-5)
