@@ -80,15 +80,14 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
 
 def _inner_loss(params: PyTree, hparams: PyTree, batch: PyTree) -> jax.Array:
     x, y = batch
-    w, (bias, _), scale = params["w"], params["odd"], params["deep"]["scale"]
-    prediction = x @ w + bias + scale
-    decay = jnp.sum(jnp.exp(hparams["l2"]) * w**2) + jnp.exp(hparams["pair"][0]) * (bias**2 + scale**2)
-    return 0.5 * jnp.mean((prediction - y) ** 2) + 0.5 * decay
+    w, (bias, _) = params["w"], params["odd"]
+    decay = jnp.sum(jnp.exp(hparams["l2"]) * w**2) + jnp.exp(hparams["pair"][0]) * bias**2
+    return 0.5 * jnp.mean((x @ w + bias - y) ** 2) + 0.5 * decay
 
 
 def _outer_loss(params: PyTree, hparams: PyTree, batch: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
     x, y = batch
-    error = x @ params["w"] + params["odd"][0] + params["deep"]["scale"] - y
+    error = x @ params["w"] + params["odd"][0] - y
     return jnp.mean(error**2) + 0.01 * jnp.sum(hparams["l2"] ** 2), {"mae": jnp.mean(jnp.abs(error))}
 
 
@@ -105,8 +104,7 @@ def _setting(seed: int = 0) -> tuple[PyTree, PyTree, PyTree, PyTree]:
 
     params = {
         "w": jnp.asarray(0.1 * rng.normal(size=4)),
-        "odd": (jnp.asarray(0.2), None),
-        "deep": {"scale": jnp.asarray(-0.1), "none": None},
+        "odd": (jnp.asarray(0.2), {"none": None}),
     }
     hparams = {"l2": jnp.asarray(-1.5 + 0.3 * rng.normal(size=4)), "pair": (jnp.asarray(-0.7), None)}
     return params, hparams, data(24), data(16)
@@ -218,11 +216,21 @@ def test_one_bad_member_of_a_batch_leaves_the_bits_of_the_others(case):
 def test_sharded_data_give_the_unsharded_result_and_a_stable_state(case, devices):
     _, hparams, train, valid = case.setting
     expected, _ = case.step(case.state, hparams, train, valid)
-    # The jitted function itself, since the tracing of a new sharding would be counted.
-    step = jax.jit(case.solver.hypergrad)
     split = shard_rows(train, devices), shard_rows(valid, devices)
-    found, after = step(case.state, hparams, *split)
+    everywhere = jax.sharding.NamedSharding(jax.tree.leaves(split)[0].sharding.mesh, jax.sharding.PartitionSpec())
+    state, hparams = jax.device_put((case.state, hparams), everywhere)
+    # The solver's own function, since the tracing of a new sharding would be counted.
+    found, after = jax.jit(case.solver.hypergrad)(state, hparams, *split)
     assert_trees_close(found.grad, expected.grad, tol(1e-8, 1e-3))
+    stays = lambda new, old: new.sharding.is_equivalent_to(old.sharding, new.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(stays, after, state)))
+
+
+@pytest.mark.parametrize("name", ["implicit", "unrolled", "self-tuning"])
+def test_a_state_from_one_device_moves_to_where_the_data_are_and_stays(name, devices):
+    solver, (params, hparams, *data) = SOLVERS[name](PROBLEM), _setting()
+    step, split = jax.jit(solver.hypergrad), [shard_rows(x, devices) for x in data]
+    _, after = step(solver.init(params, hparams), hparams, *split)
     _, again = step(after, hparams, *split)
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, again)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -153,24 +154,27 @@ def test_warm_calls_go_on_and_differentiate_their_own_steps(mode):
     assert float(out.info.error_estimate) < tol(1e-12, 1e-4)  # against its own steps, not against all twelve
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("optimizer", [optax.adam, optax.adamw, optax.amsgrad, optax.rmsprop])
-def test_a_coordinate_whose_gradient_is_always_zero_gives_no_nan(optimizer, mode):
-    """And the other coordinates get what they would get without it."""
+@functools.cache
+def with_coordinates(optimizer: Any, mode: str, size: int) -> hg.Hypergradient:
+    """Of a run with one coordinate that matters, one that does not, and perhaps one whose gradient is always zero."""
 
     def loss(w, h, batch):
         return 0.5 * jnp.sum((jnp.asarray([1.0, 2.0, 0.0][: w.size]) * w) ** 2) - h["b"] * w[0]
 
-    found = []
-    for size in (2, 3):
-        inner = hg.inner.gradient(lambda h: optimizer(h["lr"]), steps=4)
-        solver = hg.unrolled(hg.Problem(loss, lambda w, h, b: jnp.sum(w[:2] ** 2)), inner=inner, **MODES[mode])
-        hparams = {"lr": jnp.asarray(0.1), "b": jnp.asarray(0.45)}
-        out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(START[:size]), hparams), hparams)
-        assert int(out.info.status) == hg.Status.OK
-        assert np.all(np.isfinite([out.grad["lr"], out.grad["b"]]))
-        found.append(out.grad)
-    assert_trees_close(found[1], found[0], tol(1e-12, 1e-3))
+    inner = hg.inner.gradient(lambda h: optimizer(h["lr"]), steps=4)
+    solver = hg.unrolled(hg.Problem(loss, lambda w, h, b: jnp.sum(w[:2] ** 2)), inner=inner, **MODES[mode])
+    hparams = {"lr": jnp.asarray(0.1), "b": jnp.asarray(0.45)}
+    return jax.jit(solver.hypergrad)(solver.init(jnp.asarray(START[:size]), hparams), hparams)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", [optax.adam, optax.adamw, optax.amsgrad, optax.rmsprop])
+def test_a_coordinate_whose_gradient_is_always_zero_gives_no_nan(optimizer, mode):
+    """And the other coordinates get what they would get without it."""
+    out = with_coordinates(optimizer, mode, 3)
+    assert int(out.info.status) == hg.Status.OK
+    assert np.all(np.isfinite([out.grad["lr"], out.grad["b"]]))
+    assert_trees_close(out.grad, with_coordinates(optimizer, "step", 2).grad, tol(1e-12, 1e-3))
 
 
 @pytest.mark.parametrize("mode", MODES)
