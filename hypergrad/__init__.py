@@ -27,6 +27,7 @@ from hypergrad.diagnostics.check import check as check
 from hypergrad.outer import Result as Result
 from hypergrad.outer import TuneStatus as TuneStatus
 from hypergrad.outer.tune import tune as tune
+from hypergrad.solvers._certificate import Regularity as Regularity
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork

@@ -49,6 +49,12 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "max_holes": (1, True, True),
     "valid_steps": (1, True, True),
     "entropy": (0, True, False),
+    "strong_convexity": (0, False, False),
+    "outer_gradient": (0, True, False),
+    "cross": (0, True, False),
+    "hessian": (0, True, False),
+    "direct": (0, True, False),
+    "cross_norm": (0, True, False),
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import hypergrad as hg
+from hypergrad import Status
 
 ROWS, WIDTH, CLASSES = 60, 48, 3
 KINDS = ("ridge", "logistic", "softmax", "poisson", "quadratic")
@@ -88,68 +89,91 @@ def stacked(draws: list[tuple[float, Data, Data]], dtype: Any) -> tuple[Any, Dat
     return jax.tree.map(cast, *draws)
 
 
-def measure(seed: int, kind: str, count: int, most: float, dtype: Any, budgets: bool = False) -> tuple[np.ndarray, ...]:
-    """Errors, statuses and error estimates of `count` random problems, each from zero with default options; with
-    `budgets`, the steps of either solver are log-uniform in [1, 1000]."""
+class Measured(NamedTuple):
+    """One row a problem: relative error of the hypergradient, status, estimate of that error, and what proves it to be
+    at most (relative to the same scale); NaN where no bound is known."""
+
+    error: np.ndarray
+    status: np.ndarray
+    estimate: np.ndarray
+    bound: np.ndarray
+
+
+def known(kind: str) -> Any:
+    """What is known of a problem: features have singular values of at most 1, and so have rows at most that norm."""
+    outer, hessian = {"ridge": (1.0, 0.0), "logistic": (0.25, 1 / (6 * np.sqrt(3)))}[kind]
+    return lambda h: hg.Regularity(strong_convexity=jnp.exp(h), outer_gradient=outer, cross=jnp.exp(h), hessian=hessian)
+
+
+def measure(seed: int, kind: str, count: int, most: float, dtype: Any, budgets: bool = False) -> Measured:
+    """`count` random problems, each from zero with default options; with `budgets`, the steps of either solver are
+    log-uniform in [1, 1000], and the bound is asked for."""
     rng = np.random.default_rng([seed, KINDS.index(kind), int(most)])
     draws = [draw(rng, kind, most) for _ in range(count)]
     inner, linear = (np.round(10 ** rng.uniform(0, 3, count)).astype(np.int32) for _ in range(2))
     exact, scale, left = dense(kind)(*stacked(draws, jnp.float64))
-    solver = hg.implicit(problem(kind))
+    solver = hg.implicit(problem(kind), regularity=known(kind) if budgets else None)
 
     def run(h: Any, train: Data, valid: Data, inner: Any, linear: Any) -> Any:
         state = solver.init(jnp.zeros(WIDTH, dtype), h)
         if budgets:
             state.options["inner"]["max_steps"], state.options["linear"]["max_steps"] = inner, linear
         out = solver.hypergrad(state, h, train, valid)[0]
-        return out.grad, out.info.status, out.info.error_estimate
+        info = out.info
+        return out.grad, info.status, info.error_estimate, info.extra.get("error_bound", jnp.nan)
 
-    grad, status, estimate = jax.jit(jax.vmap(run))(*stacked(draws, dtype), jnp.asarray(inner), jnp.asarray(linear))
+    grad, status, estimate, bound = jax.jit(jax.vmap(run))(
+        *stacked(draws, dtype), jnp.asarray(inner), jnp.asarray(linear)
+    )
     error = np.abs(np.asarray(grad, np.float64) - np.asarray(exact)) / np.asarray(scale)
-    known = np.asarray(left) < 1e-9
-    return error[known], np.asarray(status)[known], np.asarray(estimate, np.float64)[known]
+    found = (error, status, estimate, np.asarray(bound) / np.asarray(scale))
+    return Measured(*(np.asarray(x, np.float64)[np.asarray(left) < 1e-9] for x in found))
+
+
+def together(found: list[Measured]) -> Measured:
+    return Measured(*(np.concatenate(x) for x in zip(*found, strict=True)))
 
 
 def p1(seed: int, smoke: bool) -> tuple[str, str, bool]:
-    """OK means an error of at most 1e-5 in float64, 3e-3 in float32."""
+    """OK means an error of at most 1e-5 in float64, 3e-3 in float32; in float64 it is said of nearly all."""
     count = 10 if smoke else 200
     texts, met = [], True
-    for dtype, most, bar in ((jnp.float64, 5e5, 1e-5), (jnp.float32, 1e3, 3e-3)):
-        found = [measure(seed, kind, count, most, dtype) for kind in KINDS]
-        error, status = (np.concatenate([f[i] for f in found]) for i in range(2))
-        ok = status == hg.Status.OK
-        wrong = int(np.sum(ok & ~(error <= bar)))
-        usable = status <= hg.Status.INSENSITIVE
+    for dtype, most, bar, wanted in ((jnp.float64, 5e5, 1e-5, Status.OK), (jnp.float32, 1e3, 3e-3, Status.INSENSITIVE)):
+        error, status, *_ = together([measure(seed, kind, count, most, dtype) for kind in KINDS])
+        ok, usable = status == Status.OK, status <= Status.INSENSITIVE
+        wrong = int(np.sum(usable & ~(error <= bar)))
         texts.append(
-            f"{dtype.__name__}: OK {ok.sum()} of {len(ok)} (usable {usable.sum()}), worst error {error[ok].max():.1e}, "
-            f"{wrong} above {bar:.0e}"
+            f"{dtype.__name__}: OK {ok.sum()} of {len(ok)} (usable {usable.sum()}), worst error of what is usable "
+            f"{error[usable].max():.1e}, {wrong} above {bar:.0e}"
         )
-        met &= wrong == 0 and np.mean(ok) >= 0.95
-    return "; ".join(texts), "0 above 1e-5 (float32: 3e-3), OK on >= 95 %", bool(met)
+        met &= wrong == 0 and np.mean(status <= wanted) >= 0.95
+    return "; ".join(texts), "0 above; OK on >= 95 % (float32: usable)", bool(met)
 
 
-def budgeted(seed: int, smoke: bool) -> tuple[np.ndarray, ...]:
+def budgeted(seed: int, smoke: bool) -> Measured:
     rounds, count = (1, 20) if smoke else (5, 1000)
-    found = [measure(seed + 100 * r, k, count, 1e4, jnp.float64, True) for r in range(rounds) for k in KINDS[:2]]
-    return tuple(np.concatenate([f[i] for f in found]) for i in range(3))
+    return together(
+        [measure(seed + 100 * r, k, count, 1e4, jnp.float64, True) for r in range(rounds) for k in KINDS[:2]]
+    )
 
 
 def p3(seed: int, smoke: bool) -> tuple[str, str, bool]:
     """OK is never more than 10 % wrong, whatever the budgets; what is accurate is seldom flagged."""
-    error, status, _ = budgeted(seed, smoke)
-    ok, accurate = status <= hg.Status.INSENSITIVE, error <= 1e-8
+    error, status, *_ = budgeted(seed, smoke)
+    ok, accurate = status <= Status.INSENSITIVE, error <= 1e-8
     wrong, flagged = int(np.sum(ok & ~(error <= 0.1))), float(np.mean(~ok[accurate]))
     figure = f"{wrong} of {len(error)} usable and > 10 % wrong; {100 * flagged:.1f} % of those right to 1e-8 flagged"
     return figure, "0 wrong; flagged <= 10 %", wrong == 0 and flagged <= 0.1
 
 
 def p4(seed: int, smoke: bool) -> tuple[str, str, bool]:
-    """A certified bound needs Lipschitz constants of ∂_w f, ∂²_λw h and H⁻¹ beside μ: there is an estimate only."""
-    error, status, estimate = budgeted(seed, smoke)
-    usable = status <= hg.Status.INSENSITIVE
-    above = estimate >= np.where(error < 1e-14, 0, error)
+    """The bound that `regularity=` buys holds, whatever the budgets; the estimate that comes for nothing, nearly."""
+    error, status, estimate, bound = budgeted(seed, smoke)
+    usable, held = status <= Status.INSENSITIVE, bound >= error
+    above = usable & (estimate >= np.where(error < 1e-14, 0, error))
     figure = (
-        f"not certified; error_estimate >= error in {int(np.sum(above))} of {len(error)}, "
-        f"{int(np.sum(above & usable))} of the {int(usable.sum())} usable"
+        f"bound >= error in {int(np.sum(held))} of {len(error)}, where usable by a median factor of "
+        f"{np.median((bound / np.maximum(error, 1e-16))[usable]):.0f}; error_estimate >= error in {int(np.sum(above))} "
+        f"of the {int(usable.sum())} usable"
     )
-    return figure, "a bound that holds in 10,000 of 10,000", False
+    return figure, f"{len(error)} of {len(error)}", bool(np.all(held))

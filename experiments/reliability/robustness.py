@@ -64,7 +64,7 @@ def _by_name(faults: Sequence[Fault], outcomes: Sequence[Outcome]) -> dict[str, 
 def p11(seed: int, smoke: bool) -> tuple[str, str, bool]:
     """Every mistake, by every solver, in every mode: named, with all that the message must hold, within a second."""
     del seed
-    names, total, bad, slowest = ("direct",) if smoke else METHODS, 0, [], 0.0
+    names, total, bad, slowest = ("direct",) if smoke else METHODS, 0, [], (0.0, "")
     for name in names:  # the first operation of a process sets up JAX itself
         _provoke(name, MISTAKES[0], "eager")
     for mistake in MISTAKES:
@@ -74,23 +74,22 @@ def p11(seed: int, smoke: bool) -> tuple[str, str, bool]:
                     continue
                 total, began = total + 1, time.process_time()
                 text = _provoke(name, mistake, mode)
-                slowest = max(slowest, time.process_time() - began)
-                bad += [f"{mistake.what}, {name}, {mode}"] if not all(word in text for word in mistake.words) else []
-    figure = f"{total - len(bad)} of {total} named, the slowest after {slowest:.2f} s of CPU" + (
-        f": {bad}" if bad else ""
-    )
-    return figure, "all, < 1 s", not bad and slowest < 1
+                here = f"{mistake.what}, {name}, {mode}"
+                slowest = max(slowest, (time.process_time() - began, here))
+                bad += [here] if not all(word in text for word in mistake.words) else []
+    figure = f"{total - len(bad)} of {total} named, the slowest after {slowest[0]:.2f} s of CPU ({slowest[1]})"
+    return figure + (f": {bad}" if bad else ""), "all, < 1 s", not bad and slowest[0] < 1
 
 
 def _provoke(name: str, mistake: Mistake, mode: str) -> str:
-    """What is said of a mistake."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    """What is said of a mistake; a warning ends the call, since the time until it comes is what is measured."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         try:
             make(name, mistake, mode)
-        except hg.HypergradError as error:
-            return str(error)
-    return " ".join(str(w.message) for w in caught)
+        except (hg.HypergradError, UserWarning) as message:
+            return str(message)
+    return ""
 
 
 def p12(seed: int, smoke: bool) -> tuple[str, str, bool]:
@@ -145,7 +144,7 @@ def p13(seed: int, smoke: bool) -> tuple[str, str, bool]:
 
 def p14(seed: int, smoke: bool) -> tuple[str, str, bool]:
     """Hyperparameters under gradients of any size up to 1e30, through `tune`."""
-    count, steps = (20, 20) if smoke else (1000, 200)
+    count, steps, wanted = (20, 20, 1) if smoke else (1000, 200, 10**6)
     domains = {
         "positive": hg.domains.positive(),
         "log": hg.domains.log(),
@@ -162,7 +161,7 @@ def p14(seed: int, smoke: bool) -> tuple[str, str, bool]:
             power = jax.random.uniform(size, h.shape, h.dtype, -3.0, 30.0)
             return jax.random.rademacher(sign, h.shape, h.dtype) * 10.0**power
 
-        keys = dict(zip(hparams, jax.random.split(jax.random.fold_in(jax.random.key(seed), state), 5), strict=True))
+        keys = dict(zip(hparams, jax.random.split(jax.random.fold_in(key, state), 5), strict=True))
         nothing = jnp.zeros(())
         info = hg.Info(jnp.int32(0), nothing, nothing, jnp.int32(0), jnp.int32(0), nothing, {})
         grad = {name: kick(keys[name], h) for name, h in hparams.items()}
@@ -184,10 +183,23 @@ def p14(seed: int, smoke: bool) -> tuple[str, str, bool]:
             outside[0] += int(np.sum(~good))
             seen[0] += x.size
 
-    hg.tune(
-        solver, jnp.zeros(1), start, outer=optax.sgd(1.0), steps=steps, domain=domains, callbacks=watch, progress=False
-    )
-    return f"{outside[0]} of {seen[0]:,} values outside", "0 of 10^6", outside[0] == 0 and (smoke or seen[0] >= 10**6)
+    runs = 0
+    while seen[0] < wanted:  # a run ends where the gradient in the free coordinates overflows: it is said, and right
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "tune: stopped after")
+            hg.tune(
+                solver,
+                jnp.zeros(1),
+                start,
+                outer=optax.sgd(1.0),
+                steps=steps,
+                domain=domains,
+                callbacks=watch,
+                progress=False,
+                key=jax.random.key(seed + 1000 * runs),
+            )
+        runs += 1
+    return f"{outside[0]} of {seen[0]:,} values outside, in {runs} runs", "0 of 10^6", outside[0] == 0
 
 
 def p16(seed: int, smoke: bool) -> tuple[str, str, bool]:

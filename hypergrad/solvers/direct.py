@@ -90,6 +90,8 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         check_data("valid", valid)
         inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
         objective = bind_inner(problem, train, inner_key, state.model_state)
+        # What is wrong with the outer loss is said before the inner problem is solved.
+        jax.eval_shape(bind_outer(problem, valid, outer_key, state.model_state), state.params, hparams)
         optimum = find_optimum(
             inner,
             objective,

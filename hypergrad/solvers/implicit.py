@@ -38,6 +38,7 @@ from hypergrad.linear._linear import Linear, LinearResult
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
+from hypergrad.solvers._certificate import Known, cross_norm, error_bound, known_at
 from hypergrad.solvers._optimum import find_optimum
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
@@ -76,6 +77,7 @@ def implicit(
     curvature: str = "hessian",
     damping: ArrayLike | None = None,
     warm_start: bool = True,
+    regularity: Known | None = None,
 ) -> Solver:
     """Hypergradients by the implicit function theorem: memory and cost do not grow with the length of training.
 
@@ -94,6 +96,9 @@ def implicit(
         damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless).
             Biases the hypergradient; `hg.check` says by how much.
         warm_start: start each call from the parameters and adjoint of the last one.
+        regularity: an `hg.Regularity`, or a function from the hyperparameters to one: what is known about the losses.
+            `info.extra["error_bound"]` is then a proved bound on ‖ĝ − g‖, in the units of the hypergradient, whatever
+            the status; `info.error_estimate` is relative, and an estimate.
 
     Returns:
         A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part that came through the
@@ -126,6 +131,11 @@ def implicit(
             "implicit: polish and curvature='gauss_newton' need an inner loss; leave them out with "
             "hg.inner.fixed_point."
         )
+    if regularity is not None and (not chosen.symmetric or curvature != "hessian"):
+        raise InputError(
+            "implicit: regularity bounds the error for the Hessian of an inner loss: leave it out with "
+            "hg.inner.fixed_point and curvature='gauss_newton'."
+        )
     polish_steps = int((2 if chosen.claims and chosen.symmetric else 0) if polish is None else polish)
     if polish_steps and not chosen.claims:
         raise InputError(
@@ -156,6 +166,7 @@ def implicit(
         state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
     ) -> tuple[Hypergradient, ImplicitState]:
         hparams = check_hparams(hparams)
+        known = None if regularity is None else known_at(regularity, hparams)
         check_data("train", train)
         check_data("valid", valid)
         if method.claims:
@@ -191,8 +202,8 @@ def implicit(
         )
         params, system = optimum.params, optimum.system
         if curvature == "gauss_newton":
-            product = gauss_newton(objective, params, hparams)
-            system = system._replace(matvec=product, both=lambda v: (product(v), optimum.system.cross(v)))
+            curved = gauss_newton(objective, params, hparams)
+            system = system._replace(matvec=curved, both=lambda v: (curved(v), optimum.system.cross(v)))
         shift = jnp.zeros((), _tree.dtype(params))
         if damping is not None:
             shift = state.options["damping"] * rms_eigenvalue(system.matvec, params, probe_key)
@@ -212,13 +223,17 @@ def implicit(
             options=state.options["linear"] | aim,
             key=probe_key,
         )
-        if method.claims:
+        product = None
+        if method.claims or known is not None:
             product, indirect = system.both(result.solution)
+        else:
+            indirect = system.cross(result.solution)
+        if method.claims:
             gap = _tree.sub(rhs, _tree.axpy(shift, result.solution, product))
             residual = _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)
             change = _first_order_error(outer, params, hparams, system, gap, result)
         else:
-            indirect, residual, change = system.cross(result.solution), result.residual, None
+            residual, change = result.residual, None
         grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
         error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, result)
 
@@ -234,6 +249,18 @@ def implicit(
         status = first_failure(
             hard, optimum.status, result.status, code(unmet, Status.PRECISION_LIMITED), code(silent, Status.INSENSITIVE)
         )
+        extra = {"damping": shift, "indirect_norm": _tree.norm(indirect)}
+        if known is not None:
+            slope = lambda h: chosen.residual(objective, params, h)
+            extra["error_bound"] = error_bound(
+                known,
+                system.residual,
+                optimum.scale,
+                _tree.sub(rhs, product),
+                rhs,
+                result.solution,
+                cross_norm(slope, hparams) if known.cross_norm is None else jnp.asarray(known.cross_norm),
+            )
         info = Info(
             status=status,
             inner_residual=optimum.residual,
@@ -241,7 +268,7 @@ def implicit(
             inner_steps=optimum.steps,
             linear_steps=result.steps,
             error_estimate=error,
-            extra={"damping": shift, "indirect_norm": _tree.norm(indirect)},
+            extra=extra,
         )
         usable = status <= int(Status.INSENSITIVE)
         adjoint = _tree.where(usable, result.solution, _tree.zeros_like(rhs))

@@ -231,7 +231,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "unrolled: explosion never reported",
         "solvers/unrolled.py",
         "_MEANINGLESS = 0.1",
-        "_MEANINGLESS = 1e300",
+        "_MEANINGLESS = 1e30",
         (RUNS,),
     ),
     Mutation(

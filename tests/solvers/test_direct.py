@@ -112,3 +112,10 @@ def test_what_went_wrong_is_named_and_the_state_stays_finite(outer, inner, statu
     _, out, state = call(hg.Problem(ridge, outer), inner, {"l2": jnp.asarray(L2)})
     assert hg.Status(int(out.info.status)) == status
     assert np.all(np.isfinite(state.params))
+
+
+def test_an_outer_loss_that_is_wrong_is_named_before_the_inner_problem_is_solved():
+    inner = hg.inner.lbfgs()._replace(solve=lambda *args, **kwargs: pytest.fail("solved first"))
+    solver = hg.direct(hg.Problem(lambda w, h, b: jnp.sum(w**2) * h, lambda w, h, b: w * h), inner=inner)
+    with pytest.raises(hg.HypergradError, match=r"outer_loss.*scalar"):
+        solver.hypergrad(solver.init(jnp.zeros(3), 1.0), 1.0)

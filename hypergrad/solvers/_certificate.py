@@ -1,0 +1,113 @@
+r"""A bound on the error of a hypergradient, proved from what the caller knows about the two losses.
+
+With μ the strong convexity of h and L the Lipschitz constants in w of the quantities named, at ŵ and v̂
+
+    ‖ŵ − w*‖ ≤ δ = ‖∂_w h(ŵ)‖ / μ
+    ‖v̂ − v*‖ ≤ ε = (‖∂_w f(ŵ) − H(ŵ) v̂‖ + (L_H ‖v̂‖ + L_{∂_w f}) δ) / μ
+    ‖ĝ − g‖ ≤ L_{∂_λ f} δ + L_J δ ‖v̂‖ + (‖J(ŵ)‖ + L_J δ) ε,          H = ∂²_{ww} h,  J = ∂²_{λw} h
+
+Source: the a-posteriori bound of Salehi, Mukherjee, Roberts & Ehrhardt 2023 (MAID), arXiv:2308.10098. Differs: it is
+written with the residuals that were measured and the adjoint that was found, where theirs has tolerances and a
+Lipschitz constant of H⁻¹; the direct term is in it; no constant is estimated, since an estimate proves nothing.
+Cost: one norm each; where no bound on ‖J‖ is given, one product for each scalar hyperparameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import check_options
+from hypergrad._solver import InputTypeError
+from hypergrad._tree import PyTree
+
+_ROUNDING = 64  # units of rounding, of the size of its terms, that a residual may be off
+
+
+class Regularity(NamedTuple):
+    """What is known about the losses, wherever the parameters may be between ŵ and w*.
+
+    All norms are Euclidean (spectral for matrices), over all leaves together. Numbers or scalar arrays.
+
+    Attributes:
+        strong_convexity: no eigenvalue of ∂²_{ww} h is smaller. Greater than 0.
+        outer_gradient: Lipschitz constant in w of ∂_w f.
+        cross: Lipschitz constant in w of ∂²_{λw} h. 0 where h is linear in w times a function of λ.
+        hessian: Lipschitz constant in w of ∂²_{ww} h. 0 for a quadratic h.
+        direct: Lipschitz constant in w of ∂_λ f. 0 where f does not depend on λ.
+        cross_norm: bound on ‖∂²_{λw} h(ŵ)‖. None: its Frobenius norm is computed, at one product for each scalar
+            hyperparameter.
+    """
+
+    strong_convexity: ArrayLike
+    outer_gradient: ArrayLike
+    cross: ArrayLike
+    hessian: ArrayLike = 0.0
+    direct: ArrayLike = 0.0
+    cross_norm: ArrayLike | None = None
+
+
+Known = Regularity | Callable[[PyTree], Regularity]
+
+
+def known_at(known: Known, hparams: PyTree) -> Regularity:
+    """The constants at these hyperparameters.
+
+    Raises:
+        InputTypeError: if it is not a `Regularity`.
+        InputError: for a number that is out of range.
+    """
+    found = known(hparams) if callable(known) else known
+    if not isinstance(found, Regularity):
+        raise InputTypeError(
+            "implicit: regularity must be an hg.Regularity, or a function from the hyperparameters to one, "
+            f"found {type(found).__name__}."
+        )
+    check_options("implicit", **found._asdict())
+    return found
+
+
+def cross_norm(gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> Array:
+    """Frobenius norm of ∂²_{λw} h, of `λ -> ∂_w h(ŵ, λ)`, a column at a time."""
+    leaves, treedef = jax.tree.flatten(hparams)
+    total = jnp.zeros((), _tree.dtype(hparams))
+    for at, leaf in enumerate(leaves):
+
+        def column(i: Array, at: int = at, leaf: Array = leaf) -> Array:
+            unit = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape)
+            tangent = treedef.unflatten([unit if j == at else jnp.zeros_like(x) for j, x in enumerate(leaves)])
+            return _tree.norm(jax.jvp(gradient, (hparams,), (tangent,))[1]) ** 2
+
+        total += jax.lax.fori_loop(
+            0, leaf.size, lambda i, s, f=column: s + f(i).astype(s.dtype), jnp.zeros((), total.dtype)
+        )
+    return jnp.sqrt(total)
+
+
+def error_bound(
+    known: Regularity, residual: PyTree, size: Array, gap: PyTree, rhs: PyTree, adjoint: PyTree, cross: Array
+) -> Array:
+    """Bound on ‖ĝ − g‖, in the units of the hypergradient.
+
+    Args:
+        known: the constants.
+        residual: ∂_w h(ŵ).
+        size: of the terms of which the residual is the sum, scalar.
+        gap: ∂_w f(ŵ) − H(ŵ) v̂.
+        rhs: ∂_w f(ŵ).
+        adjoint: v̂.
+        cross: bound on ‖J(ŵ)‖, scalar.
+    """
+    rounding = _ROUNDING * _tree.eps(residual)
+    length = _tree.norm(adjoint)
+    off = (_tree.norm(residual) + rounding * size) / known.strong_convexity
+    missing = _tree.norm(gap) + rounding * (_tree.norm(rhs) + _tree.norm(_tree.sub(rhs, gap)))
+    adjoint_off = (missing + (known.hessian * length + known.outer_gradient) * off) / known.strong_convexity
+    bound = known.direct * off + known.cross * off * length + (cross + known.cross * off) * adjoint_off
+    return jnp.where(jnp.isnan(bound), jnp.inf, bound)
