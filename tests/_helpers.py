@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import hypergrad as hg
+
 PyTree = Any
 
 
@@ -109,3 +111,15 @@ def shard_rows(tree: PyTree, devices: list[jax.Device]) -> PyTree:
         return jax.device_put(x, NamedSharding(over, PartitionSpec("data") if divides else PartitionSpec()))
 
     return jax.tree.map(place, tree)
+
+
+def keyed(solver: hg.Solver) -> hg.Solver:
+    """A solver that draws, with one key for every call that gives none."""
+
+    def init(params: PyTree, hparams: PyTree, *, key: Any = None, model_state: PyTree = None) -> Any:
+        return solver.init(params, hparams, key=jax.random.key(0) if key is None else key, model_state=model_state)
+
+    def hypergrad(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
+        return solver.hypergrad(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
+
+    return hg.Solver(init, hypergrad, solver.response)

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from tests._helpers import assert_trees_close, assert_trees_equal, shard_rows, tol
+from tests._helpers import assert_trees_close, assert_trees_equal, keyed, shard_rows, tol
 
 PyTree = Any
 
@@ -30,20 +30,8 @@ def _descent(params: PyTree, hparams: PyTree, batch: PyTree) -> PyTree:
     return jax.tree.map(lambda w, g: w - 0.2 * g, params, grads)
 
 
-def _keyed(solver: hg.Solver) -> hg.Solver:
-    """A solver that draws, with one key for every call that gives none."""
-
-    def init(params: PyTree, hparams: PyTree, *, key: Any = None, model_state: PyTree = None) -> Any:
-        return solver.init(params, hparams, key=jax.random.key(0) if key is None else key, model_state=model_state)
-
-    def hypergrad(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
-        return solver.hypergrad(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
-
-    return hg.Solver(init, hypergrad, solver.response)
-
-
 def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
-    return _keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
+    return keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
 
 
 SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
@@ -68,7 +56,7 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
-    "hypernetwork": lambda p: _keyed(
+    "hypernetwork": lambda p: keyed(
         hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
     ),
     "self-tuning": _self_tuning,

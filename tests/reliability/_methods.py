@@ -8,7 +8,7 @@ from typing import NamedTuple
 import optax
 
 import hypergrad as hg
-from tests._helpers import tol
+from tests._helpers import keyed, tol
 from tests.reliability._family import CUT, PROBLEM, RATE, STEPS, proximal_step
 
 
@@ -45,6 +45,14 @@ METHODS: dict[str, Method] = {
     "unrolled, reverse": Method(lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse"), "path"),
     "unrolled, forward": Method(lambda p: hg.unrolled(p, inner=_sgd(), mode="forward"), "path"),
     "unrolled, truncated": Method(lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", truncate=CUT), "path"),
+    "hypernetwork": Method(
+        lambda p: keyed(
+            hg.hypernetwork(
+                p, response=hg.responses.linear(), optimizer=optax.adam(0.03), steps=STEPS, scale=0.1, draws=4
+            )
+        ),
+        "response",
+    ),
     "direct": Method(lambda p: hg.direct(p, inner=hg.inner.lbfgs()), "direct"),
 }
 
