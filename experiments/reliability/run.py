@@ -66,6 +66,9 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         if table:
             head = "# What comes of every fault that is a value\n\nWritten by `run.py --only P2 --table`.\n\n"
             (options.out / "FAULTS.md").write_text(head + "\n".join(table) + "\n")
+    if options.keep and options.only != list(PROMISES) and RESULTS.exists():  # the others stay as they were kept
+        known = json.loads(RESULTS.read_text()).get(str(options.seed), {}) | numbers
+        numbers |= {name: known[name] for name in PROMISES if name in known}
 
 
 def _promises(text: str) -> list[str]:
@@ -74,9 +77,6 @@ def _promises(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; the promises are {', '.join(PROMISES)}")
     return names
-    if options.keep and options.only != list(PROMISES) and RESULTS.exists():  # the others stay as they were kept
-        known = json.loads(RESULTS.read_text()).get(str(options.seed), {}) | numbers
-        numbers |= {name: known[name] for name in PROMISES if name in known}
 
 
 def show(found: dict[str, Any], page: Path) -> None:
