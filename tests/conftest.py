@@ -7,6 +7,7 @@ nearly every program here runs once or twice and compiling is most of the time.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 
@@ -23,6 +24,8 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))  # read when JAX first compu
 
 import jax
 import pytest
+
+gc.set_threshold(200_000, 20, 50)  # tracing makes many small objects; looking through them was a tenth of the time
 
 jax.config.update("jax_enable_x64", X64)
 jax.config.update("jax_num_cpu_devices", DEVICES)
