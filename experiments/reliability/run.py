@@ -27,6 +27,8 @@ jax.config.update("jax_enable_x64", True)
 
 from experiments._common import experiment  # noqa: E402
 from experiments.reliability import accuracy, agreement, durability, robustness  # noqa: E402
+from tests.reliability import _index as index  # noqa: E402
+from tests.reliability._mistakes import MISTAKES  # noqa: E402
 
 PROMISES = {
     "P1": accuracy.p1,
@@ -64,11 +66,30 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         numbers[name] = [figure, bar, bool(met)]
         print(f"{name:4} {'met    ' if met else 'NOT MET'} {figure}  (bar: {bar})", flush=True)
         if table:
-            head = "# What comes of every fault that is a value\n\nWritten by `run.py --only P2 --table`.\n\n"
-            (options.out / "FAULTS.md").write_text(head + "\n".join(table) + "\n")
+            (options.out / "FAULTS.md").write_text(page(table))
     if options.keep and options.only != list(PROMISES) and RESULTS.exists():  # the others stay as they were kept
         known = json.loads(RESULTS.read_text()).get(str(options.seed), {}) | numbers
         numbers |= {name: known[name] for name in PROMISES if name in known}
+
+
+def page(table: list[str]) -> str:
+    """What comes of every fault, in Markdown."""
+    return "\n".join(
+        [
+            "# What comes of every fault\n",
+            "Written by `run.py --only P2 --table`.\n",
+            "## Faults that are values: every solver, in a batch, alone under `jit`, without `jit`\n",
+            "A cell is the outcome in a batch; where one of the others differs, it follows by name.\n",
+            *table,
+            "\n## Wrong arguments: refused by every solver, before anything compiles\n",
+            "| | fault | the message holds |",
+            "|---|---|---|",
+            *(f"| {m.number} | {m.what} | {', '.join(f'`{word}`' for word in m.words)} |" for m in MISTAKES),
+            "\n## The others\n",
+            *index.rows(),
+            "",
+        ]
+    )
 
 
 def _promises(text: str) -> list[str]:
