@@ -1,4 +1,4 @@
-"""Where the faults of the list are shown that are neither values (`_faults.py`) nor wrong arguments (`_mistakes.py`)."""
+"""Where the faults are shown that are neither values (`_faults.py`) nor wrong arguments (`_mistakes.py`)."""
 
 from __future__ import annotations
 
