@@ -36,6 +36,7 @@ def experiment(
     measure: Callable[[argparse.Namespace, dict[str, Any]], None],
     *,
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    kept: str = "results.json",
 ) -> dict[str, Any]:
     """Run an experiment from the command line.
 
@@ -46,6 +47,7 @@ def experiment(
             and `out` (the folder of pictures: beside the script for seed 0, else one that is thrown away, unless
             `--out` names one) in its options.
         arguments: adds arguments of this experiment alone.
+        kept: where `--keep` writes; another name keeps the numbers out of `experiments/report.py`.
 
     Returns:
         The numbers, rounded to four digits, with `seed` and `seconds` (of processor time, which other work on the
@@ -61,7 +63,7 @@ def experiment(
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of data and training (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="every path in seconds; the numbers mean nothing")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object on the last line")
-    parser.add_argument("--keep", action="store_true", help="write the numbers of this seed into results.json")
+    parser.add_argument("--keep", action="store_true", help=f"write the numbers of this seed into {kept}")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where pictures go (default: beside the script, with seed 0 alone)"
     )
@@ -92,7 +94,7 @@ def experiment(
     if interrupted:
         sys.exit(130)
     if options.keep:
-        _write(here / "results.json", options.seed, found)
+        _write(here / kept, options.seed, found)
     return found
 
 

@@ -3,7 +3,7 @@
     python experiments/reliability/run.py --seed 0 --json          # about an hour on two idle cores
     python experiments/reliability/run.py --smoke                  # each of them in small; the figures mean nothing
     python experiments/reliability/run.py --only P1,P2 --table     # and the table of faults into FAULTS.md
-    python experiments/reliability/run.py --only P15 --keep        # one of them again, into results.json
+    python experiments/reliability/run.py --only P15 --keep        # one of them again, into promises.json
 
 Prints a line a promise, and with --json as the last line one JSON object whose keys are P1 to P16, each
 `[figure, bar, true or false]`.
@@ -50,7 +50,7 @@ PROMISES = {
 }
 
 
-RESULTS = Path(__file__).with_name("results.json")
+RESULTS = Path(__file__).with_name("promises.json")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +112,6 @@ def show(found: dict[str, Any], page: Path) -> None:
 
 
 if __name__ == "__main__":
-    numbers = experiment(__file__, __doc__, measure, arguments=arguments)
+    numbers = experiment(__file__, __doc__, measure, arguments=arguments, kept=RESULTS.name)
     if "--keep" in sys.argv:
         show(numbers, Path(__file__).with_name("README.md"))
