@@ -13,7 +13,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 pytestmark = pytest.mark.usefixtures("once")
 
 
-@pytest.mark.parametrize("name", ["self_tuning_digits", "self_tuning_cnn", "self_tuning_lstm", "hyper_layers"])
+@pytest.mark.parametrize("name", ["self_tuning_digits", "self_tuning_lstm", "hyper_layers"])
 def test_smoke(name, tmp_path):
     folder = EXPERIMENTS / name
     done = subprocess.run(
