@@ -92,44 +92,47 @@ def test_hypergradient_through_a_proximal_fixed_point_equals_closed_form_on_the_
     np.testing.assert_array_equal(np.asarray(state.params) != 0, active)
 
 
-@pytest.mark.parametrize("make", [lambda: problems.ridge("log"), curved.logistic], ids=["ridge", "logistic"])
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_scaling_the_outer_loss_scales_the_hypergradient(make, scale):
-    case = make()
-    outer = case.problem.outer_loss
-    scaled = hg.Problem(case.problem.inner_loss, lambda w, h, b: scale * outer(w, h, b))
-    out, _ = hypergradient(hg.implicit(scaled), case)
-    assert int(out.info.status) == hg.Status.OK
-    assert relative_error(flatten(out.grad) / scale, problems.hypergradient(case)) <= EXACT
-    plain, _ = hypergradient(hg.implicit(case.problem), case)
-    assert relative_error(flatten(out.grad) / scale, flatten(plain.grad)) <= tol(1e-12, 1e-5)
-
-
-@pytest.mark.parametrize("power", [-60, 60])
-def test_scaling_the_outer_loss_by_a_power_of_two_changes_no_bit(power):
-    case = problems.ridge("per coordinate")
-    outer = case.problem.outer_loss
-    plain, _ = hypergradient(hg.implicit(case.problem), case)
-    scaled, _ = hypergradient(
-        hg.implicit(hg.Problem(case.problem.inner_loss, lambda w, h, b: 2.0**power * outer(w, h, b))), case
-    )
-    np.testing.assert_array_equal(
-        np.asarray(scaled.grad), np.asarray(plain.grad) * np.asarray(2.0**power, plain.grad.dtype)
-    )
-    for field in ("error_estimate", "inner_residual", "linear_residual", "inner_steps", "linear_steps", "status"):
-        assert float(getattr(scaled.info, field)) == float(getattr(plain.info, field)), field
-
-
-@pytest.mark.parametrize("make", [lambda: problems.ridge("log"), curved.logistic], ids=["ridge", "logistic"])
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scaling_the_inner_loss_changes_nothing(make, scale):
-    case = make()
-    inner = case.problem.inner_loss
+def scaled(case: Case) -> Callable[..., hg.Hypergradient]:
+    """Hypergradients of a case whose losses are multiplied by numbers that are data: one program for all of them."""
+    inner, outer = case.problem.inner_loss, case.problem.outer_loss
     assert inner is not None
-    out, _ = hypergradient(
-        hg.implicit(hg.Problem(lambda w, h, b: scale * inner(w, h, b), case.problem.outer_loss)), case
-    )
-    check(case, out)
+    solver = hg.implicit(hg.Problem(lambda w, h, b: b[1] * inner(w, h, b[0]), lambda w, h, b: b[1] * outer(w, h, b[0])))
+    params, hparams, train, valid = case.arrays()
+    step, state = jax.jit(solver.hypergrad), solver.init(params, hparams)
+    number = lambda x: jnp.asarray(x, jnp.result_type(float))
+    return lambda inside=1.0, outside=1.0: step(state, hparams, (train, number(inside)), (valid, number(outside)))[0]
+
+
+@pytest.mark.parametrize("make", [lambda: problems.ridge("log"), curved.logistic], ids=["ridge", "logistic"])
+def test_scaling_the_outer_loss_scales_the_hypergradient(make):
+    case = make()
+    run = scaled(case)
+    plain = run()
+    for scale in (1e-30, 1e30):
+        out = run(outside=scale)
+        assert int(out.info.status) == hg.Status.OK
+        assert relative_error(flatten(out.grad) / scale, problems.hypergradient(case)) <= EXACT
+        assert relative_error(flatten(out.grad) / scale, flatten(plain.grad)) <= tol(1e-12, 1e-5)
+
+
+def test_scaling_the_outer_loss_by_a_power_of_two_changes_no_bit():
+    run = scaled(problems.ridge("per coordinate"))
+    plain = run()
+    for power in (-60, 60):
+        out = run(outside=2.0**power)
+        np.testing.assert_array_equal(
+            np.asarray(out.grad), np.asarray(plain.grad) * np.asarray(2.0**power, plain.grad.dtype)
+        )
+        for field in ("error_estimate", "inner_residual", "linear_residual", "inner_steps", "linear_steps", "status"):
+            assert float(getattr(out.info, field)) == float(getattr(plain.info, field)), field
+
+
+@pytest.mark.parametrize("make", [lambda: problems.ridge("log"), curved.logistic], ids=["ridge", "logistic"])
+def test_scaling_the_inner_loss_changes_nothing(make):
+    case = make()
+    run = scaled(case)
+    for scale in (1e-6, 1e6):
+        check(case, run(inside=scale))
 
 
 def test_a_term_of_the_hyperparameters_alone_changes_nothing_in_the_inner_loss_and_adds_in_the_outer():
