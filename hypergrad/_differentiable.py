@@ -13,6 +13,7 @@ Why that is right, and not merely finite:
    derivative is 0; and the update m/(√v + ε) has m = 0 there, so that the kink drops out and ∂m/ε remains: exactly
    the derivative.
 3. Where all local derivatives are finite, nothing changes.
+
 `max` and `min` have another weakness: JAX's rule asks which input equals the output. Where a compiler computes an input
 twice and rounds it differently, none does, and the derivative is silently 0 (seen in adamax, on XLA without its
 optimizations). Here the inputs are compared with each other, and ties are shared, as by JAX's rule.

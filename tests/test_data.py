@@ -103,11 +103,16 @@ def test_foreign_arrays_are_taken_as_arrays():
 
 
 def test_pairs_of_other_kinds_are_left_alone():
-    prepare("train", (np.ones((3, 2)), 1.0))
-    prepare("train", {"a": np.ones(3), "b": np.ones(4)})
-    prepare("train", (np.ones(3), np.ones(4), np.ones(5)))
-    prepare("train", (np.ones(3), {"b": np.ones(4)}))
-    prepare("train", (jax.random.key(0), jnp.ones(3)))
+    for batch in (
+        (np.ones((3, 2)), 1.0),
+        {"a": np.ones(3), "b": np.ones(4)},
+        (np.ones(3), np.ones(4), np.ones(5)),
+        (np.ones(3), {"b": np.ones(4)}),
+        (jax.random.key(0), jnp.ones(3)),
+    ):
+        found = prepare("train", batch)
+        assert jax.tree.structure(found) == jax.tree.structure(batch)
+        assert [np.shape(x) for x in jax.tree.leaves(found)] == [np.shape(x) for x in jax.tree.leaves(batch)]
 
 
 def test_kinds_print_shapes_and_dtypes():

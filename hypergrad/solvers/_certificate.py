@@ -91,7 +91,7 @@ def cross_norm(gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> Array:
 
 
 def error_bound(
-    known: Regularity, residual: PyTree, size: Array, gap: PyTree, rhs: PyTree, adjoint: PyTree, cross: Array
+    known: Regularity, residual: PyTree, size: Array, rhs: PyTree, product: PyTree, adjoint: PyTree, cross: ArrayLike
 ) -> Array:
     """Bound on ‖ĝ − g‖, in the units of the hypergradient.
 
@@ -99,15 +99,15 @@ def error_bound(
         known: the constants.
         residual: ∂_w h(ŵ).
         size: of the terms of which the residual is the sum, scalar.
-        gap: ∂_w f(ŵ) − H(ŵ) v̂.
         rhs: ∂_w f(ŵ).
+        product: H(ŵ) v̂.
         adjoint: v̂.
         cross: bound on ‖J(ŵ)‖, scalar.
     """
     rounding = _ROUNDING * _tree.eps(residual)
     length = _tree.norm(adjoint)
     off = (_tree.norm(residual) + rounding * size) / known.strong_convexity
-    missing = _tree.norm(gap) + rounding * (_tree.norm(rhs) + _tree.norm(_tree.sub(rhs, gap)))
+    missing = _tree.norm(_tree.sub(rhs, product)) + rounding * (_tree.norm(rhs) + _tree.norm(product))
     adjoint_off = (missing + (known.hessian * length + known.outer_gradient) * off) / known.strong_convexity
     bound = known.direct * off + known.cross * off * length + (cross + known.cross * off) * adjoint_off
     return jnp.where(jnp.isnan(bound), jnp.inf, bound)
