@@ -69,6 +69,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             (options.out / "FAULTS.md").write_text(page(table))
     if options.keep and options.only != list(PROMISES) and RESULTS.exists():  # the others stay as they were kept
         known = json.loads(RESULTS.read_text()).get(str(options.seed), {}) | numbers
+        numbers.clear()
         numbers |= {name: known[name] for name in PROMISES if name in known}
 
 
