@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests._scripts import run_script
 
 RUN = Path(__file__).parents[2] / "experiments" / "benchmark" / "run.py"
 BARS = ["V1", "V2", "V3", "V4", "V5", "V6", "V7", "V8", "V9", "V11"]
 pytestmark = pytest.mark.usefixtures("once")
 NEEDED = {"V1": "jaxopt", "V2": "jaxopt", "V7": "optuna"}  # without which a bar cannot be judged
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
 
 
 def _figures(value, path=""):
@@ -33,7 +29,7 @@ def _figures(value, path=""):
 
 @pytest.fixture(scope="module")
 def smoke():
-    done = _run("--smoke", "--seed", "0", "--json")
+    done = run_script(RUN, "--smoke", "--seed", "0", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -80,6 +76,6 @@ def test_table_names_what_is_not_installed(smoke):
 
 
 def test_unknown_bar_is_refused_by_name():
-    done = _run("--only", "V1,V99")
+    done = run_script(RUN, "--only", "V1,V99")
     assert done.returncode == 2
     assert "unknown V99" in done.stderr

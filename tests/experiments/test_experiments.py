@@ -7,13 +7,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import _common, report
+from tests._scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
@@ -30,17 +30,9 @@ each = pytest.mark.parametrize("home", EXPERIMENTS, ids=lambda home: home.name)
 
 @each
 def test_smoke_run_gives_every_number_in_its_range(home, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "MPLBACKEND": "agg"} | environment
     pictures = {path: path.read_bytes() for path in home.glob("*.png")}
-    done = subprocess.run(
-        [sys.executable, str(home / "run.py"), "--smoke", "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
+    cache = {} if "JAX_COMPILATION_CACHE_DIR" in os.environ else {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    done = run_script(home / "run.py", "--smoke", "--json", cwd=tmp_path, environment=cache)
     assert done.returncode == 0, done.stderr[-3000:]
     found = report.flat(json.loads(done.stdout.splitlines()[-1]))
     expected = _expected(home)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests._scripts import run_script
 
 RUN = Path(__file__).parents[2] / "experiments" / "reliability" / "run.py"
 pytestmark = pytest.mark.usefixtures("once")
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, check=False)
-
-
 def test_each_promise_is_a_figure_a_bar_and_a_verdict():
-    done = _run("--smoke", "--json", "--only", "P12,P13,P14")
+    done = run_script(RUN, "--smoke", "--json", "--only", "P12,P13,P14")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"P12", "P13", "P14", "seed", "seconds"}
@@ -28,6 +24,6 @@ def test_each_promise_is_a_figure_a_bar_and_a_verdict():
 
 
 def test_an_unknown_promise_is_refused_by_name():
-    done = _run("--only", "P1,P99")
+    done = run_script(RUN, "--only", "P1,P99")
     assert done.returncode == 2
     assert "unknown P99" in done.stderr
