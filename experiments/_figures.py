@@ -43,6 +43,12 @@ def image(axes: Any, pixels: Any, title: str = "", color: str = INK, **options: 
         spine.set(color="#BBBBBB", linewidth=0.8)
 
 
-def save(picture: Any, folder: Path, name: str = "figure.png") -> None:
-    """Write it as a small PNG."""
+def save(picture: Any, folder: Path, name: str = "figure.png", *, colours: int | None = None) -> None:
+    """Write it as a small PNG; of so many colours at most, where it would be large otherwise."""
     picture.savefig(folder / name, dpi=110)
+    if colours:
+        from PIL import Image
+
+        with Image.open(folder / name) as drawn:
+            few = drawn.convert("RGB").quantize(colours)
+        few.save(folder / name, optimize=True)
