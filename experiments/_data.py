@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,22 @@ def documentation(characters: int | None = None) -> tuple[np.ndarray, str]:
     index = {c: i for i, c in enumerate(alphabet)}
     codes = np.asarray([index[c] for c in text if c in index], np.int32)
     return codes[:characters], alphabet
+
+
+def stretches(seed: int, rows: Sequence[int], length: int) -> tuple[list[Split], int]:
+    """Text of `documentation` as `(codes [n, length], the characters that follow)`, and the size of the alphabet.
+
+    Args:
+        seed: of the place where the first part begins.
+        rows: stretches of each part; the parts lie one after the other and do not overlap.
+        length: characters of a stretch.
+    """
+    codes, alphabet = documentation()
+    count = (len(codes) - 1) // length
+    x, y = (codes[i : i + count * length].reshape(count, length) for i in (0, 1))
+    begin = np.random.default_rng(seed).integers(0, count - sum(rows))
+    ends = begin + np.cumsum((0, *rows))
+    return [(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)], len(alphabet)
 
 
 def stratified(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:

@@ -7,7 +7,6 @@ output; the cell, embedding and output layer are those of `hg.responses.layers`.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import hypergrad as hg
 from experiments._common import experiment
-from experiments._data import documentation
+from experiments._data import stretches
 from experiments._self_tuning import Task, compare, cross_entropy, draw_schedules
 
 RANGES = dict.fromkeys(("input", "hidden", "output"), (0.0, 0.9, "real"))
@@ -68,19 +66,9 @@ def predict(net: Any, codes: jax.Array, offset: Any, hparams: Any, key: Any) -> 
     return net(codes, *offset, rates=hparams, key=key)
 
 
-def text(seed: int, rows: tuple[int, int, int]) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """Stretches of text and the characters that follow, from three places that do not overlap."""
-    codes, alphabet = documentation()
-    count = (len(codes) - 1) // LENGTH
-    x, y = (codes[i : i + count * LENGTH].reshape(count, LENGTH) for i in (0, 1))
-    begin = np.random.default_rng(seed).integers(0, count - sum(rows))
-    ends = begin + np.cumsum((0, *rows))
-    return [(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)], len(alphabet)
-
-
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     width, calls, rows = (4, 3, (8, 8, 8)) if options.smoke else (64, 300, (400, 200, 400))
-    parts, alphabet = text(options.seed, rows)
+    parts, alphabet = stretches(options.seed, rows, LENGTH)
     model = lambda rngs, responding: Net(alphabet, width, rngs, responding)
     task = Task(model, predict, cross_entropy, RANGES, START, *parts, batch=rows[0] // 8, rate=3e-3, calls=calls)
     result = compare(task, options.seed, numbers)
