@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     key = jax.random.key(options.seed)
     arms = {"mlp": ("per_weight", "identity", "single"), "cnn": ("per_weight",)}
     if options.smoke:
-        del arms["mlp"]
+        arms = {"mlp": ("per_weight",)}
     tuned = {}
     for name in arms:
         net = NETS[name]
