@@ -74,7 +74,7 @@ NETS = {
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    width, steps, training = (8, 3, 20) if options.smoke else (1000, 20, 200)
+    width, steps, training = (100, 4, 40) if options.smoke else (1000, 20, 200)
     data = jax.tree.map(jnp.asarray, digits(options.seed, (50, 50)))
     key = jax.random.key(options.seed)
     arms = {"mlp": ("per_weight", "identity", "single"), "cnn": ("per_weight",)}
