@@ -344,6 +344,7 @@ def picture(paths: Any, tables: Any, marks: Any, weights: np.ndarray, folder: Pa
     for (name, arm), row in marks.items():
         place = standing(tables[name], row)
         middle.plot(place["rank"], place["test"], symbols[arm], color=texts[name][1], markersize=7)
+    middle.set_ylim(0.87, 0.97)
     middle.legend(frameon=False, fontsize=9, loc="lower left")
     titled(middle, "Every architecture, and what was found", xlabel="rank", ylabel="test accuracy, fresh training")
     for i, color in enumerate(("#BBBBBB", INK, GREEN, ORANGE, BLUE)):
