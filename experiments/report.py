@@ -35,8 +35,9 @@ SIGNS = {">=": "≥", "<=": "≤", ">": "&gt;", "<": "&lt;"}
 INTRODUCTION = """# What hypergradients are for
 
 Each experiment is a claim, a command, a picture and a measured answer, written with the public interface alone. Every
-command takes `--seed N`, `--smoke` (its main paths in seconds; the numbers mean nothing), `--json` (the numbers as one JSON
-object on the last line) and `--keep` (into `results.json`, of which `python experiments/report.py` makes this page).
+command takes `--seed N`, `--smoke` (its main paths in seconds; the numbers mean nothing), `--json` (the numbers as one
+JSON object on the last line) and `--keep` (into `results.json`, of which `python experiments/report.py` makes this
+page).
 What is measured is a mean over seeds; minutes are processor time of one seed (the median), which two idle cores do not
 exceed.
 
