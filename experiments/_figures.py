@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def titled(axes: Any, title: str, **labels: Any) -> None:
     axes.grid(axis="y", color="#E8E8E8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set(**labels)
+
+
+def bars(axes: Any, rows: Mapping[str, tuple[Any, str]], title: str, *, digits: int = 3, **labels: Any) -> None:
+    """One bar below the other with its number behind it, by name: `(value, colour)`; `labels` go to `axes.set`."""
+    values, colors = zip(*rows.values(), strict=True)
+    axes.barh(list(rows), [float(value) for value in values], color=colors, height=0.6)
+    axes.bar_label(axes.containers[0], fmt=f"%.{digits}f", padding=3, fontsize=9)
+    axes.invert_yaxis()
+    titled(axes, title, **labels)
 
 
 def image(axes: Any, pixels: Any, title: str = "", color: str = INK, **options: Any) -> None:

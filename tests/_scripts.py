@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 _IMPORTS = ["jax", "optax", "flax.nnx", "scipy.optimize", "sklearn.datasets", "sklearn.model_selection", "hypergrad"]
 _IMPORTS += ["matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.image"]
 
@@ -43,6 +45,7 @@ def run_script(
 def _run(path: str, arguments: tuple[str, ...], written: list[str], cwd: str, environment: Mapping[str, str]) -> None:
     for descriptor, file in enumerate(written, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    jax.config.update("jax_enable_x64", False)  # whatever the environment says, as the suite itself does
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = [path, *arguments]

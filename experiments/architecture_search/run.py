@@ -54,20 +54,22 @@ def onehot(indices: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.eye(int(np.prod(shape)), dtype=np.float32)[np.ravel_multi_index(indices, shape)].reshape(-1, *shape)
 
 
+def start(key: Any, *several: int) -> Any:
+    """A stem, so many square layers and a head."""
+    a, b, c = jax.random.split(key, 3)
+    return {
+        "stem": jax.random.normal(a, (64, HIDDEN)) / 8,
+        "layers": jax.random.normal(b, (*several, HIDDEN, HIDDEN)) * np.sqrt(2 / HIDDEN),
+        "bias": jnp.zeros((*several, HIDDEN)),
+        "head": jax.random.normal(c, (HIDDEN, 2)) / np.sqrt(HIDDEN),
+    }
+
+
 def cell(sparse: bool = False) -> Space:
     """Nodes 0 (a linear stem), 1 and 2; an edge from each to each later one; the head sees node 2."""
 
-    def start(key: Any) -> Any:
-        a, b, c = jax.random.split(key, 3)
-        return {
-            "stem": jax.random.normal(a, (64, HIDDEN)) / 8,
-            "edges": jax.random.normal(b, (3, 3, HIDDEN, HIDDEN)) * np.sqrt(2 / HIDDEN),
-            "bias": jnp.zeros((3, 3, HIDDEN)),
-            "head": jax.random.normal(c, (HIDDEN, 2)) / np.sqrt(HIDDEN),
-        }
-
     def edge(params: Any, p: Any, i: int, h: Any) -> Any:
-        weights = pruned(params["edges"][i]) if sparse else params["edges"][i]
+        weights = pruned(params["layers"][i]) if sparse else params["layers"][i]
         linear, relu, tanh = jnp.einsum("bh,khj->kbj", h, weights) + params["bias"][i][:, None]
         return p[i, 1] * h + p[i, 2] * linear + p[i, 3] * jax.nn.relu(relu) + p[i, 4] * jnp.tanh(tanh)
 
@@ -78,7 +80,7 @@ def cell(sparse: bool = False) -> Space:
 
     chosen = np.array(list(itertools.product(range(len(OPERATIONS)), repeat=len(EDGES))))
     table = np.eye(len(OPERATIONS), dtype=np.float32)[chosen]
-    return Space(start, logits, jnp.asarray(table), (chosen != OPERATIONS.index("zero")).all(1))
+    return Space(lambda key: start(key, 3, 3), logits, jnp.asarray(table), (chosen != OPERATIONS.index("zero")).all(1))
 
 
 def pruned(weights: Any) -> Any:
@@ -93,15 +95,6 @@ def cuboid() -> Space:
     masks = jnp.asarray(np.arange(HIDDEN)[None] < np.array(WIDTHS)[:, None], jnp.float32)
     shape = (len(WIDTHS), len(WIDTHS), 2)
 
-    def start(key: Any) -> Any:
-        a, b, c = jax.random.split(key, 3)
-        return {
-            "stem": jax.random.normal(a, (64, HIDDEN)) / 8,
-            "layers": jax.random.normal(b, (2, 2, HIDDEN, HIDDEN)) * np.sqrt(2 / HIDDEN),
-            "bias": jnp.zeros((2, 2, HIDDEN)),
-            "head": jax.random.normal(c, (HIDDEN, 2)) / np.sqrt(HIDDEN),
-        }
-
     def logits(params: Any, p: Any, x: Any) -> Any:
         h = x @ params["stem"]
         for i in range(2):
@@ -113,7 +106,7 @@ def cuboid() -> Space:
 
     first, middle, last, one, two = np.indices((3, 3, 3, 2, 2)).reshape(5, -1)
     table = np.stack([onehot((first, middle, one), shape), onehot((middle, last, two), shape)], 1)
-    return Space(start, logits, jnp.asarray(table), np.ones(len(table), bool))
+    return Space(lambda key: start(key, 2, 2), logits, jnp.asarray(table), np.ones(len(table), bool))
 
 
 def softmax(alpha: Any) -> Any:

@@ -32,7 +32,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment
 from experiments._data import digits, documentation
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, YELLOW, figure, save, titled
+from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, YELLOW, bars, figure, save, titled
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0\n.,:;()_='"
 PASSAGE = 80  # characters
@@ -290,7 +290,7 @@ def picture(numbers: dict[str, Any], weights: np.ndarray, folder: Path) -> None:
     left.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     titled(left, "Prose about Python keeps its weight", xlabel="outer step", ylabel="weight of a source")
     text = numbers["text"]
-    bars = {
+    rows = {
         "all alike": (text["uniform"]["retrained"], ORANGE),
         "target's own 50 alone": (text["target_alone"], INK),
         "best source alone": (text["best_source"]["retrained"], INK),
@@ -299,11 +299,7 @@ def picture(numbers: dict[str, Any], weights: np.ndarray, folder: Path) -> None:
         "source weights": (text["sources"]["retrained"], BLUE),
         "passage weights": (text["passages"]["retrained"], BLUE),
     }
-    middle.barh(list(bars), [value for value, _ in bars.values()], color=[c for _, c in bars.values()], height=0.6)
-    middle.bar_label(middle.containers[0], fmt="%.2f", padding=3, fontsize=9)
-    middle.invert_yaxis()
-    titled(middle, "Retrained, on new text", xlabel="bits per character (from 3)")
-    middle.set_xlim(3, 4)
+    bars(middle, rows, "Retrained, on new text", digits=2, xlabel="bits per character (from 3)", xlim=(3, 4))
     right.plot(NOISE, numbers["annotator_weights"], "o", color=BLUE, markersize=8)
     right.axvline(0.5, color=INK, linewidth=0.9, linestyle=DASHED)
     right.text(0.52, 0.72, "as good\nas a coin", color=INK, fontsize=9, transform=right.get_xaxis_transform())

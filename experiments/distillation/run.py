@@ -24,7 +24,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment
 from experiments._data import digits
-from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, figure, image, save, titled
+from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, bars, figure, image, save
 
 DECAY = 0.01
 DECAYS = (0.0, 1e-4, 1e-3, DECAY)  # of the training on all real images, chosen by validation
@@ -151,7 +151,7 @@ def picture(shown: dict[str, Any], numbers: dict[str, Any], folder: Path) -> Non
             image(axes, pixels.reshape(8, 8), cmap="RdBu_r", vmin=-size, vmax=size)
         row[0].set_title(name, loc="left", fontsize=10, color=INK, pad=4)
     axes = right.subplots()
-    bars = {
+    rows = {
         "10 real images": ("real_10", ORANGE),
         "best of 300 draws": ("searched_10", ORANGE),
         "class means": ("class_means", PINK),
@@ -161,11 +161,8 @@ def picture(shown: dict[str, Any], numbers: dict[str, Any], folder: Path) -> Non
         "50 learned": ("retrain_K5_of_50", BLUE),
         "all 1,000 real": ("real_1000", GREEN),
     }
-    axes.barh(list(bars), [float(numbers[key]) for key, _ in bars.values()], color=[c for _, c in bars.values()])
-    axes.bar_label(axes.containers[0], fmt="%.3f", padding=3, fontsize=9)
-    axes.invert_yaxis()
-    titled(axes, "Fresh training on them alone", xlabel="test accuracy")
-    axes.set_xlim(0.4, 1.05)
+    shares = {name: (numbers[key], color) for name, (key, color) in rows.items()}
+    bars(axes, shares, "Fresh training on them alone", xlabel="test accuracy", xlim=(0.4, 1.05))
     save(canvas, folder)
 
 

@@ -27,7 +27,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment
 from experiments._data import Split, digits
-from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, YELLOW, figure, save, titled
+from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, YELLOW, bars, figure, save, titled
 
 Hparams = dict[str, Any]
 
@@ -336,7 +336,7 @@ def picture(numbers: dict[str, Any], learned: Hparams, shapes: dict[str, Hparams
     factor = np.prod([np.asarray(learned["layer"][name]) for name in LAYERS]) ** (1 / len(LAYERS))
     own = learned | {"rate": factor * learned["rate"]}
     canvas = figure(10.5, 5.4)
-    (rates, momenta), (bars, edges) = canvas.subplots(2, 2)
+    (rates, momenta), (ends, edges) = canvas.subplots(2, 2)
     colors = {"cosine": PINK, "one_cycle": GREEN, "power": YELLOW, "constant": SKY}
     for axes, name in ((rates, "rate"), (momenta, "momentum")):
         for family, shape in shapes.items():
@@ -347,12 +347,10 @@ def picture(numbers: dict[str, Any], learned: Hparams, shapes: dict[str, Hparams
     rates.legend(frameon=False, fontsize=9, ncols=2, loc="lower left")
     titled(rates, "Learning rate", xlabel="training step", ylabel="rate (mean of layers)")
     titled(momenta, "Momentum", xlabel="training step", ylabel="momentum")
-    values = dict(sorted((numbers["equal"] | numbers["free"]).items(), key=lambda pair: pair[1]))
-    shown = [BLUE if name == "learned" else ORANGE if name in numbers["free"] else PINK for name in values]
-    bars.barh([name.replace("_", "-") for name in values], list(values.values()), color=shown, height=0.65)
-    bars.bar_label(bars.containers[0], fmt="%.3f", padding=3, fontsize=9)
-    bars.invert_yaxis()
-    titled(bars, "At equal steps, new starts and batches", xlabel="test loss")
+    values = sorted((numbers["equal"] | numbers["free"]).items(), key=lambda pair: pair[1])
+    shown = lambda name: BLUE if name == "learned" else ORANGE if name in numbers["free"] else PINK
+    rows = {name.replace("_", "-"): (value, shown(name)) for name, value in values}
+    bars(ends, rows, "At equal steps, new starts and batches", xlabel="test loss")
     usable = np.asarray(numbers["edge"]["usable"])
     for which, color, text in ((usable, BLUE, "usable"), (~usable, ORANGE, "exploded, said so")):
         edges.loglog(EDGE[which], np.asarray(numbers["edge"]["growth"])[which], "o", color=color, label=text)

@@ -24,7 +24,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment, progress
 from experiments._data import digits
-from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, figure, save, titled
+from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, bars, figure, save, titled
 
 RELEVANT, NOISE, HIDDEN = 10, 30, 16
 FINE_TUNING, RATE = 20, 1.0  # steps and learning rate of the head
@@ -203,19 +203,15 @@ def picture(numbers: dict[str, Any], results: dict[str, hg.Result], folder: Path
         middle.plot(result.history.value, color=color, label=text)
     middle.legend(frameon=False, fontsize=9)
     titled(middle, "What it is for", xlabel="outer step", ylabel="validation loss after fine-tuning")
-    bars = {
-        "no pre-training": numbers["no_pretraining"],
-        "all tasks alike": numbers["uniform"],
-        "…, noise and decay searched": numbers["searched"],
-        "tuned": numbers["cg"]["retrained"],
-        "relevant tasks only": numbers["oracle"],
+    rows = {
+        "no pre-training": (numbers["no_pretraining"], INK),
+        "all tasks alike": (numbers["uniform"], ORANGE),
+        "…, noise and decay searched": (numbers["searched"], GREEN),
+        "tuned": (numbers["cg"]["retrained"], BLUE),
+        "relevant tasks only": (numbers["oracle"], PINK),
     }
-    colors = (INK, ORANGE, GREEN, BLUE, PINK)
-    right.barh(list(bars), [float(v) for v in bars.values()], color=colors, height=0.6)
-    right.bar_label(right.containers[0], fmt="%.3f", padding=3, fontsize=9)
-    right.invert_yaxis()
-    titled(right, "Retrained from scratch", xlabel="test accuracy after fine-tuning on 60 labels")
-    right.set_xlim(0.6, 1.0)
+    label = "test accuracy after fine-tuning on 60 labels"
+    bars(right, rows, "Retrained from scratch", xlabel=label, xlim=(0.6, 1.0))
     save(canvas, folder)
 
 

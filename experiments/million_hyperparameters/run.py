@@ -27,7 +27,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment, progress
 from experiments._data import digits
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, figure, image, save, titled
+from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, bars, figure, image, save, titled
 
 START = -4.0  # log decay
 GRID = (-12.0, -10.0, -8.0, -6.0, START, -2.0)  # log decays of the search
@@ -238,19 +238,15 @@ def picture(tuned: dict[str, dict[str, hg.Result]], numbers: dict[str, Any], fol
     middle.set_title("Log decay by pixel", loc="left", color=INK, pad=9, fontsize=11.5, fontweight="bold")
     canvas.colorbar(middle.images[0], ax=middle, shrink=0.8, label="change, mean over 1,000 units")
 
-    bars = {
+    rows = {
         "one decay": ("test_searched", ORANGE),
         "… and 50 more digits": ("test_both", PINK),
         "one per parameter": ("test_per_weight", BLUE),
         "… retrained": ("test_retrained", SKY),
         "… from new starts": ("test_new_start", SKY),
     }
-    values = [numbers["mlp"][key] for key, _ in bars.values()]
-    right.barh(list(bars), values, color=[color for _, color in bars.values()], height=0.6)
-    right.bar_label(right.containers[0], fmt="%.3f", padding=3, fontsize=9)
-    right.invert_yaxis()
-    titled(right, "Test digits, MLP", xlabel="test accuracy")
-    right.set_xlim(0.8, 0.95)
+    shares = {name: (numbers["mlp"][key], color) for name, (key, color) in rows.items()}
+    bars(right, shares, "Test digits, MLP", xlabel="test accuracy", xlim=(0.8, 0.95))
     save(canvas, folder)
 
 

@@ -24,7 +24,7 @@ import optax
 import hypergrad as hg
 from experiments._common import experiment
 from experiments._data import stretches
-from experiments._figures import BLUE, GREEN, INK, ORANGE, SKY, figure, save, titled
+from experiments._figures import BLUE, GREEN, INK, ORANGE, SKY, bars, figure, save, titled
 
 LENGTH, ROWS = 32, (100, 100, 300)  # characters of a stretch; stretches for training, validation, testing
 START = -8.0  # log decay
@@ -147,14 +147,17 @@ def picture(numbers: dict[str, Any], curves: dict[str, Any], result: hg.Result, 
     middle.legend(frameon=False, fontsize=9)
     middle.axvline(START, color=INK, linewidth=0.8)
     titled(middle, "Where the decays went", xlabel="log decay (line: start)", ylabel="parameters")
-    names = {"no decay": "plain", "single, grid": "single", "single, tuned": "single_tuned", "per parameter": "tuned"}
-    names |= {"… retrained": "retrained", "… from new starts": "new_start", "single, new starts": "single_new_start"}
-    values = [float(numbers[f"test_{key}"]) for key in names.values()]
-    right.barh(list(names), values, color=[INK, ORANGE, ORANGE, BLUE, SKY, SKY, ORANGE], height=0.6)
-    right.bar_label(right.containers[0], fmt="%.3f", padding=3, fontsize=9)
-    right.invert_yaxis()
-    titled(right, "Test", xlabel="bits per character")
-    right.set_xlim(min(values) - 0.3, max(values) + 0.15)
+    rows = {
+        "no decay": (numbers["test_plain"], INK),
+        "single, grid": (numbers["test_single"], ORANGE),
+        "single, tuned": (numbers["test_single_tuned"], ORANGE),
+        "per parameter": (numbers["test_tuned"], BLUE),
+        "… retrained": (numbers["test_retrained"], SKY),
+        "… from new starts": (numbers["test_new_start"], SKY),
+        "single, new starts": (numbers["test_single_new_start"], ORANGE),
+    }
+    values = [float(value) for value, _ in rows.values()]
+    bars(right, rows, "Test", xlabel="bits per character", xlim=(min(values) - 0.3, max(values) + 0.15))
     save(canvas, folder)
 
 
