@@ -262,7 +262,7 @@ def toy(rates: tuple[float, ...], steps: int) -> tuple[dict[str, Any], dict[floa
 
 def measure(options: Any, numbers: dict[str, Any]) -> None:
     steps, training = (2, 4) if options.smoke else (400, 200)
-    numbers["toy"], paths = toy((0.0, 0.5) if options.smoke else RATES, 20 if options.smoke else 400)
+    numbers["toy"], paths = toy((0.0, 0.5) if options.smoke else RATES, 200 if options.smoke else 400)
     train, valid, test = data = jax.tree.map(
         jnp.asarray, tuple((x, y % 2) for x, y in digits(options.seed, (300, 300)))
     )
