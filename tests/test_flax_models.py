@@ -61,7 +61,8 @@ def data() -> tuple[PyTree, PyTree]:
 @pytest.fixture(scope="module")
 def start() -> tuple[PyTree, PyTree]:
     variables = NET.init(jax.random.key(1), jnp.zeros((2, 5), jnp.result_type(float)), train=False)
-    return variables["params"], variables["batch_stats"]
+    # flax starts the statistics in float32, whatever the data are: in the precision of the run here, as all else.
+    return variables["params"], jax.tree.map(lambda a: a.astype(jnp.result_type(float)), variables["batch_stats"])
 
 
 def test_unrolling_threads_batch_norm_and_dropout_like_a_hand_written_loop(data, start):
