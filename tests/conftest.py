@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
+import tempfile
 
 X64 = os.environ.get("HYPERGRAD_X64", "1") not in ("0", "false", "False")
 DEVICES = 8  # virtual: what sharding tests see, on any machine
@@ -33,9 +34,13 @@ gc.set_threshold(200_000, 20, 50)  # tracing makes many small objects; looking t
 jax.config.update("jax_enable_x64", X64)
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A result never depends on what an earlier run left in a cache folder, unless that is asked for: it halves the time of
-# a second run, but a folder shared by two processes at once can be read half-written.
-jax.config.update("jax_enable_compilation_cache", "JAX_COMPILATION_CACHE_DIR" in os.environ)
+# What several tests compile is compiled once. In a folder of this process alone, unless one is named: a result never
+# depends on what an earlier run left, and a folder that two processes share can be read half-written.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    KEPT = tempfile.TemporaryDirectory(prefix="hypergrad-tests-")  # removed with this process
+    jax.config.update("jax_compilation_cache_dir", KEPT.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(scope="session")
