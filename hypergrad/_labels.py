@@ -91,7 +91,14 @@ def check_labels(
 
 
 def check_solver_labels(
-    solver: Solver, state: Any, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None
+    solver: Solver,
+    state: Any,
+    hparams: PyTree,
+    train: PyTree,
+    valid: PyTree,
+    key: Array | None,
+    *,
+    traced: Callable[[], Any] | None = None,
 ) -> None:
     """Raise for an integer label outside its classes, in the losses that a solver holds.
 
@@ -102,6 +109,8 @@ def check_solver_labels(
         train: concrete data, see `check_labels`; None is passed on.
         valid: as `train`.
         key: as for `solver.hypergrad`.
+        traced: the jaxpr of a function of `(anything, train, valid, key)` that calls `solver.hypergrad`, which is
+            walked in place of one of its own where the data are full batches: tracing is what the check costs.
 
     Raises:
         InputError: naming path, value, row and the classes there are.
@@ -110,7 +119,7 @@ def check_solver_labels(
     def value(batches: dict[str, PyTree]) -> PyTree:
         return solver.hypergrad(state, hparams, batches["train"], batches["valid"], key=key)[0].value
 
-    _check(value, {"train": train, "valid": valid})
+    _check(value, {"train": train, "valid": valid}, traced, behind=len(jax.tree.leaves(key)))
 
 
 def check_concrete_data(name: str, data: PyTree) -> None:
@@ -172,26 +181,33 @@ def _cut(name: str, data: PyTree) -> _Data:
     return _Data(name, tree, None, lambda t, c: t, lambda row: 0)
 
 
-def _check(value: Value, data: dict[str, PyTree]) -> None:
+def _check(value: Value, data: dict[str, PyTree], traced: Callable[[], Any] | None = None, *, behind: int = 0) -> None:
+    """`behind` inputs of the jaxpr that is `traced` follow on the data."""
     if any(isinstance(d, Stream) for d in data.values()):
         return
     everything = [x for d in data.values() for x in jax.tree.leaves(_arrays(d))]
     if not all(map(_is_here, everything)) or not any(_is_integer(x) and jnp.size(x) for x in everything):
         return
     sets = {name: _cut(name, d) for name, d in data.items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            closed = jax.make_jaxpr(value)({name: d.batch(d.tree, 0) for name, d in sets.items()})
-    except Exception:  # whatever is wrong with the loss is said better where it is called in earnest
-        return
+    if traced is not None and all(d.chunks is None for d in sets.values()):
+        closed = traced()
+    else:
+        behind = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                closed = jax.make_jaxpr(value)({name: d.batch(d.tree, 0) for name, d in sets.items()})
+        except Exception:  # whatever is wrong with the loss is said better where it is called in earnest
+            return
     leaves: list[_Leaf] = []
     for name in sorted(sets):  # as JAX flattens dictionaries
         for path, array in jax.tree_util.tree_leaves_with_path(sets[name].tree):
             start = leaves[-1].offset + np.size(leaves[-1].array) if leaves else 0
             leaves.append(_Leaf(sets[name], path, array, start))
     found = Found()
-    walk(closed, [_known(leaf, -1 - sorted(sets).index(leaf.data.name)) for leaf in leaves], found)
+    known = [_known(leaf, -1 - sorted(sets).index(leaf.data.name)) for leaf in leaves]
+    before = len(closed.in_avals) - len(known) - behind
+    walk(closed, [None] * before + known + [None] * behind, found)
     for finding in found.findings:
         bad = ~_masked(finding, found.masks)
         if bad.any():

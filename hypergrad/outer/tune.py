@@ -147,11 +147,12 @@ def tune(
         run = Run(loop, 0, Best(-1, float("nan"), hparams, params), hparams, 0, 0, 0, cursors)
         stack.callback(give_back, streams, lambda: {name: cursor.position for name, cursor in run.cursors.items()})
         batches = pull(streams, next_train, next_valid)
-        check_solver_labels(solver, state, hparams, *batches, step_key)
         advance, respond = jax.jit(make_step(solver, outer, domain)), jax.jit(solver.response)
+        trace = functools.partial(advance.trace, loop, *batches, step_key)  # kept by JAX for the first step
+        check_solver_labels(solver, state, hparams, *batches, step_key, traced=lambda: trace().jaxpr)
         if keeper is not None:
             made = config(
-                advance.trace(loop, *batches, step_key), state, outer, free, domain, key=key, params=params,
+                trace(), state, outer, free, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,
                 patience=patience,
             )  # fmt: skip

@@ -326,3 +326,19 @@ def test_ridge_losses_alone_lead_to_the_closed_form_optimum():
     other = run(hg.implicit(free), start, outer=optax.adam(0.1), steps=10, domain=None)
     found = domains.to_constrained(domains.log(), other.hparams)["l2"]
     np.testing.assert_allclose(found, result.history.hparams["l2"][10], rtol=tol(1e-6, 1e-3))
+
+
+def test_to_check_labels_the_losses_are_not_traced_once_more():
+    calls = []
+
+    def traces(dtype):
+        def loss(w, l2, y):
+            calls.append(1)
+            return jnp.sum((w - y) ** 2) + l2 * jnp.sum(w**2)
+
+        del calls[:]
+        problem, y = hg.Problem(loss, lambda w, l2, y: jnp.sum((w - y) ** 2)), jnp.arange(3).astype(dtype)
+        hg.tune(hg.implicit(problem), jnp.zeros(3), 0.1, y, y, outer=optax.sgd(0.1), steps=1, progress=False)
+        return len(calls)
+
+    assert traces(jnp.int32) == traces(jnp.float32)
