@@ -35,6 +35,8 @@ from hypergrad.linear.precondition import jacobi
 _MAX_STEPS = 50
 _CG_STEPS = 200
 _HALVINGS = 25
+_SMALLEST = 1 / 64  # share of a step of `polish`
+_PROGRESS = 0.98  # factor by which a step of `polish` has to reduce the gradient for another to follow
 
 Loss = Callable[[PyTree, PyTree], Array]
 
@@ -140,9 +142,9 @@ def polish(
     precondition: Matvec | None,
     *,
     target: Array,
-    max_steps: int,
+    max_steps: ArrayLike,
 ) -> tuple[PyTree, Array]:
-    """At most `max_steps` full Newton-CG steps, kept where they reduce ‖F‖; one at least, more only while ‖F‖ > target.
+    """At most `max_steps` Newton-CG steps, halved until they reduce ‖F‖; one at least, more only while ‖F‖ > target.
 
     Args:
         loss: `(params, hparams) -> scalar`.
@@ -151,7 +153,7 @@ def polish(
         system: the inner system at `params`.
         precondition: `v -> M⁻¹ v`, used for every step.
         target: norm of F to reach, in the units of F.
-        max_steps: a Python integer, at least 1.
+        max_steps: at least 1.
 
     Returns:
         The parameters and the number of steps taken (int32).
@@ -161,14 +163,23 @@ def polish(
         params, before, _, steps = carry
         forcing = jnp.clip(0.3 * target / before, 1e-8, 0.1)
         direction = newton_direction(loss_system(loss, params, hparams), precondition, forcing)
-        trial = _tree.sub(params, direction)
-        after = _tree.norm(jax.grad(loss)(trial, hparams)).astype(before.dtype)
+
+        def halve(attempt: tuple[PyTree, Array, Array]) -> tuple[PyTree, Array, Array]:
+            size = attempt[2] / 2
+            trial = _tree.axpy(-size, direction, params)
+            return trial, _tree.norm(jax.grad(loss)(trial, hparams)).astype(before.dtype), size
+
+        trial, after, _ = jax.lax.while_loop(
+            lambda attempt: ~(attempt[1] < before) & (attempt[2] > jnp.where(before > target, _SMALLEST, 1)),
+            halve,
+            (params, before, jnp.asarray(2, before.dtype)),  # the first attempt is the whole step
+        )
         better = after < before
         return _tree.where(better, trial, params), jnp.where(better, after, before), before, steps + 1
 
     def proceed(carry: tuple[PyTree, Array, Array, Array]) -> Array:
         _, residual, before, steps = carry
-        return (steps < max_steps) & ((steps == 0) | (residual > target)) & (residual < before)
+        return (steps < max_steps) & ((steps == 0) | (residual > target)) & (residual < _PROGRESS * before)
 
     first = _tree.norm(system.residual)
     params, _, _, steps = jax.lax.while_loop(

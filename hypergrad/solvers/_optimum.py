@@ -26,7 +26,11 @@ from hypergrad.inner._inner import Inner
 from hypergrad.inner.newton import polish
 from hypergrad.linear._linear import Matvec, Preconditioner
 
+POLISH_STEPS = (
+    8  # at most: they end where the tolerance is met, after one or two as a rule, or where they no longer help
+)
 _FORGET = 0.1  # a scale that is no longer seen loses a digit a call
+_NEAR = 1e-3  # residuals from which Newton's method converges quadratically, as a rule
 _ROUNDING = 64  # residuals within this many units of rounding cannot be told from zero
 
 
@@ -77,14 +81,14 @@ def find_optimum(
 ) -> Optimum:
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
-    With polish steps to come the inner solver only has to reach the square root of its tolerance: a Newton step squares
-    the residual. `scale` is 0 at the very first call.
+    With polish steps to come the inner solver only has to reach the square root of its tolerance, and a residual from
+    where a Newton step squares it. `scale` is 0 at the very first call.
     """
     if inner.claims:
         natural = lambda: _natural_size(inner, objective, params, hparams).astype(scale.dtype)
         scale = jax.lax.cond(scale > 0, lambda: scale, natural)
     tol = default_tol(options.get("tol"), params)
-    handover = jnp.maximum(tol, jnp.sqrt(tol)) if polish_steps else tol
+    handover = jnp.maximum(tol, jnp.minimum(jnp.sqrt(tol), _NEAR)) if polish_steps else tol
     solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
     result = inner.solve(
         objective,
@@ -101,8 +105,10 @@ def find_optimum(
     system = linearize(inner, objective, solution, hparams)
     precondition = None if preconditioner is None else preconditioner(system.matvec, solution, hparams, key)
     if polish_steps:
+        # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran out.
+        most = jnp.where(result.status == int(Status.OK), polish_steps, min(polish_steps, 2))
         solution, polished = polish(
-            objective.fixed, solution, hparams, system, precondition, target=tol * scale, max_steps=polish_steps
+            objective.fixed, solution, hparams, system, precondition, target=tol * scale, max_steps=most
         )
         steps = steps + polished
         system = linearize(inner, objective, solution, hparams)

@@ -28,7 +28,7 @@ from hypergrad.linear._linear import Linear, Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
-from hypergrad.solvers._optimum import find_optimum
+from hypergrad.solvers._optimum import POLISH_STEPS, find_optimum
 
 
 class BestResponseFn(Protocol):
@@ -111,7 +111,7 @@ def _solve(inner: Inner, objective: Objective, start: PyTree, hparams: PyTree) -
         hparams,
         scale=jnp.zeros((), _tree.dtype(start)),
         options=as_options(inner.options, start),
-        polish_steps=2 if inner.symmetric else 0,
+        polish_steps=POLISH_STEPS if inner.symmetric else 0,
         preconditioner=None,
         key=jax.random.key(0),
     )

@@ -39,7 +39,7 @@ from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
 from hypergrad.solvers._certificate import Known, cross_norm, error_bound, known_at
-from hypergrad.solvers._optimum import find_optimum
+from hypergrad.solvers._optimum import POLISH_STEPS, find_optimum
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
 
@@ -89,8 +89,8 @@ def implicit(
         inner: how parameters are found. Default `hg.inner.lbfgs()`.
         linear: how the adjoint system is solved. Default `hg.linear.cg()` (`gmres()` for a fixed-point inner solver,
             whose system is not symmetric).
-        polish: most Newton-CG steps on the inner solution. Default 2 (the second only where one did not suffice) for
-            inner solvers that minimise a loss to a tolerance, else 0.
+        polish: most Newton-CG steps on the inner solution, each only where those before did not suffice; two at most if
+            the inner solver ran out of steps. Default 8 for inner solvers that minimise a loss to a tolerance, else 0.
         curvature: `"hessian"`, or `"gauss_newton"` for an inner loss made by `hg.compose`, which stays positive
             definite on networks.
         damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless).
@@ -136,7 +136,7 @@ def implicit(
             "implicit: regularity bounds the error for the Hessian of an inner loss: leave it out with "
             "hg.inner.fixed_point and curvature='gauss_newton'."
         )
-    polish_steps = int((2 if chosen.claims and chosen.symmetric else 0) if polish is None else polish)
+    polish_steps = int((POLISH_STEPS if chosen.claims and chosen.symmetric else 0) if polish is None else polish)
     if polish_steps and not chosen.claims:
         raise InputError(
             "implicit: polish works towards the tolerance of the inner solver, which has none: "

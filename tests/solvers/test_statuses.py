@@ -143,3 +143,18 @@ def test_raise_if_failed_names_each_cause_with_its_advice_and_residuals(together
     hg.raise_if_failed(together["clean"].info)
     with pytest.raises(hg.InputTypeError, match="works on the host"):
         jax.jit(lambda out: hg.raise_if_failed(out))(together["clean"])
+
+
+def test_the_first_call_reaches_its_tolerance_on_classes_that_are_separable():
+    """Newton steps from where L-BFGS hands over overshoot there: the loss is close to exponential."""
+    cross_entropy = lambda w, h, batch: -jnp.mean(jnp.sum(batch[1] * jax.nn.log_softmax(batch[0] @ w), 1))
+    problem = hg.Problem(lambda w, h, batch: cross_entropy(w, h, batch) + h * jnp.sum(w**2), cross_entropy)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 * rng.normal(size=(10, 40, 6)))
+    y = jax.nn.one_hot(jnp.argmax(x @ rng.normal(size=(10, 6, 3)), 2), 3)
+    solver = hg.implicit(problem, inner=hg.inner.lbfgs(tol=tol(1e-10, 1e-4)))
+    one = lambda h, data: solver.hypergrad(solver.init(jnp.zeros((6, 3)), h), h, data, data)[0].info
+    every = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
+    info = jax.jit(every)(jnp.asarray([1e-3, 1e-4, 1e-5]), (x, y))
+    assert np.all(info.inner_residual <= tol(1e-10, 1e-4))
+    assert np.all(info.status <= int(Status.PRECISION_LIMITED))
