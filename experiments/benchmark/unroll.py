@@ -133,7 +133,7 @@ def tree_memory(setting: Setting) -> dict[int, float]:
     """Temporary memory in MB at growing T, from the compiler alone: nothing is run. Adam on T3, whose states
     dominate."""
     params, hparams, train, valid = tasks.mlp(
-        seed=setting.seed, widths=(64, 32, 10) if setting.smoke else (64, 256, 256, 10), batch=32
+        seed=setting.seed, widths=(64, 10) if setting.smoke else (64, 256, 256, 10), batch=32
     )
     found = {}
     for steps in (2, 4, 8) if setting.smoke else (8, 64, 512):

@@ -155,6 +155,8 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
         "k5": hg.linear.neumann(5, step_size=1.0),
         "cg": hg.linear.cg(max_steps=10),
     }
+    if options.smoke:
+        linears = {"cg": linears["cg"]}
     results = {}
     for name, linear in linears.items():
         result = results[name] = hg.tune(
@@ -198,8 +200,9 @@ def picture(numbers: dict[str, Any], results: dict[str, hg.Result], folder: Path
     left.text(0.97, 0.55, "tasks about digits", color=BLUE, transform=left.transAxes, ha="right", fontweight="bold")
     left.text(0.97, 0.36, "tasks of noise", color=ORANGE, transform=left.transAxes, ha="right", fontweight="bold")
     titled(left, "Tasks of noise lose their weight", xlabel="outer step", ylabel="weight of a task (mean 1)")
-    for (name, result), color in zip(results.items(), (PINK, GREEN, BLUE), strict=True):
-        text = {"k0": "identity (T1-T2)", "k5": "Neumann, 5 terms", "cg": "CG, 10 steps"}[name]
+    texts = {"k0": ("identity (T1-T2)", PINK), "k5": ("Neumann, 5 terms", GREEN), "cg": ("CG, 10 steps", BLUE)}
+    for name, result in results.items():
+        text, color = texts[name]
         middle.plot(result.history.value, color=color, label=text)
     middle.legend(frameon=False, fontsize=9)
     titled(middle, "What it is for", xlabel="outer step", ylabel="validation loss after fine-tuning")
