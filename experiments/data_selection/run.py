@@ -150,13 +150,14 @@ class Study:
     Every fit sees training and validation examples together; the weights say which of them count.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, *, short: bool) -> None:
         self.task = task
         problem = hg.Problem(
             lambda params, weights, batch: self.loss(params, weights[batch[1]], batch[0]),
             lambda params, weights, data: jnp.mean(task.losses(params, data)),
         )
-        inner = hg.inner.gradient(optax.adam(0.1), steps=500, tol=1e-3)
+        steps, tol = (50, 0.5) if short else (500, 1e-3)
+        inner = hg.inner.gradient(optax.adam(0.1), steps=steps, tol=tol)
         self.solver = hg.implicit(problem, inner=inner, linear=hg.linear.cg(tol=1e-2, max_steps=100))
         self.fitted = jax.jit(hg.best_response(problem, inner=inner))
         self.loss_on = jax.jit(problem.outer_loss)
@@ -214,9 +215,9 @@ def searched(study: Study, draws: int, rng: np.random.Generator) -> np.ndarray:
     return min(tried, key=study.valid_loss)
 
 
-def select_text(seed: int, count: int, steps: int) -> tuple[dict[str, Any], dict[str, hg.Result]]:
+def select_text(seed: int, count: int, steps: int, *, short: bool) -> tuple[dict[str, Any], dict[str, hg.Result]]:
     task, rng = text_task(seed, count), np.random.default_rng(seed)
-    study, each = Study(task), np.arange(len(task.train))
+    study, each = Study(task, short=short), np.arange(len(task.train))
     results = {"sources": study.tune(task.source, steps), "passages": study.tune(each, steps)}
     history = results["sources"].history
     draws = int(np.sum(history.inner_steps + 2 * history.linear_steps) // history.inner_steps[0])
@@ -244,9 +245,9 @@ def select_text(seed: int, count: int, steps: int) -> tuple[dict[str, Any], dict
     return found, results
 
 
-def select_pairs(seed: int, count: int, steps: int) -> tuple[dict[str, Any], dict[str, hg.Result]]:
+def select_pairs(seed: int, count: int, steps: int, *, short: bool) -> tuple[dict[str, Any], dict[str, hg.Result]]:
     task, flipped = pairs_task(seed, count)
-    study, each = Study(task), np.arange(len(task.train))
+    study, each = Study(task, short=short), np.arange(len(task.train))
     results = {"annotators": study.tune(task.source, steps), "pairs": study.tune(each, steps)}
     clean = study.fit(0 * each, 1.0)
     agrees = np.asarray(task.train @ clean) > 0
@@ -272,8 +273,8 @@ def select_pairs(seed: int, count: int, steps: int) -> tuple[dict[str, Any], dic
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     count, pairs, steps = (20, 120, 2) if options.smoke else (100, 1500, 100)
-    numbers["text"], texts = select_text(options.seed, count, steps)
-    numbers["preferences"], judged = select_pairs(options.seed, pairs, steps)
+    numbers["text"], texts = select_text(options.seed, count, steps, short=options.smoke)
+    numbers["preferences"], judged = select_pairs(options.seed, pairs, steps, short=options.smoke)
     names = [name.replace(" ", "_") for name in sources()]
     numbers["source_weights"] = dict(zip(names, np.asarray(texts["sources"].best.hparams), strict=False))
     numbers["annotator_weights"] = np.asarray(judged["annotators"].best.hparams)[: len(NOISE)]
