@@ -276,7 +276,7 @@ def draw(data: PyTree, key: Array | None, step: Any) -> PyTree:
         if key is None:
             raise InputError("hg.minibatches draws rows at random: pass key=jax.random.key(0) to hypergrad or tune.")
         n = jax.tree.leaves(data.arrays)[0].shape[0]
-        index = jax.random.randint(key, (data.size,), 0, n)
+        index = jax.random.randint(key, (data.size,), 0, n, jnp.int32)  # the same rows in either precision
         return jax.tree.map(lambda x: x[index], data.arrays)
     return data
 

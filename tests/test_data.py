@@ -118,3 +118,12 @@ def test_pairs_of_other_kinds_are_left_alone():
 def test_kinds_print_shapes_and_dtypes():
     batch = {"x": np.ones((2, 3), np.float32), "y": jnp.ones(2, jnp.int32)}
     assert kind(batch) == {"x": "float32[2, 3]", "y": "int32[2]"}
+
+
+def test_either_precision_draws_the_same_rows(key):
+    data = minibatches(jnp.arange(1000), 50)
+    rows = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            rows.append(np.asarray(draw(data, key, 0)))
+    np.testing.assert_array_equal(*rows)

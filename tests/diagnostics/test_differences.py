@@ -78,3 +78,10 @@ def test_tightening_changes_the_inner_tolerance_alone_and_keeps_types():
         assert tighten(other) is other
     budget = state._replace(options={"inner": {"tol": jnp.zeros(()), "max_steps": jnp.int32(7)}})
     assert int(tighten(budget).options["inner"]["max_steps"]) == 7  # a fixed budget stays one
+
+
+def test_a_function_that_bends_within_a_thousandth_is_followed_by_smaller_steps():
+    """Near the edge of stability the outer loss is such a function of the learning rate."""
+    slope = slope_of(lambda x: np.sin(3e4 * x) + x, 0.7)
+    np.testing.assert_allclose(slope.value, 3e4 * np.cos(2.1e4) + 1, rtol=1e-6)
+    assert abs(slope.value - 3e4 * np.cos(2.1e4) - 1) <= slope.error <= 0.01 * abs(slope.value)
