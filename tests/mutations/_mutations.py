@@ -278,8 +278,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "minibatches: the last row is never drawn",
         "_data.py",
-        "jax.random.randint(key, (data.size,), 0, n)",
-        "jax.random.randint(key, (data.size,), 0, n - 1)",
+        "jax.random.randint(key, (data.size,), 0, n, jnp.int32)",
+        "jax.random.randint(key, (data.size,), 0, n - 1, jnp.int32)",
         ("tests/test_data.py",),
     ),
     Mutation(
