@@ -26,11 +26,9 @@ from hypergrad.inner._inner import Inner
 from hypergrad.inner.newton import polish
 from hypergrad.linear._linear import Matvec, Preconditioner
 
-POLISH_STEPS = (
-    8  # at most: they end where the tolerance is met, after one or two as a rule, or where they no longer help
-)
+POLISH_STEPS = 8  # at most: they end where the tolerance is met, as a rule after one or two, or no longer help
 _FORGET = 0.1  # a scale that is no longer seen loses a digit a call
-_NEAR = 1e-3  # residuals from which Newton's method converges quadratically, as a rule
+_NEAR = 1e-3  # the residual from which Newton's method is fast, as a rule
 _ROUNDING = 64  # residuals within this many units of rounding cannot be told from zero
 
 
@@ -81,8 +79,8 @@ def find_optimum(
 ) -> Optimum:
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
-    With polish steps to come the inner solver only has to reach the square root of its tolerance, and a residual from
-    where a Newton step squares it. `scale` is 0 at the very first call.
+    With polish steps to come the inner solver only has to reach the square root of its tolerance, since a Newton step
+    squares the residual, but come near enough for that. `scale` is 0 at the very first call.
     """
     if inner.claims:
         natural = lambda: _natural_size(inner, objective, params, hparams).astype(scale.dtype)
