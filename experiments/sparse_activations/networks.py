@@ -98,10 +98,10 @@ def mixture(activation: dict[str, Any]) -> Callable[[int, Any], Any]:
     return activate
 
 
-def plain(network: Network, index: Any = 0, scale: float = 1.0, *, operations: int) -> dict[str, Any]:
-    """One operation a layer, by position; without scales, unless one is given."""
+def plain(network: Network, index: Any = 0, *, operations: int) -> dict[str, Any]:
+    """One operation a layer, by position, without scales."""
     index = np.broadcast_to(index, network.hidden)
-    ones = jnp.full(network.hidden, scale)
+    ones = jnp.ones(network.hidden)
     return {"mix": jnp.eye(operations)[index], "output": ones, "input": ones}
 
 
