@@ -7,7 +7,7 @@ and for a fixed point w = Φ(w, λ) the same with F = w − Φ in place of ∂_w
 Source: Bengio 2000, "Gradient-based optimization of hyperparameters"; Pedregosa 2016, arXiv:1602.02355; Lorraine, Vicol
 & Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` on a fixed budget).
 Differs: w, the optimizer's state and v are carried to the next call as its starting points; the inner solution is
-polished by a Newton step with the preconditioner of the adjoint system; both residuals are measured where the
+polished by Newton steps with the preconditioner of the adjoint system; both residuals are measured where the
 hypergradient is taken, and turned into an estimate of its error.
 Cost: the inner solve, a few products with ∂²h (an eighth of a gradient each above the probes), three gradients. Memory
 O(|w|), times eight for the probes.
