@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def nursery() -> None:
             try:
                 child(folder, steps, every)
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         print(number, flush=True)
@@ -221,7 +224,7 @@ def p15(seed: int, smoke: bool) -> Answer:
             before = _logged(folder)  # read now: between a look before and the signal any number of steps may pass
             status = nursery.wait()
             slowest = max(slowest, time.perf_counter() - began)
-            found = json.loads(Path(f"{folder}.json").read_text()) if status == 0 else {"status": None}
+            found = json.loads(Path(f"{folder}.json").read_text()) if status == 0 else {"status": f"exit {status}"}
             values = [float(line.split()[1]) for line in Path(f"{folder}.log").read_text().splitlines()]
             saved = hg.outer.load(folder, like(folder)).step
             # A step that was done when the signal came may have no line: its callback was cut off.

@@ -5,35 +5,59 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 
+class Interrupts:
+    """What was sent, and whether it has to wait."""
+
+    def __init__(self) -> None:
+        self.armed, self.waits, self.sent = True, False, False
+        self.pending: int | None = None
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if one was sent and never arrived: Python drops what is raised while an object is
+        being deleted, and a library may catch it.
+        """
+        if self.sent:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a signal wait until the block is done; a second one does not wait.
+
+        For what a library does with open files: `zipfile`, stopped at the wrong instant, raises a `ValueError`.
+        """
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.pending is not None:
+            signal.raise_signal(self.pending)
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
+def interruptible() -> Iterator[Interrupts]:
     """Turn SIGTERM into a `KeyboardInterrupt` inside the block, and put its handler back afterwards.
 
     A handler of the program's own is called first. Outside the main thread, which alone hears signals, and for a
     program that ignores SIGTERM, nothing is changed.
-
-    Yields:
-        `check()`, which raises `KeyboardInterrupt` if one was sent and never arrived: Python drops what is raised while
-        an object is being deleted, and a library may catch it.
     """
-    sent, armed = threading.Event(), True
+    interrupts = Interrupts()
     before: dict[signal.Signals, Any] = {}
 
     def handler(number: int, frame: Any) -> None:
-        sent.set()
+        if interrupts.waits and interrupts.pending is None:
+            interrupts.pending = number
+            return
+        interrupts.sent = True
         own = before[signal.Signals(number)]
         if callable(own) and own is not signal.default_int_handler:
             own(number, frame)
-        if armed:
+        if interrupts.armed:
             raise KeyboardInterrupt(signal.Signals(number).name)
-
-    def check() -> None:
-        if sent.is_set():
-            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         term, ctrl_c = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -44,8 +68,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
     try:
         for number in before:
             signal.signal(number, handler)
-        yield check
+        yield interrupts
     finally:
-        armed = False  # nothing may keep the handlers from being put back
+        interrupts.armed = False  # nothing may keep the handlers from being put back
         for number, own in before.items():
             signal.signal(number, own)

@@ -40,7 +40,7 @@ from hypergrad.outer._keeper import open_keeper, resume, save
 from hypergrad.outer._progress import Callback, progress_bar
 from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
 from hypergrad.outer._run import Cursor, Notes, Run, note, usable
-from hypergrad.outer._signals import interruptible
+from hypergrad.outer._signals import Interrupts, interruptible
 from hypergrad.outer._step import Loop, make_step, strong
 from hypergrad.outer.checkpoint import Store
 
@@ -176,21 +176,30 @@ def tune(
                 run = run._replace(answered=run.count)
             return _verdict(run, steps, max_failures, patience)
 
-        try:
-            with interruptible() as check_interrupt, progress_bar(steps, run.count, show=progress) as show:
-                status = ask() if run.count else None  # a resumed run may have ended, or been stopped by a callback
-                while status is None:
-                    batches = batches or pull(streams, next_train, next_valid)
-                    loop, used, report = advance(run.loop, *batches, step_key)
-                    metrics = note(notes, run.count, report)
-                    run, batches = _next_run(run, loop, used, metrics, respond, streams), None
-                    check_interrupt()
-                    show(metrics, run.skipped)
-                    if run.count == 1 and metrics["status"] == Status.INSENSITIVE:
-                        _warn(f"tune: {Status.INSENSITIVE.advice}")
-                    status = ask()
-                    if run.count % every == 0:
+        def follow(interrupts: Interrupts, show: Callable[[dict[str, Any], int], None]) -> TuneStatus:
+            """Step after step until the run is over. No `try` around the loop itself: see below."""
+            nonlocal run, batches
+            status = ask() if run.count else None  # a resumed run may have ended, or been stopped by a callback
+            while status is None:
+                batches = batches or pull(streams, next_train, next_valid)
+                loop, used, report = advance(run.loop, *batches, step_key)
+                metrics = note(notes, run.count, report)
+                run, batches = _next_run(run, loop, used, metrics, respond, streams), None
+                interrupts.check()
+                show(metrics, run.skipped)
+                if run.count == 1 and metrics["status"] == Status.INSENSITIVE:
+                    _warn(f"tune: {Status.INSENSITIVE.advice}")
+                status = ask()
+                if run.count % every == 0:
+                    with interrupts.held():
                         save(keeper, run, notes)
+            return status
+
+        try:
+            # CPython leaves the jump back to a loop's head out of the `try` around it (seen in 3.12 and 3.13), and runs
+            # signal handlers on that jump: one step in some hundreds, an interrupt went past `except`.
+            with interruptible() as interrupts, progress_bar(steps, run.count, show=progress) as show:
+                status = follow(interrupts, show)
         except KeyboardInterrupt:
             if not run.count:
                 raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 
 from hypergrad.outer import TuneStatus
+from hypergrad.outer._leaves import read_npz, write_npz
+from hypergrad.outer.checkpoint import Store
 from tests.reliability._runs import assert_same, at, run
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "reliability" / "durability.py"
@@ -68,6 +72,26 @@ def test_a_program_that_ignores_sigterm_goes_on_ignoring_it():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_interrupt_that_comes_while_saving_waits_for_the_end_of_it_and_a_second_does_not(tmp_path, signals):
+    """`zipfile`, stopped in the middle, may raise a ValueError in place of what stopped it."""
+    saves = []
+
+    def write(folder, arrays):
+        saves.append("begun")
+        if len(saves) == 1:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGTERM)
+        done = write_npz(folder, arrays)
+        saves.append("done")
+        return done
+
+    result = run(Store(tmp_path, "npz", write, read_npz), steps=1000)
+    assert result.status is TuneStatus.INTERRUPTED and len(result.history.value) == 4
+    assert saves == ["begun", "done"] if signals == 1 else saves == ["begun", "begun", "done"]
+    assert_same(run(tmp_path), run())
+
+
 def test_an_interrupt_that_a_callback_swallows_still_ends_the_run(term_handler):
     """So does one that Python drops because an object is being deleted."""
 
@@ -81,6 +105,36 @@ def test_an_interrupt_that_a_callback_swallows_still_ends_the_run(term_handler):
 
     result = run(callbacks=swallow, steps=1000)
     assert result.status is TuneStatus.INTERRUPTED and len(result.history.value) == 7
+
+
+def test_an_interrupt_on_the_jump_back_to_the_head_of_the_loop_is_not_lost():
+    """Python runs signal handlers there as well, and leaves that jump out of a `try` around the loop."""
+    jumps = []
+
+    def trace(frame, event, arg):
+        if Path(frame.f_code.co_filename).parts[-2:] != ("outer", "tune.py"):
+            return None
+        frame.f_trace_opcodes = True
+        code = frame.f_code.co_code[frame.f_lasti :: 2]
+        name = next(name for name in map(dis.opname.__getitem__, code) if name != "EXTENDED_ARG")
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0).strip()
+        if armed and event == "opcode" and "JUMP_BACKWARD" in name and line.startswith("while "):
+            jumps.append(name)
+            armed.clear()
+            raise KeyboardInterrupt
+        return trace
+
+    armed = set()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = run(callbacks=lambda step, metrics: armed.add(step) if step == 5 else None, steps=1000)
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt went past hg.tune")
+    finally:
+        sys.settrace(before)
+    assert len(jumps) == 1
+    assert result.status is TuneStatus.INTERRUPTED and len(result.history.value) == 6
 
 
 def test_outside_the_main_thread_no_handler_is_touched():
