@@ -138,7 +138,7 @@ def _keep_compiled_code() -> str:
     except OSError:
         return f"Compiled code is not kept: {folder} cannot be made."
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a hundred small programs take seconds
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return f"Compiled code is kept in {folder} for the next run."
 

@@ -135,10 +135,9 @@ def tree_memory(setting: Setting) -> dict[int, float]:
     params, hparams, train, valid = tasks.mlp(
         seed=setting.seed, widths=(64, 10) if setting.smoke else (64, 256, 256, 10), batch=32
     )
+    optimizer = optax.sgd(1e-3) if setting.smoke else optax.adam(1e-3, eps_root=1e-8)
     found = {}
     for steps in (2, 4, 8) if setting.smoke else (8, 64, 512):
-        call, state = _ours(
-            tasks.MLP, optax.adam(1e-3, eps_root=1e-8), steps, params, hparams, mode="reverse", remat="tree"
-        )
+        call, state = _ours(tasks.MLP, optimizer, steps, params, hparams, mode="reverse", remat="tree")
         found[steps] = compiled(call, state, hparams, train, valid)[1]
     return found
