@@ -25,6 +25,7 @@ if (0, 10) <= JAXLIB <= (0, 12):  # a version that does not know a flag does not
 if JAXLIB == (0, 10):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))  # read when JAX first computes; scripts that tests start inherit it
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each operation was written: carried for nobody
 
 import jax
 import pytest

@@ -31,13 +31,13 @@ each = pytest.mark.parametrize("home", EXPERIMENTS, ids=lambda home: home.name)
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """The runs go one after the other, and share what they compile: a hundred small programs each, mostly the same."""
-    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))} | os.environ
 
 
 @each
 def test_smoke_run_gives_every_number_in_its_range(home, tmp_path, cache):
     pictures = {path: path.read_bytes() for path in home.glob("*.png")}
-    done = run_script(home / "run.py", "--smoke", "--json", cwd=tmp_path, environment={"JAX_COMPILATION_CACHE_DIR": cache})
+    done = run_script(home / "run.py", "--smoke", "--json", cwd=tmp_path, environment=cache)
     assert done.returncode == 0, done.stderr[-3000:]
     found = report.flat(json.loads(done.stdout.splitlines()[-1]))
     expected = _expected(home)
