@@ -197,7 +197,7 @@ def tune(
 
         try:
             # CPython leaves the jump back to a loop's head out of the `try` around it (seen in 3.12 and 3.13), and runs
-            # signal handlers on that jump: one step in some hundreds, an interrupt went past `except`.
+            # signal handlers on that jump: one interrupt in some two hundred went past `except`.
             with interruptible() as interrupts, progress_bar(steps, run.count, show=progress) as show:
                 status = follow(interrupts, show)
         except KeyboardInterrupt:
