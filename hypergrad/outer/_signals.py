@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM, while a run goes on: both end it as `KeyboardInterrupt` does, at once and at any instant."""
+"""Ctrl-C and SIGTERM, while a run goes on: both end it as `KeyboardInterrupt` does, at once and at any instant.
+
+While a checkpoint is written, they do when it is done.
+"""
 
 from __future__ import annotations
 
