@@ -18,11 +18,11 @@ from hypergrad._tree import PyTree
 
 
 class InnerResult(NamedTuple):
-    """What an inner solve returns.
+    """What an inner solve returns: parameters and states that the next call can start from, whatever the status.
 
     Attributes:
-        params: pytree like the starting parameters.
-        state: the inner optimizer's state, for the next call.
+        params: pytree like the starting parameters; finite if those are.
+        state: the inner optimizer's state, for the next call; finite if the last one is.
         model_state: the model's state, for the next call.
         residual: norm of F at a recent iterate, in the units of F (divide by `scale` for the relative one).
         steps: int32.

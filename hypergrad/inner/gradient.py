@@ -219,8 +219,10 @@ def _solve(
     ended = jnp.where(grown | ~_tree.all_finite(c.params), int(Status.INNER_DIVERGED), missed)
     status = jnp.where(c.status == int(Status.OK), ended, c.status).astype(jnp.int32)
     failed = (status != int(Status.OK)) & (status != int(Status.INNER_MAX_STEPS))
-    kept = _tree.where(failed, (params, state, model_state), (c.params, c.state, c.model_state))
-    return InnerResult(*kept, residual=c.residual, steps=steps, status=status)
+    params, model_state = _tree.where(failed, (params, model_state), (c.params, c.model_state))
+    overflown = ~_tree.all_finite(c.state) & _tree.all_finite(state)  # some optimizers start from infinity
+    state = _tree.where(failed | overflown, state, c.state)
+    return InnerResult(params, state, model_state, c.residual, steps, status)
 
 
 def _broken(value: Array, residual: Array, first: Array, last: Array, steps: Array) -> Array:

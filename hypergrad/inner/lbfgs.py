@@ -236,7 +236,7 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
     high, high_slope = jnp.where(down, line.high, line.step), jnp.where(down, line.high_slope, slope)
     rising = high_slope > 0
     share = jnp.where(rising, -low_slope / jnp.where(rising, high_slope - low_slope, 1), 0.5)
-    share = jnp.where(line.trials % 3 == 2, 0.5, jnp.clip(share, 0.1, 0.9))
+    share = jnp.where(lax.rem(line.trials, jnp.int32(3)) == 2, 0.5, jnp.clip(share, 0.1, 0.9))
     bent = slope > start
     factor = jnp.where(bent, start / jnp.where(bent, start - slope, 1), 10)
     further = line.step * jnp.clip(factor, 2, 10)
@@ -245,11 +245,11 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
 
 
 def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -> LbfgsState:
-    """Put in an accepted pair, if it has positive curvature."""
+    """Put in an accepted pair, if it has positive curvature; else leave its place, that of the oldest pair, empty."""
     yy = _tree.vdot(y, y).astype(sy.dtype)
     good = accept & (sy > 0) & (yy > 0)
-    row = memory.count % memory.rho.shape[0]
-    put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, _row(rows, row)), row, 0)
+    row = lax.rem(memory.count, jnp.int32(memory.rho.shape[0]))
+    put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, 0), row, 0)
     return LbfgsState(
         jax.tree.map(put, memory.s, s),
         jax.tree.map(put, memory.y, y),
@@ -262,7 +262,8 @@ def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -
 
 def _precondition(memory: LbfgsState, grads: PyTree) -> PyTree:
     """B F by the two-loop recursion."""
-    order = (memory.count + jnp.arange(memory.rho.shape[0])) % memory.rho.shape[0]  # oldest first
+    history = jnp.int32(memory.rho.shape[0])
+    order = lax.rem(memory.count + lax.iota(jnp.int32, memory.rho.shape[0]), history)  # oldest first
 
     def pair(row: Array) -> tuple[PyTree, PyTree, Array]:
         return jax.tree.map(lambda rows: _row(rows, row), (memory.s, memory.y, memory.rho))
@@ -286,11 +287,14 @@ def _row(rows: Array, i: Array) -> Array:
 
 
 def _rescaled(memory: LbfgsState, unit: Array) -> LbfgsState:
-    """The same pairs, with gradients measured in another unit."""
+    """The same pairs, with gradients measured in another unit; none where the units differ beyond the precision."""
     ratio = memory.unit / unit
-    return memory._replace(
+    near = (ratio > 0) & jnp.isfinite(ratio)
+    ratio = jnp.where(near, ratio, 1)
+    memory = memory._replace(
         y=_tree.scale(ratio, memory.y), rho=memory.rho / ratio, curvature=memory.curvature / ratio, unit=unit
     )
+    return _forget(memory, ~near)
 
 
 def _forget(memory: LbfgsState, condition: Array) -> LbfgsState:

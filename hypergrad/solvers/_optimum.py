@@ -94,17 +94,15 @@ def find_optimum(
         inner_state,
         hparams,
         model_state,
-        scale=jnp.where(scale > 0, scale, 1),
+        scale=jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1),
         options=solve_options,
     )
-    safe = _tree.all_finite(result.params)
-    solution = _tree.where(safe, result.params, params)
-    steps = result.steps
+    solution, steps = result.params, result.steps
     system = linearize(inner, objective, solution, hparams)
     precondition = None if preconditioner is None else preconditioner(system.matvec, solution, hparams, key)
     if polish_steps:
         # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran out.
-        most = jnp.where(result.status == int(Status.OK), polish_steps, min(polish_steps, 2))
+        most = jnp.where(result.status == int(Status.OK), jnp.int32(polish_steps), jnp.int32(min(polish_steps, 2)))
         solution, polished = polish(
             objective.fixed, solution, hparams, system, precondition, target=tol * scale, max_steps=most
         )

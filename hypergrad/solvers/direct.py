@@ -124,10 +124,9 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
             error_estimate=jnp.where(left_out > 0, jnp.inf, optimum.residual.astype(left_out.dtype)),
             extra={"outer_grad_norm": left_out},
         )
-        sound = _tree.all_finite(optimum.inner_state)
         state = state._replace(
             params=optimum.params,
-            inner_state=_tree.where(sound, optimum.inner_state, state.inner_state),
+            inner_state=optimum.inner_state,
             model_state=optimum.model_state,
             scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
         )

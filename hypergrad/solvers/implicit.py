@@ -267,7 +267,7 @@ def implicit(
         adjoint = _tree.where(usable, result.solution, _tree.zeros_like(rhs))
         state = state._replace(
             params=params,
-            inner_state=_tree.where(_tree.all_finite(optimum.inner_state), optimum.inner_state, state.inner_state),
+            inner_state=optimum.inner_state,
             model_state=optimum.model_state,
             adjoint=adjoint,
             scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),

@@ -13,7 +13,7 @@ from tests._scripts import run_script
 
 RUN = Path(__file__).parents[2] / "experiments" / "benchmark" / "run.py"
 BARS = ["V1", "V2", "V3", "V4", "V5", "V6", "V7", "V8", "V9", "V11"]
-pytestmark = pytest.mark.usefixtures("once")
+pytestmark = pytest.mark.experiment
 NEEDED = {"V1": "jaxopt", "V2": "jaxopt", "V7": "optuna"}  # without which a bar cannot be judged
 
 

@@ -17,7 +17,6 @@ from tests._scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
-pytestmark = pytest.mark.usefixtures("once")
 
 
 def _expected(home: Path) -> dict:
@@ -35,6 +34,7 @@ def cache(tmp_path_factory):
     return {name: os.environ.get(name) or str(tmp_path_factory.mktemp("compiled"))}
 
 
+@pytest.mark.experiment
 @each
 def test_smoke_run_gives_every_number_in_its_range(home, tmp_path, cache):
     pictures = {path: path.read_bytes() for path in home.glob("*.png")}

@@ -10,7 +10,7 @@ import pytest
 from tests._scripts import run_script
 
 RUN = Path(__file__).parents[2] / "experiments" / "reliability" / "run.py"
-pytestmark = pytest.mark.usefixtures("once")
+pytestmark = pytest.mark.experiment
 
 
 def test_each_promise_is_a_figure_a_bar_and_a_verdict():
