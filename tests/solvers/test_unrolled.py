@@ -6,7 +6,7 @@ differentiation and no code of the library on that side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -147,20 +147,32 @@ def hypergradient(optimizer: Any, hparams: Any, steps: int = STEPS, problem=PROB
     return out, state
 
 
-@pytest.mark.parametrize("mode", ["forward", "step"])
+def in_every_mode(
+    inner: Any, hparams: Any, problem=PROBLEM, modes: Iterable[str] = tuple(MODES), **options: Any
+) -> dict[str, Any]:
+    """`(out, state)` of one call by mode: one program, in which what the modes have in common is compiled once."""
+    solvers = {mode: hg.unrolled(problem, inner=inner, **MODES[mode], **options) for mode in modes}
+
+    @jax.jit
+    def run(hparams: Any) -> dict[str, Any]:
+        return {name: s.hypergrad(s.init(jnp.asarray(START), hparams), hparams) for name, s in solvers.items()}
+
+    return run(arrays(hparams))
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_the_hypergradient_of_a_run_equals_its_central_differences(name, mode):
+def test_the_hypergradient_of_a_run_equals_its_central_differences(name):
     run = RUNS[name]
     value = lambda h: height(run.train(START, jax.tree.map(np.asarray, h)), jax.tree.map(np.asarray, h))
     with jax.enable_x64(True):
         expected = jax.tree.map(np.asarray, central_difference(value, run.hparams))
-    out, state = hypergradient(run.optimizer, run.hparams, **MODES[mode])
-    assert int(out.info.status) == hg.Status.OK
-    np.testing.assert_allclose(float(out.value), value(run.hparams), rtol=tol(1e-12, 1e-5))
-    offset = run.hparams.get("start", 0.0)
-    assert relative_error(state.params + offset, run.train(START, run.hparams)) <= tol(1e-12, 1e-5)
-    for leaf, found in out.grad.items():
-        assert relative_error(found, expected[leaf]) <= tol(1e-7, 1e-3), leaf
+    inner, offset = hg.inner.gradient(run.optimizer, steps=STEPS), run.hparams.get("start", 0.0)
+    for mode, (out, state) in in_every_mode(inner, run.hparams, modes=("forward", "step")).items():
+        assert int(out.info.status) == hg.Status.OK
+        np.testing.assert_allclose(float(out.value), value(run.hparams), rtol=tol(1e-12, 1e-5))
+        assert relative_error(state.params + offset, run.train(START, run.hparams)) <= tol(1e-12, 1e-5)
+        for leaf, found in out.grad.items():
+            assert relative_error(found, expected[leaf]) <= tol(1e-7, 1e-3), (mode, leaf)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 60])
@@ -184,8 +196,8 @@ def _curved(w, h, batch):
 def test_forward_and_reverse_agree_whatever_is_stored(steps):
     problem = hg.Problem(_curved, distance)
     hparams = {"l2": np.array([-1.3, -2.4, -1.7]), "tilt": np.array(0.3), "lr": np.array(0.05), "m": np.array(0.35)}
-    optimizer = lambda h: optax.adam(h["lr"], b1=h["m"])
-    found = {name: hypergradient(optimizer, hparams, steps, problem, **o) for name, o in MODES.items()}
+    inner = hg.inner.gradient(lambda h: optax.adam(h["lr"], b1=h["m"]), steps=steps)
+    found = in_every_mode(inner, hparams, problem)
     expected, end = found["none"]
     for name, (out, state) in found.items():
         assert int(out.info.status) == hg.Status.OK, name
@@ -197,8 +209,7 @@ def test_forward_and_reverse_agree_whatever_is_stored(steps):
 
 def test_no_steps_leave_the_direct_term():
     hparams = {"l2": np.array([-1.3, 0.4, -0.7])}
-    for options in MODES.values():
-        out, state = hypergradient(optax.sgd(0.1), hparams, 0, **options)
+    for out, state in in_every_mode(hg.inner.gradient(optax.sgd(0.1), steps=0), hparams).values():
         np.testing.assert_allclose(out.grad["l2"], 0.3, rtol=1e-6)
         np.testing.assert_allclose(state.params, START)
 
@@ -207,16 +218,13 @@ def test_an_unrolled_map_equals_the_descent_it_writes_out():
     hparams = {"l2": np.array([-1.3, 0.4, -0.7]), "lr": np.array(0.21)}
     expected, _ = hypergradient(lambda h: optax.sgd(h["lr"]), hparams, mode="reverse")
     move = lambda w, h, batch: w - h["lr"] * jax.grad(quadratic)(w, h, batch)
-    for options in MODES.values():
-        solver = hg.unrolled(PROBLEM, inner=hg.inner.fixed_point(move, steps=STEPS), **options)
-        out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(START), arrays(hparams)), arrays(hparams))
+    for out, _ in in_every_mode(hg.inner.fixed_point(move, steps=STEPS), hparams).values():
         assert int(out.info.status) == hg.Status.OK
         assert_trees_close(out.grad, expected.grad, tol(1e-13, 1e-5))
 
 
-@pytest.mark.parametrize("mode", ["forward", "none", "step", "sqrt"])
 @pytest.mark.parametrize("kept", [1, 4, 7])
-def test_truncation_equals_the_explicit_sum_over_the_last_steps(kept, mode):
+def test_truncation_equals_the_explicit_sum_over_the_last_steps(kept):
     """Σ_{t ≥ T−K} ∂w_T/∂w_{t+1} ∂w_{t+1}/∂λ, with ∂w_{t+1}/∂w_t = I − ηH and ∂w_{t+1}/∂l2 = −η exp(l2) w_t."""
     rate, l2 = 0.21, np.array([-1.3, 0.4, -0.7])
     shrink = np.eye(3) - rate * (A + np.diag(np.exp(l2)))
@@ -227,10 +235,11 @@ def test_truncation_equals_the_explicit_sum_over_the_last_steps(kept, mode):
         (path[-1] - C) @ np.linalg.matrix_power(shrink, STEPS - 1 - t) * -rate * np.exp(l2) * path[t]
         for t in range(STEPS - kept, STEPS)
     ]
-    out, state = hypergradient(optax.sgd(rate), {"l2": l2}, truncate=kept, **MODES[mode])
-    assert relative_error(out.grad["l2"], 0.3 + np.sum(terms, axis=0)) <= tol(1e-12, 1e-5)
-    assert relative_error(state.params, path[-1]) <= tol(1e-14, 1e-6)
-    assert float(out.info.error_estimate) > 0.01
+    inner, modes = hg.inner.gradient(optax.sgd(rate), steps=STEPS), ("forward", "none", "step", "sqrt")
+    for mode, (out, state) in in_every_mode(inner, {"l2": l2}, modes=modes, truncate=kept).items():
+        assert relative_error(out.grad["l2"], 0.3 + np.sum(terms, axis=0)) <= tol(1e-12, 1e-5), mode
+        assert relative_error(state.params, path[-1]) <= tol(1e-14, 1e-6)
+        assert float(out.info.error_estimate) > 0.01
 
 
 def test_truncation_to_more_steps_than_there_are_is_none():
@@ -282,24 +291,21 @@ def test_the_optimizers_initial_state_may_depend_on_the_hyperparameters():
     hparams = {"v0": np.array(0.45)}
     step = 1e-3
     expected = (train({"v0": 0.45 + step}) - train({"v0": 0.45 - step})) / (2 * step)  # quadratic in v0: exact
-    for name, options in MODES.items():
-        out, _ = hypergradient(optimizer, hparams, **options)
+    for name, (out, _) in in_every_mode(hg.inner.gradient(optimizer, steps=STEPS), hparams).items():
         assert relative_error(out.grad["v0"], expected) <= tol(1e-9, 1e-4), name
 
 
 def test_the_scale_of_the_outer_loss_scales_the_hypergradient_and_nothing_else():
     problem = hg.Problem(quadratic, lambda w, h, scale: scale * distance(w, h, None))
     hparams = arrays({"l2": np.array([-1.3, 0.4, -0.7])})
-    for options in MODES.values():
-        solver = hg.unrolled(problem, inner=hg.inner.gradient(optax.sgd(0.2), steps=STEPS), **options)
-        state, step = solver.init(jnp.asarray(START), hparams), jax.jit(solver.hypergrad)
-        one, *others = (
-            step(state, hparams, None, jnp.asarray(x, jnp.result_type(float)))[0] for x in (1.0, 1e-30, 1e30)
-        )
-        for other, scale in zip(others, (1e-30, 1e30), strict=True):
-            np.testing.assert_allclose(np.asarray(other.grad["l2"]) / scale, one.grad["l2"], rtol=tol(1e-12, 1e-5))
-            assert int(other.info.status) == hg.Status.OK
-            growth = [out.info.extra["adjoint_growth"] for out in (other, one)]
+    solvers = [hg.unrolled(problem, inner=hg.inner.gradient(optax.sgd(0.2), steps=STEPS), **o) for o in MODES.values()]
+    run = jax.jit(lambda scale: [s.hypergrad(s.init(START, hparams), hparams, None, scale)[0] for s in solvers])
+    one, *others = (run(jnp.asarray(x, jnp.result_type(float))) for x in (1.0, 1e-30, 1e30))
+    for scale, in_each_mode in zip((1e-30, 1e30), others, strict=True):
+        for out, expected in zip(in_each_mode, one, strict=True):
+            np.testing.assert_allclose(np.asarray(out.grad["l2"]) / scale, expected.grad["l2"], rtol=tol(1e-12, 1e-5))
+            assert int(out.info.status) == hg.Status.OK
+            growth = [out.info.extra["adjoint_growth"], expected.info.extra["adjoint_growth"]]
             np.testing.assert_allclose(*growth, rtol=1e-3)
 
 
@@ -311,7 +317,6 @@ def test_loops_and_branches_inside_the_loss_are_differentiated_in_every_mode():
 
     problem = hg.Problem(loss, lambda w, h, b: distance(w, {}, b))
     hparams = {"l2": np.array([-1.3, 0.4, -0.7])}
-    expected, _ = hypergradient(optax.sgd(0.1), hparams, problem=problem, **MODES["none"])
-    for name in ("forward", "step", "sqrt"):
-        out, _ = hypergradient(optax.sgd(0.1), hparams, problem=problem, **MODES[name])
-        assert_trees_close(out.grad, expected.grad, tol(1e-12, 1e-4))
+    found = in_every_mode(hg.inner.gradient(optax.sgd(0.1), steps=STEPS), hparams, problem)
+    for out, _ in found.values():
+        assert_trees_close(out.grad, found["none"][0].grad, tol(1e-12, 1e-4))
