@@ -109,6 +109,16 @@ def test_the_pairs_of_one_call_save_evaluations_in_the_next(data):
     assert 1 < again(first.state) < again(inner.init(first.params, 0.0))
 
 
+@pytest.mark.parametrize("unit", [0.0, jnp.inf])
+def test_pairs_whose_unit_is_beyond_the_precision_are_forgotten(data, unit):
+    inner, l2, scale = hg.inner.lbfgs(tol=1e-4), jnp.full(8, -4.0), 0.3
+    first = solve(inner, logistic, jnp.zeros(8), l2, data, scale=scale)
+    far = first.state._replace(unit=jnp.full_like(first.state.unit, unit))
+    again = solve(inner, logistic, jnp.zeros(8), l2, data, state=far, scale=scale)
+    assert_trees_equal(again.params, first.params)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(again.state))
+
+
 def test_pairs_measured_in_another_scale_give_the_same_steps(data):
     inner, l2 = hg.inner.lbfgs(tol=1e-5), jnp.full(8, -4.3)
     first = solve(inner, logistic, jnp.zeros(8), jnp.full(8, -4.0), data, scale=0.3)
