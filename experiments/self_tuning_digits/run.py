@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -29,9 +30,19 @@ from experiments._self_tuning import cross_entropy, draw_schedules
 RATES = ("input", "hidden 1", "hidden 2")
 RANGES = dict.fromkeys(RATES, (0.0, 0.9, "real"))
 DOMAIN = hg.domains.interval(0, 0.9)
-START = 0.05
 BATCH = 100
 PyTree = Any
+
+
+class Recipe(NamedTuple):
+    """What all runs share: the dropout rate from which tuning starts, and Adam's learning rate by step."""
+
+    start: float
+    rate: Callable[[int], optax.Schedule]  # of the number of steps
+
+
+CONSTANT = Recipe(0.05, lambda steps: optax.constant_schedule(1e-3))
+FALLING = Recipe(0.3, lambda steps: optax.cosine_decay_schedule(2e-3, steps))
 
 
 class Net(nnx.Module):
@@ -51,7 +62,9 @@ class Net(nnx.Module):
         return x
 
 
-def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) -> tuple[hg.Result, Any, float]:
+def self_tuned(
+    train: Split, valid: Split, width: int, calls: int, seed: int, recipe: Recipe
+) -> tuple[hg.Result, Any, float]:
     """The run, its network `(params, x) -> logits` without dropout, and its processor time."""
     graph, state = nnx.split(Net(width, nnx.Rngs(seed), responding=True))
 
@@ -68,7 +81,7 @@ def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) ->
     solver = hg.self_tuning(
         hg.Problem(inner_loss, outer_loss),
         response=hg.responses.gated(),
-        optimizer=optax.adam(1e-3),
+        optimizer=optax.adam(recipe.rate(5 * calls)),
         steps=5,
         domain=DOMAIN,
         perturb="example",
@@ -78,7 +91,7 @@ def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) ->
     result = hg.tune(
         solver,
         nnx.to_pure_dict(state),
-        dict.fromkeys(RATES, START),
+        dict.fromkeys(RATES, recipe.start),
         hg.minibatches(train, BATCH),
         valid,
         outer=optax.adam(3e-2),
@@ -91,7 +104,7 @@ def self_tuned(train: Split, valid: Split, width: int, calls: int, seed: int) ->
     return result, lambda pair, x: nnx.merge(graph, pair[0])(x, pair[1]), clock.seconds
 
 
-def fixed(train: Split, valid: Split, width: int, steps: int, seed: int) -> tuple[Any, Any]:
+def fixed(train: Split, valid: Split, width: int, steps: int, seed: int, recipe: Recipe) -> tuple[Any, Any]:
     """A function that trains at a setting, and the network `(params, x) -> logits` without dropout."""
     graph, state = nnx.split(Net(width, nnx.Rngs(seed), responding=False))
     params, key = nnx.to_pure_dict(state), jax.random.key(seed)
@@ -104,17 +117,16 @@ def fixed(train: Split, valid: Split, width: int, steps: int, seed: int) -> tupl
         return cross_entropy(logits, y[rows])
 
     logits = lambda params, x: nnx.merge(graph, params)(x)
-    run = _search.trainer(
-        training_loss, lambda params: cross_entropy(logits(params, valid[0]), valid[1]), optax.adam(1e-3),
-        steps=steps, every=5,
-    )  # fmt: skip
+    validation_loss = lambda params: cross_entropy(logits(params, valid[0]), valid[1])
+    run = _search.trainer(training_loss, validation_loss, optax.adam(recipe.rate(steps)), steps=steps, every=5)
     return lambda setting: run(params, setting, key), logits
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     width, calls, trials = (16, 4, 2) if options.smoke else (100, 600, 12)
     train, valid, test = digits(options.seed, [300, 200])
-    result, network, seconds = self_tuned(train, valid, width, calls, options.seed)
+    recipe = FALLING if options.falling else CONSTANT
+    result, network, seconds = self_tuned(train, valid, width, calls, options.seed, recipe)
     nll = lambda logits: float(cross_entropy(logits, test[1]))
     numbers["validation_nll_stn"] = result.best.value
     numbers["test_nll_stn"] = nll(network(result.best.params, test[0]))
@@ -125,7 +137,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     if not options.smoke:
         draw_schedules(result, RANGES, "Dropout rates learned while training", options.out / "schedules.png")
 
-    evaluate, plain = fixed(train, valid, width, 5 * calls, options.seed)
+    evaluate, plain = fixed(train, valid, width, 5 * calls, options.seed, recipe)
     points = {"input": 3, "hidden 1": 2, "hidden 2": 2} if trials == 12 else dict.fromkeys(RATES, 1)
     settings = {
         "grid": list(_search.grid(RANGES, points)),
@@ -150,5 +162,13 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     numbers["excess"] = numbers["test_nll_stn"] - numbers["test_nll_best_fixed"]
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--falling",
+        action="store_true",
+        help="in every run the learning rate falls from 2e-3 to 0, and tuning starts from dropout rates of 0.3",
+    )
+
+
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, arguments=arguments)
