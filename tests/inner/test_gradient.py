@@ -33,19 +33,14 @@ def start():
 def test_gradient_descent_is_the_power_of_its_contraction():
     result = solve(hg.inner.gradient(optax.sgd(0.13), steps=17), quadratic, start())
     assert relative_error(result.params, AIM + (1 - 0.13 * CURVATURE) ** 17 * (START - AIM)) < tol(1e-13, 1e-5)
-    assert (
-        relative_error(result.residual, np.linalg.norm(CURVATURE * (1 - 0.13 * CURVATURE) ** 16 * (START - AIM))) < 1e-5
-    )
+    last = CURVATURE * (1 - 0.13 * CURVATURE) ** 16 * (START - AIM)
+    assert relative_error(result.residual, np.linalg.norm(last)) < 1e-5
     assert int(result.steps) == 17 and status(result) == "OK"
 
 
 def test_momentum_is_the_power_of_its_two_by_two_matrix():
-    result = solve(
-        hg.inner.gradient(lambda h: optax.sgd(h["lr"], momentum=h["b"]), steps=9),
-        quadratic,
-        start(),
-        {"lr": 0.11, "b": 0.63},
-    )
+    inner = hg.inner.gradient(lambda h: optax.sgd(h["lr"], momentum=h["b"]), steps=9)
+    result = solve(inner, quadratic, start(), {"lr": 0.11, "b": 0.63})
     for i, c in enumerate(CURVATURE):  # v ← b v + c (w − a),  w ← w − lr v
         matrix = np.array([[1 - 0.11 * c, -0.11 * 0.63], [c, 0.63]])
         expected = AIM[i] + (np.linalg.matrix_power(matrix, 9) @ [START[i] - AIM[i], 0.0])[0]
