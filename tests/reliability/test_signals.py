@@ -149,7 +149,7 @@ def test_outside_the_main_thread_no_handler_is_touched():
     assert all(handler is before for handler in results[:-1])
 
 
-@pytest.mark.usefixtures("once")
+@pytest.mark.experiment
 def test_real_kills_and_real_signals_lose_nothing():
     """The experiment in small: real processes, SIGKILL at random instants, SIGINT, SIGTERM."""
     done = subprocess.run(
