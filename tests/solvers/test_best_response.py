@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from tests._helpers import assert_trees_close, relative_error, tol
+from tests._helpers import assert_trees_close, relative_error, together, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
 from tests.solvers._problems import Case, flatten
@@ -32,17 +32,16 @@ def composed(case: Case, **options: Any) -> Callable[[Any], jax.Array]:
     return lambda h: case.problem.outer_loss(w_star(h, params, train), h, valid)
 
 
-def in_both_modes(loss: Callable[[Any], jax.Array], hparams: Any) -> tuple[jax.Array, Any, Any]:
+def in_both_modes(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[jax.Array, Any, Any]]:
     """Value, gradient in reverse mode and in forward mode: `jax.vjp` and `jax.jacfwd`, of one solve."""
 
-    @jax.jit
     def run(h: Any) -> tuple[jax.Array, Any, Any]:
         value, push = jax.linearize(loss, h)
         (reverse,) = jax.linear_transpose(push, h)(jnp.ones_like(value))
         flat, unravel = ravel_pytree(h)
         return value, reverse, unravel(jax.vmap(lambda e: push(unravel(e)))(jnp.eye(flat.size, dtype=flat.dtype)))
 
-    return run(hparams)
+    return run
 
 
 def second_derivative(case: Case) -> np.ndarray:
@@ -57,25 +56,30 @@ def second_derivative(case: Case) -> np.ndarray:
     return np.stack(columns)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_gradient_equals_closed_form_in_both_modes(name):
-    case = CASES[name]()
-    hparams = case.arrays()[1]
-    value, reverse, forward = in_both_modes(composed(case), hparams)
-    expected = problems.hypergradient(case)
-    assert relative_error(flatten(reverse), expected) <= tol(1e-7, 1e-4)
-    assert relative_error(flatten(forward), expected) <= tol(1e-7, 1e-4)
-    assert jax.tree.structure(reverse) == jax.tree.structure(hparams)
-    np.testing.assert_allclose(float(value), problems.outer_value(case, flatten(hparams)), rtol=tol(1e-8, 1e-4))
+def test_gradient_equals_closed_form_in_both_modes():
+    cases = {name: make() for name, make in CASES.items()}
+    hparams = {name: case.arrays()[1] for name, case in cases.items()}
+    found = together(
+        {name: in_both_modes(composed(case)) for name, case in cases.items()},
+        {name: (h,) for name, h in hparams.items()},
+    )
+    for name, (value, reverse, forward) in found.items():
+        expected, h = problems.hypergradient(cases[name]), hparams[name]
+        assert relative_error(flatten(reverse), expected) <= tol(1e-7, 1e-4), name
+        assert relative_error(flatten(forward), expected) <= tol(1e-7, 1e-4), name
+        assert jax.tree.structure(reverse) == jax.tree.structure(h)
+        np.testing.assert_allclose(float(value), problems.outer_value(cases[name], flatten(h)), rtol=tol(1e-8, 1e-4))
 
 
-@pytest.mark.parametrize("name", ["ridge, per coordinate", "direct terms", "logistic"])
-def test_second_derivative_equals_central_differences_of_the_closed_form(name):
-    case = CASES[name]()
-    found = jax.jit(jax.hessian(composed(case)))(case.arrays()[1])
-    expected = second_derivative(case)
-    assert relative_error(found, expected) <= tol(1e-6, 1e-3)
-    assert relative_error(np.asarray(found).T, found) <= tol(1e-6, 1e-3)
+def test_second_derivative_equals_central_differences_of_the_closed_form():
+    cases = {name: CASES[name]() for name in ("ridge, per coordinate", "direct terms", "logistic")}
+    found = together(
+        {name: jax.hessian(composed(case)) for name, case in cases.items()},
+        {name: (case.arrays()[1],) for name, case in cases.items()},
+    )
+    for name, matrix in found.items():
+        assert relative_error(matrix, second_derivative(cases[name])) <= tol(1e-6, 1e-3), name
+        assert relative_error(np.asarray(matrix).T, matrix) <= tol(1e-6, 1e-3), name
 
 
 def test_reverse_over_reverse_equals_forward_over_reverse():
@@ -105,18 +109,18 @@ def test_vmap_of_first_and_second_derivatives_equals_a_loop():
 def test_through_a_proximal_fixed_point_the_gradient_is_that_of_the_active_set():
     case, step = curved.l1(ridge=True)
     loss = composed(case, inner=hg.inner.fixed_point(step))
-    _, reverse, forward = in_both_modes(loss, case.arrays()[1])
+    _, reverse, forward = jax.jit(in_both_modes(loss))(case.arrays()[1])
     assert relative_error(reverse, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
     assert relative_error(forward, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
 
 
-@pytest.mark.parametrize("linear", [hg.linear.cg, hg.linear.gmres, hg.linear.dense], ids=["cg", "gmres", "dense"])
-def test_every_linear_solver_gives_the_same_derivatives(linear):
+def test_every_linear_solver_gives_the_same_derivatives():
     case = problems.direct_terms()
-    loss = composed(case, inner=hg.inner.newton(), linear=linear())
-    _, reverse, forward = in_both_modes(loss, case.arrays()[1])
-    assert relative_error(reverse, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
-    assert relative_error(forward, problems.hypergradient(case)) <= tol(1e-7, 1e-4)
+    methods = {"cg": hg.linear.cg(), "gmres": hg.linear.gmres(), "dense": hg.linear.dense()}
+    runs = {name: in_both_modes(composed(case, inner=hg.inner.newton(), linear=m)) for name, m in methods.items()}
+    for name, (_, reverse, forward) in together(runs, dict.fromkeys(runs, (case.arrays()[1],))).items():
+        assert relative_error(reverse, problems.hypergradient(case)) <= tol(1e-7, 1e-4), name
+        assert relative_error(forward, problems.hypergradient(case)) <= tol(1e-7, 1e-4), name
 
 
 def test_the_start_has_derivative_zero_and_does_not_matter():
@@ -147,8 +151,8 @@ def test_derivatives_reach_the_batch_and_arrays_that_a_loss_closes_over():
         return problems.half_mse(hg.best_response(hg.Problem(inner, inner))(ridge, params), None, valid)
 
     expected = problems.hypergradient(case)
-    for loss in (through_batch, through_closure):
-        _, reverse, forward = in_both_modes(loss, labels)
+    runs = {loss.__name__: in_both_modes(loss) for loss in (through_batch, through_closure)}
+    for _, reverse, forward in together(runs, dict.fromkeys(runs, (labels,))).values():
         assert relative_error(reverse, expected) <= tol(1e-7, 1e-4)
         assert relative_error(forward, expected) <= tol(1e-7, 1e-4)
 
@@ -202,7 +206,7 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_where_a_solve_fails_the_value_is_finite_and_every_derivative_nan(name):
     case = curved.logistic()
-    value, reverse, forward = in_both_modes(composed(case, **FAILURES[name]), case.arrays()[1])
+    value, reverse, forward = jax.jit(in_both_modes(composed(case, **FAILURES[name])))(case.arrays()[1])
     assert np.isfinite(value)
     assert np.all(np.isnan(reverse))
     assert np.all(np.isnan(forward))
