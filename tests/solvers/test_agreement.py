@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad._problem import bind_inner
-from tests._helpers import assert_trees_close, relative_error, tol
+from tests._helpers import assert_trees_close, relative_error, together, tol
 from tests.solvers import _curved_problems as curved
 from tests.solvers import _problems as problems
 from tests.solvers._problems import Case, flatten
@@ -37,6 +38,14 @@ def hypergradient(solver: hg.Solver, case: Case, calls: int = 1, **options: Any)
     return step(state, hparams, train, valid)[0]
 
 
+def hypergradients(solvers: Mapping[str, hg.Solver], case: Case) -> dict[str, hg.Hypergradient]:
+    """The first of each solver, in one program."""
+    params, *others = case.arrays()
+    arguments = {name: (solver.init(params, others[0]), *others) for name, solver in solvers.items()}
+    found = together({name: solver.hypergrad for name, solver in solvers.items()}, arguments)
+    return {name: out for name, (out, _) in found.items()}
+
+
 def parts(case: Case) -> tuple[np.ndarray, ...]:
     """H, ∂²_{λw} h, ∂_w f and ∂_λ f at the solution, from the closed form."""
     a, h = case.analytic, flatten(case.hparams)
@@ -57,7 +66,7 @@ def test_long_unrolls_implicit_and_the_neumann_series_agree(name):
     case = AGREE[name]()
     rate = step_size(case, 1.5)
     descent = hg.inner.gradient(optax.sgd(rate), steps=400)
-    found = {
+    solvers = {
         "implicit": hg.implicit(case.problem),
         "implicit, neumann": hg.implicit(case.problem, inner=descent, linear=hg.linear.neumann(400, step_size=rate)),
         "implicit, descent": hg.implicit(case.problem, inner=descent, linear=hg.linear.cg(max_steps=20)),
@@ -66,22 +75,25 @@ def test_long_unrolls_implicit_and_the_neumann_series_agree(name):
         "unrolled, truncated": hg.unrolled(case.problem, inner=descent, mode="reverse", truncate=300),
     }
     expected = problems.hypergradient(case)
-    for route, solver in found.items():
-        error = relative_error(flatten(hypergradient(solver, case).grad), expected)
+    for route, out in hypergradients(solvers, case).items():
+        error = relative_error(flatten(out.grad), expected)
         assert error <= tol(1e-8, 1e-4), f"{route}: {error:.2g}"
 
 
-@pytest.mark.parametrize(
-    "linear",
-    [hg.linear.gmres(), hg.linear.dense(), hg.linear.neumann(1000, tol=1e-6), hg.linear.cg(preconditioner=None)],
-    ids=["gmres", "dense", "neumann", "plain cg"],
-)
-def test_every_linear_solver_that_claims_agrees_with_the_closed_form(linear):
+def test_every_linear_solver_that_claims_agrees_with_the_closed_form():
     case = problems.direct_terms()
-    out = hypergradient(hg.implicit(case.problem, linear=linear), case)
-    assert int(out.info.status) == hg.Status.OK
-    loose = float(linear.options["tol"] or 0)
-    assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= max(10 * loose, tol(1e-8, 1e-4))
+    loose = 1e-6
+    methods = {
+        "gmres": hg.linear.gmres(),
+        "dense": hg.linear.dense(),
+        "neumann": hg.linear.neumann(1000, tol=loose),
+        "plain cg": hg.linear.cg(preconditioner=None),
+    }
+    solvers = {name: hg.implicit(case.problem, linear=linear) for name, linear in methods.items()}
+    for name, out in hypergradients(solvers, case).items():
+        assert int(out.info.status) == hg.Status.OK, name
+        error = relative_error(flatten(out.grad), problems.hypergradient(case))
+        assert error <= max(10 * loose if name == "neumann" else 0, tol(1e-8, 1e-4)), name
 
 
 def test_every_inner_solver_that_claims_agrees_with_the_closed_form():
@@ -93,8 +105,8 @@ def test_every_inner_solver_that_claims_agrees_with_the_closed_form():
         "gradient to a tolerance": hg.inner.gradient(optax.sgd(rate), steps=2000, tol=tol(1e-10, 1e-6)),
         "descent as a map": hg.inner.fixed_point(lambda w, h, b: w - rate * slope(w, h, b)),
     }
-    for name, inner in inners.items():
-        out = hypergradient(hg.implicit(case.problem, inner=inner), case)
+    solvers = {name: hg.implicit(case.problem, inner=inner) for name, inner in inners.items()}
+    for name, out in hypergradients(solvers, case).items():
         assert int(out.info.status) == hg.Status.OK, name
         assert relative_error(flatten(out.grad), problems.hypergradient(case)) <= tol(1e-7, 1e-4), name
 
@@ -222,10 +234,12 @@ def test_gauss_newton_on_a_network_equals_the_dense_product():
     v = np.linalg.solve(2 / len(jac) * jac.T @ jac + np.diag(decay), f_w)
     expected = [-np.sum(leaf) for leaf in jax.tree.leaves(unravel(jnp.asarray(decay * np.asarray(flat) * v)))]
     stay = hg.inner.gradient(optax.sgd(0.1), steps=0)
-    for linear, solver_tol in ((hg.linear.cg(), tol(1e-7, 1e-3)), (hg.linear.dense(), tol(1e-9, 1e-3))):
-        solver = hg.implicit(hg.Problem(inner, outer), inner=stay, linear=linear, curvature="gauss_newton")
-        out, state = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, batch, batch)
-        assert relative_error(flatten(out.grad), np.asarray(expected)) <= solver_tol
+    problem, how = hg.Problem(inner, outer), {"inner": stay, "curvature": "gauss_newton"}
+    solvers = {name: hg.implicit(problem, linear=getattr(hg.linear, name)(), **how) for name in ("cg", "dense")}
+    run = {name: solver.hypergrad for name, solver in solvers.items()}
+    found = together(run, dict.fromkeys(run, (solvers["cg"].init(params, hparams), hparams, batch, batch)))
+    for name, (out, state) in found.items():
+        assert relative_error(flatten(out.grad), np.asarray(expected)) <= tol(1e-7 if name == "cg" else 1e-9, 1e-3)
         assert_trees_close(state.params, params, 0.0)
 
 
@@ -235,10 +249,12 @@ def test_the_solve_the_hessian_and_the_cross_product_see_one_minibatch():
     params, hparams, train, valid = case.arrays()
     key = jax.random.key(3)
     solver = hg.implicit(case.problem)
-    out, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, hg.minibatches(train, 20), valid, key=key)
     drawn = bind_inner(case.problem, hg.minibatches(train, 20), jax.random.split(key, 3)[0], None).fixed_batch[0]
-    again, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, drawn, valid)
+    data = {"one batch": hg.minibatches(train, 20), "that batch": drawn, "all rows": train}
+    run = dict.fromkeys(data, solver.hypergrad) | {"one batch": functools.partial(solver.hypergrad, key=key)}
+    state = solver.init(params, hparams)
+    found = together(run, {name: (state, hparams, rows, valid) for name, rows in data.items()})
+    out, again, full = (found[name][0] for name in data)
     assert int(out.info.status) == int(again.info.status) == hg.Status.OK
     assert_trees_close(out.grad, again.grad, tol(1e-8, 1e-4))
-    full, _ = jax.jit(solver.hypergrad)(solver.init(params, hparams), hparams, train, valid)
     assert relative_error(full.grad, out.grad) > 1e-2
