@@ -89,7 +89,7 @@ def central_difference(f: Callable[[PyTree], Any], tree: PyTree, eps: float = 1e
 
 def together(functions: Mapping[str, Callable[..., Any]], arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """`{name: function(*arguments)}` in one program: XLA compiles a kernel once however often a program has it, and
-    what hypergrad does beside the losses is the same everywhere. Two in one take a third less than one by one."""
+    what hypergrad does beside the losses is the same everywhere."""
     return jax.jit(lambda arguments: {name: fn(*arguments[name]) for name, fn in functions.items()})(dict(arguments))
 
 
