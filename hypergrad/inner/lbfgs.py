@@ -245,16 +245,18 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
 
 
 def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -> LbfgsState:
-    """Put in an accepted pair, if it has positive curvature; else leave its place, that of the oldest pair, empty."""
+    """Put in an accepted pair, if it has positive curvature, whose inverse the precision can hold."""
     yy = _tree.vdot(y, y).astype(sy.dtype)
     good = accept & (sy > 0) & (yy > 0)
+    rho, curvature = 1 / jnp.where(good, sy, 1), sy / jnp.where(good, yy, 1)
+    good = good & jnp.isfinite(rho) & jnp.isfinite(curvature)
     row = lax.rem(memory.count, jnp.int32(memory.rho.shape[0]))
-    put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, 0), row, 0)
+    put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, _row(rows, row)), row, 0)
     return LbfgsState(
         jax.tree.map(put, memory.s, s),
         jax.tree.map(put, memory.y, y),
-        put(memory.rho, 1 / jnp.where(good, sy, 1)),
-        jnp.where(good, sy / jnp.where(good, yy, 1), memory.curvature),
+        put(memory.rho, rho),
+        jnp.where(good, curvature, memory.curvature),
         memory.count + good,
         memory.unit,
     )

@@ -9,6 +9,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad._problem import bind_inner
+from hypergrad.inner.lbfgs import _learn
 from tests._helpers import assert_trees_equal, relative_error, tol
 from tests.inner._solve import problem, solve, status
 
@@ -107,6 +108,18 @@ def test_the_pairs_of_one_call_save_evaluations_in_the_next(data):
         solve(inner, logistic, first.params, jnp.full(8, -4.3), data, state=state, scale=scale).steps
     )
     assert 1 < again(first.state) < again(inner.init(first.params, 0.0))
+
+
+def test_a_pair_whose_curvature_overflows_is_not_learned():
+    empty = hg.inner.lbfgs().init(jnp.zeros(2), 0.0)
+    tiny = float(np.finfo(empty.unit.dtype).tiny)
+
+    def learn(size: float, sy: float) -> Any:
+        return _learn(empty, jnp.ones(2), jnp.full(2, size), jnp.asarray(sy, empty.unit.dtype), jnp.asarray(True))
+
+    assert int(learn(1.0, 2.0).count) == 1
+    far = learn(2 * tiny**0.5, tiny**-0.9)  # ⟨s, y⟩ / ⟨y, y⟩ is infinite
+    assert int(far.count) == 0 and all(np.all(np.isfinite(x)) for x in jax.tree.leaves(far))
 
 
 @pytest.mark.parametrize("unit", [0.0, jnp.inf])
