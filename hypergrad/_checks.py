@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.core import Tracer
 
 from hypergrad._solver import InputError, InputTypeError
@@ -136,15 +137,23 @@ def check_params(params: PyTree) -> PyTree:
 
 def check_finite(name: str, tree: PyTree) -> None:
     """Raise if a concrete floating leaf holds NaN or infinity."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, Tracer) or not is_float(leaf):
-            continue
-        with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+    here = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not isinstance(leaf, Tracer) and is_float(leaf)
+    ]
+    with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
+        counts = jax.device_get(_count_not_finite([leaf for _, leaf in here])) if here else []
+    for (path, leaf), bad in zip(here, counts, strict=True):
         if bad:
             raise InputError(
                 f"{name}{keystr(path)} holds {bad} NaN or infinite of {np.size(leaf)} values; start from finite ones."
             )
+
+
+@jax.jit  # one program for all leaves: each operation on each shape would be one of its own
+def _count_not_finite(leaves: list[Array]) -> list[Array]:
+    return [jnp.sum(~jnp.isfinite(leaf)) for leaf in leaves]
 
 
 def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str) -> None:

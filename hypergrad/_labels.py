@@ -137,7 +137,7 @@ def check_concrete_data(name: str, data: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(_arrays(data)):
         if not _is_here(leaf) or not is_float(leaf):
             continue
-        bad = np.asarray(jnp.isnan(leaf))
+        bad = np.asarray(jnp.isnan(leaf)) if isinstance(leaf, jax.Array) else np.isnan(leaf)
         if bad.any():
             warnings.warn(
                 f"{name}{keystr(path)} holds {int(bad.sum())} NaN of {bad.size} values, the first at "

@@ -54,18 +54,10 @@ def positive() -> Domain:
     >>> float(hg.domains.positive().to_constrained(jnp.float32(-1e30))) > 0
     True
     """
-
-    def constrain(u: Array) -> Array:
-        return jax.nn.softplus(jnp.clip(u, -_huge(u), _huge(u))) + _tiny(u)
-
-    def unconstrain(x: Array) -> Array:
-        y = x - _tiny(x)
-        return jnp.where(y > 0, y + jnp.log(-jnp.expm1(-jnp.where(y > 0, y, 1))), math.log(_tiny(x))).astype(x.dtype)
-
     return Domain(
         "positive()",
-        constrain,
-        unconstrain,
+        _softplus,
+        _softplus_inverse,
         lambda u, before: jnp.clip(u, _creep(before), _huge(u)),
         lambda x: np.isfinite(x) & (x > 0),
         "greater than 0",
@@ -82,18 +74,11 @@ def log() -> Domain:
     >>> bool(jnp.isfinite(hg.domains.log().to_constrained(jnp.float32(1e30))))
     True
     """
-
-    def reach(u: Array, share: float) -> tuple[float, float]:
-        return share * math.log(_tiny(u)), share * math.log(float(jnp.finfo(u.dtype).max))
-
-    def settle(u: Array, before: Array) -> Array:  # no more than a factor 1/eps in one step
-        return jnp.clip(jnp.clip(u, before - _reach(u), before + _reach(u)), *reach(u, 0.99))
-
     return Domain(
         "log()",
-        lambda u: jnp.exp(jnp.clip(u, *reach(u, 0.999))),
-        lambda x: jnp.clip(jnp.log(x), *reach(x, 0.99)),
-        settle,
+        _exp,
+        _log,
+        lambda u, before: jnp.clip(jnp.clip(u, before - _reach(u), before + _reach(u)), *_exponents(u, 0.99)),
         lambda x: np.isfinite(x) & (x > 0),
         "greater than 0",
         "start from a small positive number such as 1e-6",
@@ -141,14 +126,6 @@ def simplex() -> Domain:
     0.25
     """
 
-    def constrain(u: Array) -> Array:
-        return jax.nn.softmax(jnp.clip(u, -_huge(u), _huge(u)), axis=-1)
-
-    def unconstrain(x: Array) -> Array:
-        peak = jnp.log(jnp.max(x, axis=-1, keepdims=True))
-        u = jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), peak - _reach(x))
-        return u - jnp.mean(u, axis=-1, keepdims=True)
-
     def settle(u: Array, before: Array) -> Array:
         u = jnp.clip(u, -_huge(u), _huge(u))
         u = u - jnp.max(u, axis=-1, keepdims=True)
@@ -163,8 +140,8 @@ def simplex() -> Domain:
 
     return Domain(
         "simplex()",
-        constrain,
-        unconstrain,
+        _softmax,
+        _softmax_inverse,
         settle,
         contains,
         "at least 0 with sum 1 over the last axis",
@@ -200,13 +177,18 @@ def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
     sides = (low - 0.5, high + 0.5)
     return Domain(
         f"integer({low:g}, {high:g})",
-        lambda u: _round_into(low, high, _sigmoid(*sides, u)),
+        functools.partial(_rounded, low, high),
         functools.partial(_logit, *sides),
         _settle_sigmoid,
         lambda x: (x >= low) & (x <= high) & (x == np.round(x)),
         f"a whole number between {low:g} and {high:g}",
         "round it, or use interval",
     )
+
+
+# Maps are compiled whole: outside `jit` each of their operations would be a program of its own.
+_map = functools.partial(jax.jit, inline=True)
+_map_between = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 
 
 def _same(u: Array) -> Array:
@@ -239,12 +221,52 @@ def _bounds(lo: float, hi: float, u: Array) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
+@_map
+def _softplus(u: Array) -> Array:
+    return jax.nn.softplus(jnp.clip(u, -_huge(u), _huge(u))) + _tiny(u)
+
+
+@_map
+def _softplus_inverse(x: Array) -> Array:
+    y = x - _tiny(x)
+    return jnp.where(y > 0, y + jnp.log(-jnp.expm1(-jnp.where(y > 0, y, 1))), math.log(_tiny(x))).astype(x.dtype)
+
+
+@_map
+def _exp(u: Array) -> Array:
+    return jnp.exp(jnp.clip(u, *_exponents(u, 0.999)))
+
+
+@_map
+def _log(x: Array) -> Array:
+    return jnp.clip(jnp.log(x), *_exponents(x, 0.99))
+
+
+def _exponents(u: Array, share: float) -> tuple[float, float]:
+    """What exp can take in the normal range of the dtype, or that share of it."""
+    return share * math.log(_tiny(u)), share * math.log(float(jnp.finfo(u.dtype).max))
+
+
+@_map
+def _softmax(u: Array) -> Array:
+    return jax.nn.softmax(jnp.clip(u, -_huge(u), _huge(u)), axis=-1)
+
+
+@_map
+def _softmax_inverse(x: Array) -> Array:
+    peak = jnp.log(jnp.max(x, axis=-1, keepdims=True))
+    u = jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), peak - _reach(x))
+    return u - jnp.mean(u, axis=-1, keepdims=True)
+
+
+@_map_between
 def _sigmoid(lo: float, hi: float, u: Array) -> Array:
     low, high = _bounds(lo, hi, u)
     width = high - low
     return jnp.where(u < 0, low + width * jax.nn.sigmoid(u), high - width * jax.nn.sigmoid(-u))
 
 
+@_map_between
 def _logit(lo: float, hi: float, x: Array) -> Array:
     low, high = _bounds(lo, hi, x)
     above, below, reach = x - low, high - x, _reach(x)
@@ -260,6 +282,11 @@ def _settle_sigmoid(u: Array, before: Array) -> Array:
 def _creep(before: Array) -> Array:
     """How low u may go in one step: to where the derivative is at rounding level, from there on by a factor e in it."""
     return jnp.maximum(jnp.minimum(before, -_reach(before)) - 1, 0.99 * math.log(_tiny(before)))
+
+
+@_map_between
+def _rounded(lo: float, hi: float, u: Array) -> Array:
+    return _round_into(lo, hi, _sigmoid(lo - 0.5, hi + 0.5, u))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

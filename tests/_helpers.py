@@ -93,14 +93,10 @@ def together(functions: Mapping[str, Callable[..., Any]], arguments: Mapping[str
     return jax.jit(lambda arguments: {name: fn(*arguments[name]) for name, fn in functions.items()})(dict(arguments))
 
 
-def random_like(key: Array, tree: PyTree, scale: float = 1.0) -> PyTree:
+def random_like(seed: int, tree: PyTree) -> PyTree:
     """Normal numbers in the shapes and dtypes of `tree`."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(
-        treedef,
-        [scale * jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=False)],
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(jnp.shape(x)), jnp.result_type(x)), tree)
 
 
 def mesh(devices: list[jax.Device], name: str = "data") -> Mesh:

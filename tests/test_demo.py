@@ -19,7 +19,7 @@ import hypergrad as hg
 from hypergrad._demo import cleaning, cli, data, l2
 from hypergrad._demo.methods import METHODS
 from hypergrad._demo.outcome import aligned
-from tests._helpers import assert_trees_close, random_like, tol
+from tests._helpers import assert_trees_close, random_like, relative_error, tol
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -149,9 +149,9 @@ def test_without_a_cache_folder_it_runs_all_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_lowers_the_outer_loss_of_a_small_problem(method, key):
-    x = random_like(key, jnp.zeros((12, 3)))
-    target = x @ jnp.asarray([1.0, -2.0, 0.5])
+def test_every_method_lowers_the_outer_loss_of_a_small_problem(method):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((12, 3)))
+    target = jnp.asarray(np.asarray(x) @ [1.0, -2.0, 0.5], x.dtype)
     error = lambda w: jnp.mean((x @ w - target) ** 2)
     problem = hg.Problem(
         lambda w, log_l2, batch: error(w) / 2 + jnp.exp(log_l2) * jnp.sum(w**2) / 2, lambda w, log_l2, batch: error(w)
@@ -185,23 +185,23 @@ def test_measurements_are_standardised_on_the_training_rows():
     assert len(found.names) == found.train[0].shape[1] == 30
 
 
-def test_a_weight_of_zero_leaves_the_example_out(key):
+def test_a_weight_of_zero_leaves_the_example_out():
     x, y = data.digits(0).train
-    params = random_like(key, cleaning.start())
+    params = random_like(0, cleaning.start())
     weights = np.zeros(600)
     weights[:50] = 0.7
-    slope = jax.grad(cleaning.weighted_loss)
+    slope = jax.jit(jax.grad(cleaning.weighted_loss))
     assert_trees_close(
         slope(params, jnp.asarray(weights), (x, y)), slope(params, jnp.ones(50), (x[:50], y[:50])), tol(1e-12, 1e-5)
     )
 
 
-def test_the_strengths_weigh_each_feature_by_itself(key):
+def test_the_strengths_weigh_each_feature_by_itself():
     batch = data.tumours(0).train
-    params = random_like(key, l2.start())
-    log_l2 = random_like(jax.random.key(1), jnp.zeros(30))
-    slope = jax.grad(l2.train_loss, argnums=1)(params, log_l2, batch)
-    assert_trees_close(slope, jnp.exp(log_l2) * params["w"] ** 2 / 2, tol(1e-12, 1e-5))
+    params = random_like(0, l2.start())
+    log_l2 = random_like(1, jnp.zeros(30))
+    slope = jax.jit(jax.grad(l2.train_loss, argnums=1))(params, log_l2, batch)
+    assert relative_error(slope, np.exp(log_l2) * np.asarray(params["w"]) ** 2 / 2) <= tol(1e-12, 1e-5)
 
 
 def test_tables_line_up():

@@ -23,20 +23,22 @@ def test_tol_follows_the_precision_of_the_run(x64):
     assert jnp.asarray(1.0).dtype == (jnp.float64 if x64 else jnp.float32)
 
 
-def test_central_difference_matches_autodiff_on_an_odd_tree(key):
-    tree = {"a": None, "b": (random_like(key, jnp.zeros((2, 3))), [jnp.asarray(0.7)])}
+def test_central_difference_matches_autodiff_on_an_odd_tree():
+    tree = {"a": None, "b": (random_like(0, jnp.zeros((2, 3))), [jnp.asarray(0.7)])}
 
+    @jax.jit
     def f(t):
         matrix, (scalar,) = t["b"]
         return jnp.sum(jnp.sin(matrix * scalar)) + scalar**3
 
     eps = tol(1e-3, 2e-2)
-    assert_trees_close(central_difference(f, tree, eps), jax.grad(f)(tree), tol(1e-9, 1e-3))
+    assert_trees_close(central_difference(f, tree, eps), jax.jit(jax.grad(f))(tree), tol(1e-9, 1e-3))
 
 
-def test_central_difference_sees_a_wrong_gradient(key):
-    x = random_like(key, jnp.zeros(4))
-    found = central_difference(lambda v: jnp.sum(v**3), x, tol(1e-3, 2e-2))
+def test_central_difference_sees_a_wrong_gradient():
+    x = random_like(0, jnp.zeros(4))
+    found = central_difference(jax.jit(lambda v: jnp.sum(v**3)), x, tol(1e-3, 2e-2))
+    x = np.asarray(x)
     assert relative_error(found, 3 * x**2) < tol(1e-9, 1e-3)
     assert relative_error(found, 2.97 * x**2) > 5e-3
 

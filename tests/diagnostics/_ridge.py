@@ -46,6 +46,7 @@ def hparams(dtype: Any = None) -> PyTree:
     return {"l2": jnp.asarray([0.3, -0.4, 0.2, -1.1], dtype), "none": None, "shift": jnp.asarray(0.7, dtype)}
 
 
+@jax.jit
 def best_response(hparams: PyTree, train: Any) -> Any:
     """argmin ‖X w − y‖²/n + Σ exp(l2) w²."""
     x, y = train
@@ -58,6 +59,7 @@ def outer_loss(w: Any, hparams: PyTree, valid: Any) -> Any:
     return jnp.mean((x @ w + hparams["shift"] - y) ** 2) + 0.05 * jnp.sum(hparams["l2"] ** 2)
 
 
+@jax.jit
 def outer_of(hparams: PyTree, train: Any, valid: Any) -> Any:
     return outer_loss(best_response(hparams, train), hparams, valid)
 

@@ -47,7 +47,7 @@ def _layer(name: str) -> tuple[nnx.Module, jax.Array]:
 def _scrambled(layer: nnx.Module) -> tuple[Any, PyTree]:
     """A layer's graph, and random parameters for it: a new layer's gates are closed."""
     graph, state = nnx.split(layer)
-    return graph, random_like(jax.random.key(1), nnx.to_pure_dict(state))
+    return graph, random_like(1, nnx.to_pure_dict(state))
 
 
 def _with_weights_of(params: PyTree, offset: jax.Array) -> PyTree:

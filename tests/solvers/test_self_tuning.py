@@ -27,6 +27,7 @@ def _data(rows: int) -> PyTree:
 TRAIN, VALID = _data(20), _data(40)
 
 
+@jax.jit
 def _error(w: PyTree, batch: PyTree) -> jax.Array:
     return jnp.mean((batch[0] @ w - batch[1]) ** 2)
 
@@ -39,6 +40,7 @@ RIDGE = hg.Problem(_ridge_loss, lambda w, l2, batch: _error(w, batch))
 LOG = hg.domains.log()
 
 
+@jax.jit
 def _solution(l2: PyTree) -> jax.Array:
     x, y = TRAIN
     return jnp.linalg.solve(x.T @ x / 20 + l2 * jnp.eye(5, dtype=DTYPE), x.T @ y / 20)
