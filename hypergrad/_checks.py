@@ -137,23 +137,20 @@ def check_params(params: PyTree) -> PyTree:
 
 def check_finite(name: str, tree: PyTree) -> None:
     """Raise if a concrete floating leaf holds NaN or infinity."""
-    here = [
-        (path, leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if not isinstance(leaf, Tracer) and is_float(leaf)
-    ]
-    with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
-        counts = jax.device_get(_count_not_finite([leaf for _, leaf in here])) if here else []
-    for (path, leaf), bad in zip(here, counts, strict=True):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tracer) or not is_float(leaf):
+            continue
+        with jax.ensure_compile_time_eval():  # a concrete array may be a constant of a function being traced
+            bad = int(_count_not_finite(leaf))
         if bad:
             raise InputError(
                 f"{name}{keystr(path)} holds {bad} NaN or infinite of {np.size(leaf)} values; start from finite ones."
             )
 
 
-@jax.jit  # one program for all leaves: each operation on each shape would be one of its own
-def _count_not_finite(leaves: list[Array]) -> list[Array]:
-    return [jnp.sum(~jnp.isfinite(leaf)) for leaf in leaves]
+@jax.jit  # one program for a shape in place of three; not one for the tree, whose leaves may be on different devices
+def _count_not_finite(leaf: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str) -> None:

@@ -203,6 +203,14 @@ def test_transforms_work_under_jit_and_vmap(name):
         np.testing.assert_allclose(jax.vmap(f)(z), f(z), rtol=tol(1e-12, 1e-5), atol=tol(1e-12, 1e-5))
 
 
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_map_outside_jit_is_one_program(name, caplog):
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((3, 11)))  # a shape that no other test has
+    with jax.log_compiles():
+        DOMAINS[name].to_unconstrained(DOMAINS[name].to_constrained(u))
+    assert sum(record.getMessage().startswith("Compiling") for record in caplog.records) == 2
+
+
 HPARAMS = {
     "l2": 0.3,
     "mix": {"weights": np.asarray([0.2, 0.8]), "rate": np.float32(0.5)},

@@ -138,6 +138,14 @@ def test_parameters_that_cannot_be_trained(params, error, message):
         solver.init(params, 0.5)
 
 
+def test_parameters_on_different_devices_are_looked_through(devices):
+    solver = hg.implicit(hg.Problem(_quadratic, _quadratic))
+    params = {"a": np.zeros(3), "b": np.asarray([0.0, np.nan])}
+    placed = {name: jax.device_put(x, device) for (name, x), device in zip(params.items(), devices, strict=False)}
+    with pytest.raises(hg.InputError, match=r"params\['b'\] holds 1 NaN or infinite of 2 values"):
+        solver.init(placed, 0.5)
+
+
 @pytest.mark.parametrize(
     "solver", [hg.implicit, functools.partial(hg.unrolled, inner=hg.inner.gradient(optax.sgd(0.1), steps=2))]
 )
