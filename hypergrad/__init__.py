@@ -9,7 +9,7 @@ from hypergrad import inner as inner
 from hypergrad import linear as linear
 from hypergrad import outer as outer
 from hypergrad import responses as responses
-from hypergrad._domain import constrain as constrain
+from hypergrad.domains.constrain import constrain as constrain
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
 from hypergrad._problem import compose as compose
@@ -27,7 +27,7 @@ from hypergrad.diagnostics.check import check as check
 from hypergrad.outer import Result as Result
 from hypergrad.outer import TuneStatus as TuneStatus
 from hypergrad.outer.tune import tune as tune
-from hypergrad.solvers._certificate import Regularity as Regularity
+from hypergrad.solvers.regularity import Regularity as Regularity
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork

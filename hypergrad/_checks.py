@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,6 +58,15 @@ _RULES: dict[str, tuple[float, bool, bool]] = {
     "direct": (0, True, False),
     "cross_norm": (0, True, False),
 }
+
+
+def caller_level() -> int:
+    """Stack level, for a warning of the function that calls this, of the first frame outside this library and JAX."""
+    inside = ("hypergrad", "jax", "functools", "contextlib")
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def suggest_names(factory: Callable[P, R]) -> Callable[P, R]:

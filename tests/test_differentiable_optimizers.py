@@ -17,7 +17,7 @@ import pytest
 from optax import contrib
 
 import hypergrad as hg
-from hypergrad._differentiable import differentiable
+from hypergrad._jaxpr.differentiable import differentiable
 from tests._helpers import assert_trees_close, tol
 
 STEPS = 4

@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from hypergrad import domains
-from hypergrad._domain import constrain, settle
 from hypergrad._problem import Problem, bind_inner, bind_outer, compose, key_use
 from hypergrad._solver import InputError, InputTypeError
+from hypergrad.domains._domain import settle
+from hypergrad.domains.constrain import constrain
 from tests._helpers import assert_trees_close, central_difference, relative_error, tol
 
 DOMAINS = {

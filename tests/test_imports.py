@@ -18,10 +18,12 @@ LAYERS = PACKAGE / "responses" / "layers.py"
 # Low to high; an import may point to its own level or to a lower one.
 LEVELS = (
     tuple(file.stem for file in PACKAGE.glob("_*.py") if not file.stem.startswith("__")),  # _tree, _solver, _data, ...
-    ("linear",),
+    ("_jaxpr",),
+    ("linear", "checkpoints"),
     ("inner", "domains", "responses", "augment"),
-    ("objectives",),
+    ("unrolling",),
     ("solvers",),
+    ("objectives",),
     ("outer",),
     ("diagnostics",),
     ("adapters",),

@@ -12,7 +12,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad._data import Stacked
-from hypergrad._labels import check_concrete_data, check_labels, check_solver_labels
+from hypergrad._jaxpr.labels import check_concrete_data, check_labels, check_solver_labels
 from hypergrad._solver import Hypergradient, Info, InputError, Solver
 
 ROWS, CLASSES = 20, 3

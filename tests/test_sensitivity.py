@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad._sensitivity import (
+from hypergrad._jaxpr.sensitivity import (
     Influence,
     check_implicit_sensitivity,
     check_unrolled_sensitivity,

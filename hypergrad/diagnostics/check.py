@@ -26,7 +26,7 @@ from jax import Array
 from hypergrad import _tree
 from hypergrad._checks import check_finite, check_hparams, check_options, suggest_names
 from hypergrad._data import Minibatches, Stream, prepare
-from hypergrad._labels import check_concrete_data, check_solver_labels
+from hypergrad._jaxpr.labels import check_concrete_data, check_solver_labels
 from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree, keystr
 from hypergrad.diagnostics._causes import Evidence, find_causes, is_unrolled

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import check_options, check_same_structure, suggest_names
-from hypergrad._differentiable import differentiable
+from hypergrad._jaxpr.differentiable import differentiable
 from hypergrad._options import default_tol
 from hypergrad._problem import Objective
 from hypergrad._solver import HypergradError, InputError, InputTypeError, Status

@@ -1,14 +1,14 @@
 """How hyperparameters move: the loop around a solver, and what it returns."""
 
-from hypergrad.outer._durable import CheckpointError as CheckpointError
+from hypergrad.checkpoints._durable import CheckpointError as CheckpointError
+from hypergrad.checkpoints.checkpoint import Loaded as Loaded
+from hypergrad.checkpoints.checkpoint import Store as Store
+from hypergrad.checkpoints.checkpoint import load as load
+from hypergrad.checkpoints.checkpoint import save as save
+from hypergrad.checkpoints.orbax import orbax as orbax
 from hypergrad.outer._progress import Callback as Callback
 from hypergrad.outer._result import Best as Best
 from hypergrad.outer._result import History as History
 from hypergrad.outer._result import Result as Result
 from hypergrad.outer._result import TuneStatus as TuneStatus
-from hypergrad.outer.checkpoint import Loaded as Loaded
-from hypergrad.outer.checkpoint import Store as Store
-from hypergrad.outer.checkpoint import load as load
-from hypergrad.outer.checkpoint import save as save
-from hypergrad.outer.orbax import orbax as orbax
 from hypergrad.outer.tune import tune as tune

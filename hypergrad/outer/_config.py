@@ -21,10 +21,10 @@ import optax
 
 from hypergrad._checks import nearest
 from hypergrad._data import Minibatches, Stream
-from hypergrad._domain import Domain
-from hypergrad._sensitivity import inner_jaxpr
+from hypergrad._jaxpr.sensitivity import inner_jaxpr
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, is_key, keystr
+from hypergrad.domains._domain import Domain
 
 # In the order in which they are named. The program depends on all the others, so it is compared last, and alone.
 KEYS = (

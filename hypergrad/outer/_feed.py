@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad._data import Minibatches, Stream, kind, prepare
-from hypergrad._labels import check_concrete_data
+from hypergrad._jaxpr.labels import check_concrete_data
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hypergrad._checks import caller_level
 from hypergrad._data import Stream
-from hypergrad._sensitivity import caller_level
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
-from hypergrad.outer import _durable
+from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints.checkpoint import Store, as_store, newest, write
 from hypergrad.outer._config import check_allowed, check_config
 from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
-from hypergrad.outer.checkpoint import Store, as_store, newest, write
 
 
 @dataclasses.dataclass

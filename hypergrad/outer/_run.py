@@ -107,7 +107,7 @@ def like(manifest: Mapping[str, Any], start: Run, params: PyTree) -> PyTree:
     """The pytree that a manifest's arrays fill: that of the run's start, with tables as long as it says.
 
     Args:
-        manifest: see `hypergrad.outer.checkpoint`.
+        manifest: see `hypergrad.checkpoints.checkpoint`.
         start: the run before its first step.
         params: shapes of what the solver's response returns.
     """

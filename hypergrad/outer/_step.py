@@ -20,9 +20,9 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._checks import check_same_structure
-from hypergrad._domain import settle, to_constrained
 from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree, keystr
+from hypergrad.domains._domain import settle, to_constrained
 from hypergrad.outer._result import SCALARS, TRAJECTORY
 
 

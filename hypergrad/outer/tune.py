@@ -27,13 +27,13 @@ from jax import Array
 from jax.core import Tracer
 
 from hypergrad import _tree
-from hypergrad._checks import check_finite, check_hparams, check_options, suggest_names
+from hypergrad._checks import caller_level, check_finite, check_hparams, check_options, suggest_names
 from hypergrad._data import Stream
-from hypergrad._domain import to_constrained, to_unconstrained
-from hypergrad._labels import check_solver_labels
-from hypergrad._sensitivity import caller_level
+from hypergrad._jaxpr.labels import check_solver_labels
 from hypergrad._solver import InputError, InputTypeError, Solver, Status
 from hypergrad._tree import PyTree
+from hypergrad.checkpoints.checkpoint import Store
+from hypergrad.domains._domain import to_constrained, to_unconstrained
 from hypergrad.outer._config import config
 from hypergrad.outer._feed import give_back, pull, source
 from hypergrad.outer._keeper import open_keeper, resume, save
@@ -42,7 +42,6 @@ from hypergrad.outer._result import Best, Result, TuneStatus, make_history, stat
 from hypergrad.outer._run import Cursor, Notes, Run, note, usable
 from hypergrad.outer._signals import Interrupts, interruptible
 from hypergrad.outer._step import Loop, make_step, strong
-from hypergrad.outer.checkpoint import Store
 
 
 @suggest_names

@@ -19,10 +19,10 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._data import rows
-from hypergrad._domain import to_constrained
 from hypergrad._problem import Composed, Problem, inner_value, outer_value
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
+from hypergrad.domains._domain import to_constrained
 from hypergrad.responses.gated import Gated
 
 

@@ -23,12 +23,12 @@ from hypergrad._problem import Objective, Problem, bind_inner
 from hypergrad._solver import InputError, Status
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
+from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
 from hypergrad.linear._linear import Linear, Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
-from hypergrad.solvers._optimum import POLISH_STEPS, find_optimum
 
 
 class BestResponseFn(Protocol):

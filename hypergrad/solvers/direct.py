@@ -25,7 +25,7 @@ from hypergrad._problem import Problem, bind_inner, bind_outer
 from hypergrad._solver import Hypergradient, Info, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
-from hypergrad.solvers._optimum import find_optimum
+from hypergrad.inner._optimum import find_optimum
 
 
 class DirectState(NamedTuple):

@@ -33,6 +33,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import (
+    caller_level,
     check_data,
     check_hparams,
     check_options,
@@ -40,12 +41,12 @@ from hypergrad._checks import (
     check_same_structure,
     suggest_names,
 )
-from hypergrad._domain import to_constrained, to_unconstrained
+from hypergrad._jaxpr.sensitivity import check_amortised_sensitivity
 from hypergrad._options import as_options
 from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
-from hypergrad._sensitivity import caller_level, check_amortised_sensitivity
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
+from hypergrad.domains._domain import to_constrained, to_unconstrained
 from hypergrad.inner.gradient import gradient
 from hypergrad.responses._response import Response, Weights, recentre
 from hypergrad.responses.linear import linear

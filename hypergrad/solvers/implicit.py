@@ -27,19 +27,19 @@ from hypergrad import _tree
 from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
 from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
 from hypergrad._data import warn_small_batch
+from hypergrad._jaxpr.sensitivity import check_implicit_sensitivity
 from hypergrad._options import as_options
 from hypergrad._problem import Problem, bind_inner, bind_outer
-from hypergrad._sensitivity import check_implicit_sensitivity
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
+from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
 from hypergrad.linear._linear import Linear, LinearResult
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
-from hypergrad.solvers._certificate import Known, cross_norm, error_bound, known_at
-from hypergrad.solvers._optimum import POLISH_STEPS, find_optimum
+from hypergrad.solvers.regularity import Known, cross_norm, error_bound, known_at
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
 

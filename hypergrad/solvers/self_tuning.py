@@ -38,6 +38,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import (
+    caller_level,
     check_choice,
     check_data,
     check_hparams,
@@ -47,18 +48,18 @@ from hypergrad._checks import (
     suggest_names,
 )
 from hypergrad._data import draw
-from hypergrad._domain import to_unconstrained
+from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._options import as_options
 from hypergrad._problem import Composed, Problem, bind_inner, inner_value, outer_value
-from hypergrad._sensitivity import caller_level, influence
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree, keystr
+from hypergrad.domains._domain import to_unconstrained
 from hypergrad.inner.gradient import gradient
 from hypergrad.responses._response import Response, recentre
 from hypergrad.responses.gated import Gated
 from hypergrad.responses.structured import structured
 from hypergrad.solvers._perturbed import Around, check_perturb, draws, training_loss, validation_loss
-from hypergrad.solvers._steps import strong
+from hypergrad.unrolling.step import strong
 
 _ENTRIES = 8  # entries of a leaf up to which each scale is reported
 

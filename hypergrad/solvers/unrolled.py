@@ -29,14 +29,15 @@ from jax import Array
 from hypergrad import _tree
 from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
 from hypergrad._curvature import joint_product
+from hypergrad._jaxpr.sensitivity import check_unrolled_sensitivity
 from hypergrad._options import as_options
 from hypergrad._problem import Problem, bind_inner, bind_outer
-from hypergrad._sensitivity import check_unrolled_sensitivity
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
-from hypergrad.solvers import _backprop, _pushforward
-from hypergrad.solvers._steps import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
+from hypergrad.unrolling import forward as forward_mode
+from hypergrad.unrolling import reverse as reverse_mode
+from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
@@ -177,7 +178,7 @@ def unrolled(
         step = make_step(inner, objective, hparams, start)
         point, record = start, new_record(params)
         if skip:
-            point, record = _backprop.train(step, point, 0, skip, record)
+            point, record = reverse_mode.train(step, point, 0, skip, record)
         # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
         outer = lambda end: bind_outer(problem, valid, outer_key, end.model_state)
@@ -188,7 +189,7 @@ def unrolled(
         elif remat == "none":
             done = _reverse_whole(step, hparams, point, skip, length, record, floats, finish)
         else:
-            layout = _backprop.plan(remat, length, _tree.nbytes(_backprop.stored_by_step(step, point)), memory)
+            layout = reverse_mode.plan(remat, length, _tree.nbytes(reverse_mode.stored_by_step(step, point)), memory)
             done = _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
 
         grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
@@ -245,16 +246,16 @@ def _forward(
     floats: Callable[[PyTree], list[Array]] | None,
     finish: Callable[[Point], Any],
 ) -> _Pass:
-    units, count = _pushforward.basis(hparams), _tree.size(hparams)
+    units, count = forward_mode.basis(hparams), _tree.size(hparams)
     stack = lambda tree: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree)
     if floats is None:
         z = stack(_tree.partition(point.state)[0])
     else:
         z = jax.vmap(lambda unit: jax.jvp(floats, (hparams,), (unit,))[1])(units)
     first = Moving(stack(point.params), z, stack(moving(point).model))
-    result, growth = _pushforward.push(step, hparams, point, first, begin, length, record, keep_sizes=begin > 0)
+    result, growth = forward_mode.push(step, hparams, point, first, begin, length, record, keep_sizes=begin > 0)
     (value, metrics), (rhs, direct) = finish(result.point)
-    indirect = _pushforward.pull_out((result.tangent.params, result.tangent.model), rhs, hparams)
+    indirect = forward_mode.pull_out((result.tangent.params, result.tangent.model), rhs, hparams)
     if result.sizes is None:
         dropped = jnp.zeros_like(growth)
     else:
@@ -270,7 +271,7 @@ def _forward(
 
 def _reverse(
     step: Step,
-    layout: _backprop.Plan,
+    layout: reverse_mode.Plan,
     hparams: PyTree,
     point: Point,
     begin: int,
@@ -281,14 +282,14 @@ def _reverse(
 ) -> _Pass:
     sweep = lambda back: back
     if length:
-        point, stored, record = _backprop.train_and_store(step, layout, point, begin, length, record)
-        sweep = lambda back: _backprop.sweep(step, layout, stored, begin, length, begin + length, back)
+        point, stored, record = reverse_mode.train_and_store(step, layout, point, begin, length, record)
+        sweep = lambda back: reverse_mode.sweep(step, layout, stored, begin, length, begin + length, back)
     (value, metrics), (rhs, direct) = finish(point)
     size, (unit, model) = _unit(rhs)
     dtype = _tree.dtype(rhs)
     still = [jnp.zeros_like(x) for x in moving(point).floats]
     back = sweep(
-        _backprop.Backward(
+        reverse_mode.Backward(
             Moving(unit, still, model),
             _tree.zeros_like(hparams),
             jnp.ones((), dtype),

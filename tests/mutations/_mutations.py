@@ -235,32 +235,32 @@ MUTATIONS: tuple[Mutation, ...] = (
         (RUNS,),
     ),
     Mutation(
-        "step: cross term dropped", "solvers/_steps.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
+        "step: cross term dropped", "unrolling/step.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
     ),
     Mutation(
         "step: identity part of the pullback dropped",
-        "solvers/_steps.py",
+        "unrolling/step.py",
         "_tree.add(kept, curved)",
         "curved",
         (UNROLLED,),
     ),
     Mutation(
         "sweep: steps in the wrong order",
-        "solvers/_backprop.py",
+        "unrolling/reverse.py",
         "body(count - 1 - (j * width + i), b)",
         "body(j * width + i, b)",
         (UNROLLED,),
     ),
     Mutation(
         "sweep: time of a step always that of the first",
-        "solvers/_backprop.py",
+        "unrolling/reverse.py",
         "return _pull(step, here, at, last, back)",
         "return _pull(step, here, begin, last, back)",
         (UNROLLED, AGREEMENT),
     ),
     Mutation(
         "forward: time of a step off by one",
-        "solvers/_pushforward.py",
+        "unrolling/forward.py",
         "one(carry.point, carry.tangent, begin + i)",
         "one(carry.point, carry.tangent, begin + i + 1)",
         (RUNS,),
@@ -305,14 +305,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "optimum: linearized before polishing",
-        "solvers/_optimum.py",
+        "inner/_optimum.py",
         "        steps = steps + polished\n        system = linearize(inner, objective, solution, hparams)\n",
         "        steps = steps + polished\n",
         (FORMS, AGREEMENT),
     ),
     Mutation(
         "optimum: residual not relative",
-        "solvers/_optimum.py",
+        "inner/_optimum.py",
         "residual = norm / jnp.where(largest > 0, largest, 1)",
         "residual = norm",
         (FORMS, STATUSES),

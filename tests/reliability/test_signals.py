@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hypergrad.checkpoints._leaves import read_npz, write_npz
+from hypergrad.checkpoints.checkpoint import Store
 from hypergrad.outer import TuneStatus
-from hypergrad.outer._leaves import read_npz, write_npz
-from hypergrad.outer.checkpoint import Store
 from tests.reliability._runs import assert_same, at, run
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "reliability" / "durability.py"

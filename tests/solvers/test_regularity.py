@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.solvers._certificate import cross_norm
+from hypergrad.solvers.regularity import cross_norm
 from tests._helpers import tol
 
 A, B, C = 1.7, 0.6, 0.8  # curvature of the inner loss, of the outer loss, and slope in the hyperparameter

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from hypergrad._solver import HypergradError, InputError
-from hypergrad.outer import _durable
-from hypergrad.outer._durable import Damaged
-from hypergrad.outer.checkpoint import Store, as_store
+from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints._durable import Damaged
+from hypergrad.checkpoints.checkpoint import Store, as_store
 
 _LEAVES = "leaves"
 

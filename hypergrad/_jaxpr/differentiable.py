@@ -54,7 +54,7 @@ def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         function: of any pytrees of arrays; integers, keys and closed-over tracers pass through.
 
     >>> import jax, jax.numpy as jnp
-    >>> from hypergrad._differentiable import differentiable
+    >>> from hypergrad._jaxpr.differentiable import differentiable
     >>> norm = lambda x: jnp.sqrt(jnp.sum(x**2))
     >>> print(jax.grad(norm)(jnp.zeros(2)), jax.grad(differentiable(norm))(jnp.zeros(2)))
     [nan nan] [0. 0.]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._checks import caller_level
 from hypergrad._data import Minibatches, Stacked, Stream
-from hypergrad._dataflow import Finding, Found, Known, evaluate, walk
-from hypergrad._sensitivity import caller_level
+from hypergrad._jaxpr.dataflow import Finding, Found, Known, evaluate, walk
 from hypergrad._solver import InputError, Solver
 from hypergrad._tree import PyTree, is_float, is_key, keystr
 

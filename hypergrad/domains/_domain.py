@@ -5,7 +5,6 @@ The domains themselves are in `hypergrad.domains`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from jax import Array
 from jax.core import Tracer
 
 from hypergrad._checks import check_hparams, nearest
-from hypergrad._problem import Composed, Problem
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, keystr
 
@@ -102,68 +100,19 @@ def settle(domain: PyTree, hparams: PyTree, before: PyTree) -> PyTree:
     return _each(domain, lambda path, d, u, old: d.settle(u, old), hparams, before)
 
 
-def constrain(problem: Problem, domain: PyTree) -> Problem:
-    r"""The same problem in unconstrained coordinates: its losses take u and evaluate at λ = T(u).
-
-    `hg.tune(..., domain=domain)` does the same for a solver that is already built; this is for loops of one's own.
-
-    Args:
-        problem: what to transform. Losses keep their keys and model state, those of `hg.compose` their two parts.
-        domain: pytree prefix of the hyperparameters with domains as leaves; None stands for `real()`.
-
-    Returns:
-        A problem over unconstrained hyperparameters; map them with `hg.domains.to_unconstrained` and back.
-
-    Raises:
-        InputTypeError: if a leaf of `domain` is not a domain.
-
-    >>> import hypergrad as hg, jax.numpy as jnp
-    >>> problem = hg.Problem(inner_loss=lambda w, l2, batch: jnp.sum((w - 1)**2) + l2 * jnp.sum(w**2),
-    ...                      outer_loss=lambda w, l2, batch: jnp.sum(w**2))
-    >>> free = hg.constrain(problem, hg.domains.log())
-    >>> float(free.inner_loss(jnp.ones(1), jnp.log(3.0), None))
-    3.0
-    """
-    if not isinstance(problem, Problem):
-        raise InputTypeError(
-            f"constrain: problem must be an hg.Problem, found {type(problem).__name__}: "
-            "transform the problem before building the solver."
-        )
-    for path, leaf in _prefix(domain)[0]:
-        _check_domain(path, leaf)
-
-    def transform(loss: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(loss)  # keeps the signature, from which hg.Problem reads whether the loss takes a key
-        def transformed(params: PyTree, hparams: PyTree, *rest: Any) -> Any:
-            return loss(params, to_constrained(domain, hparams), *rest)
-
-        return transformed
-
-    inner = problem.inner_loss
-    if isinstance(inner, Composed):
-        loss = inner.loss
-        inner = Composed(
-            transform(inner.outputs),
-            lambda out, params, hparams, batch: loss(out, params, to_constrained(domain, hparams), batch),
-        )
-    elif inner is not None:
-        inner = transform(inner)
-    return Problem(inner, transform(problem.outer_loss), problem.model_state)
-
-
 def _is_domain(x: Any) -> bool:
     return x is None or isinstance(x, Domain)
 
 
-def _prefix(domain: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
+def prefix(domain: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(domain, is_leaf=_is_domain)
 
 
 def _each(domain: PyTree, function: Callable[..., Array], hparams: PyTree, *others: PyTree) -> PyTree:
     """Apply `function(path, domain, leaf, *leaves of the others)` to every leaf of hparams that has a domain."""
-    leaves, structure = _prefix(domain)
+    leaves, structure = prefix(domain)
     for path, leaf in leaves:
-        _check_domain(path, leaf)
+        check_domain(path, leaf)
     try:
         subtrees = [structure.flatten_up_to(tree) for tree in (hparams, *others)]
     except (ValueError, TypeError) as error:
@@ -196,7 +145,7 @@ def _mismatch(leaves: list[tuple[Any, Any]], hparams: PyTree) -> str:
     return f"domain must be a pytree prefix of hparams, {jax.tree.structure(hparams)}: write one domain for each leaf."
 
 
-def _check_domain(path: Any, leaf: Any) -> None:
+def check_domain(path: Any, leaf: Any) -> None:
     if _is_domain(leaf):
         return
     hint = (

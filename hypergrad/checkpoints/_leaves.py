@@ -20,7 +20,7 @@ import numpy as np
 from hypergrad._checks import nearest
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_key, keystr
-from hypergrad.outer._durable import Damaged, Sink, open_regular
+from hypergrad.checkpoints._durable import Damaged, Sink, open_regular
 
 NPZ = "leaves.npz"
 _HEADER = 1 << 16  # bytes that may precede the numbers in an .npy file

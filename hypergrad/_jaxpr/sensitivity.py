@@ -16,7 +16,6 @@ Cost: one trace of a gradient and of the outer loss; nothing is run.
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from hypergrad._checks import caller_level
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
 
@@ -88,7 +88,7 @@ def influences(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[s
     """Whether the derivative of `fn(tree, *args)` with respect to each leaf of `tree` can be other than zero, by path.
 
     >>> import jax
-    >>> from hypergrad._sensitivity import influences
+    >>> from hypergrad._jaxpr.sensitivity import influences
     >>> influences(lambda h: h["a"] ** 2 + jax.lax.stop_gradient(h["b"]), {"a": 1.0, "b": 2.0, "c": 3.0})
     {"['a']": True, "['b']": False, "['c']": False}
     """
@@ -223,15 +223,6 @@ def _warn(silent: list[str], found: Sequence[dict[str, Influence]], hparams: PyT
                 f"nor by outer_loss, so its hypergradient is zero: a misspelt key? hparams holds {keys}."
             )
         warnings.warn(message, UserWarning, stacklevel=caller_level())
-
-
-def caller_level() -> int:
-    """Stack level, for a warning of the function that calls this, of the first frame outside this library and JAX."""
-    inside = ("hypergrad", "jax", "functools", "contextlib")
-    level, frame = 1, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _union(reaches: Iterable[_Reach]) -> _Reach:

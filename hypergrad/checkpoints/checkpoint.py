@@ -26,13 +26,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypergrad._checks import check_options, suggest_names
-from hypergrad._sensitivity import caller_level
+from hypergrad._checks import caller_level, check_options, suggest_names
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.outer import _durable
-from hypergrad.outer._durable import CheckpointError, Damaged
-from hypergrad.outer._leaves import as_arrays, check_like, leaf_damaged, read_npz, restore, treedef, write_npz
+from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints._durable import CheckpointError, Damaged
+from hypergrad.checkpoints._leaves import as_arrays, check_like, leaf_damaged, read_npz, restore, treedef, write_npz
 
 FORMAT = 1
 KEEP = 3

@@ -18,7 +18,7 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._tree import PyTree
-from hypergrad.solvers._steps import Moving, Point, Record, Step, Taken, moving
+from hypergrad.unrolling.step import Moving, Point, Record, Step, Taken, moving
 
 
 class Forward(NamedTuple):

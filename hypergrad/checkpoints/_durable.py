@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypergrad._sensitivity import caller_level
+from hypergrad._checks import caller_level
 from hypergrad._solver import HypergradError, InputError
 
 TEMPORARY = re.compile(r"tmp-\d+-(\d+)(-old)?")

@@ -18,7 +18,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad._sensitivity import inner_jaxpr, scan_counts
+from hypergrad._jaxpr.sensitivity import inner_jaxpr, scan_counts
 from hypergrad._tree import is_key
 
 Recipe = Callable[[], np.ndarray]

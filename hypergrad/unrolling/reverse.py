@@ -7,7 +7,7 @@ children starts, and each child, when its turn comes, is run again from there in
 (√T, √T) is the classical checkpointing; (k, ..., k) holds k log_k T points at a time.
 
 Source: Franceschi et al. 2017, arXiv:1703.01785 (the recursion); Griewank 1992 and Engstrom et al. 2025 (REPLAY),
-arXiv:2503.13751 (the tree). Differs: mixed-mode steps (see `_steps.py`); contributions are summed block by block, so
+arXiv:2503.13751 (the tree). Differs: mixed-mode steps (see `step.py`); contributions are summed block by block, so
 that rounding grows with the square root of what one running sum would give; the adjoint starts with unit norm.
 Cost for T steps: training once, once more for each level below the first, and about two gradients a step.
 Memory: (k_1 + ... + k_d) points.
@@ -25,7 +25,7 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._tree import PyTree
-from hypergrad.solvers._steps import Moving, Point, Record, Step
+from hypergrad.unrolling.step import Moving, Point, Record, Step
 
 _FAN = 8  # most children of a node of the tree
 _LONG = 64  # sums longer than this are taken block by block

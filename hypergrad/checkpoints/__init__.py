@@ -1,0 +1,8 @@
+"""Stores of pytrees that are whole or absent: they know nothing of the run that they are kept for."""
+
+from hypergrad.checkpoints._durable import CheckpointError as CheckpointError
+from hypergrad.checkpoints.checkpoint import Loaded as Loaded
+from hypergrad.checkpoints.checkpoint import Store as Store
+from hypergrad.checkpoints.checkpoint import load as load
+from hypergrad.checkpoints.checkpoint import save as save
+from hypergrad.checkpoints.orbax import orbax as orbax

@@ -1,0 +1,95 @@
+"""What several domains share: the limits of a dtype, the sigmoid between two ends, and how far one step may go."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad._solver import InputError, InputTypeError
+
+# Maps are compiled whole: outside `jit` each of their operations would be a program of its own.
+compiled = functools.partial(jax.jit, inline=True)
+compiled_between = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+
+
+def tiny(u: Any) -> float:
+    return float(jnp.finfo(u.dtype).tiny)
+
+
+def huge(u: Array) -> float:
+    return float(jnp.finfo(u.dtype).max) / 4
+
+
+def reach(u: Array) -> float:
+    """How far out a sigmoid is within one rounding error of its end."""
+    return -math.log(float(jnp.finfo(u.dtype).eps))
+
+
+def exponents(u: Array, share: float) -> tuple[float, float]:
+    """What exp can take in the normal range of the dtype, or that share of it."""
+    return share * math.log(tiny(u)), share * math.log(float(jnp.finfo(u.dtype).max))
+
+
+def creep(before: Array) -> Array:
+    """How low u may go in one step: to where the derivative is at rounding level, from there on by a factor e in it."""
+    return jnp.maximum(jnp.minimum(before, -reach(before)) - 1, 0.99 * math.log(tiny(before)))
+
+
+def bounds(lo: float, hi: float, u: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and largest number of the dtype in [lo, hi]."""
+    low, high = np.asarray(lo, u.dtype), np.asarray(hi, u.dtype)
+    low = np.nextafter(low, np.asarray(np.inf, u.dtype)) if float(low) < lo else low
+    high = np.nextafter(high, np.asarray(-np.inf, u.dtype)) if float(high) > hi else high
+    if not low < high:
+        raise InputError(
+            f"interval({lo!r}, {hi!r}) holds fewer than two numbers of dtype {u.dtype}: "
+            "widen it, or shift it towards 0."
+        )
+    return low, high
+
+
+@compiled_between
+def sigmoid(lo: float, hi: float, u: Array) -> Array:
+    low, high = bounds(lo, hi, u)
+    width = high - low
+    return jnp.where(u < 0, low + width * jax.nn.sigmoid(u), high - width * jax.nn.sigmoid(-u))
+
+
+@compiled_between
+def logit(lo: float, hi: float, x: Array) -> Array:
+    low, high = bounds(lo, hi, x)
+    above, below, far = x - low, high - x, reach(x)
+    inside = (above > 0) & (below > 0)
+    u = jnp.log(jnp.where(inside, above, 1)) - jnp.log(jnp.where(inside, below, 1))
+    return jnp.where(inside, u, jnp.where(above > 0, far, -far)).astype(x.dtype)
+
+
+def settle_sigmoid(u: Array, before: Array) -> Array:
+    return jnp.clip(u, creep(before), -creep(-before))
+
+
+def ends(name: str, lo: Any, hi: Any) -> tuple[float, float]:
+    ends = []
+    for end, value in (("lo", lo), ("hi", hi)):
+        if isinstance(value, (bool, str)) or np.ndim(value) or not np.isreal(value):
+            raise InputTypeError(
+                f"{name}: {end} must be a number, found {value!r}: "
+                "where the ends differ between entries, use one leaf each."
+            )
+        ends.append(float(value))
+    low, high = ends
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(
+            f"{name}: lo and hi must be finite, found lo={low:g}, hi={high:g}: "
+            "use positive() or real() for an open side."
+        )
+    if not low < high:
+        remedy = f"write {name}({high:g}, {low:g})" if high < low else "keep a fixed value out of hparams"
+        raise InputError(f"{name}: lo must be less than hi, found lo={low:g}, hi={high:g}: {remedy}.")
+    return low, high

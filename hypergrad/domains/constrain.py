@@ -1,0 +1,61 @@
+"""A problem rewritten in unconstrained coordinates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from hypergrad._problem import Composed, Problem
+from hypergrad._solver import InputTypeError
+from hypergrad._tree import PyTree
+from hypergrad.domains._domain import check_domain, prefix, to_constrained
+
+
+def constrain(problem: Problem, domain: PyTree) -> Problem:
+    r"""The same problem in unconstrained coordinates: its losses take u and evaluate at λ = T(u).
+
+    `hg.tune(..., domain=domain)` does the same for a solver that is already built; this is for loops of one's own.
+
+    Args:
+        problem: what to transform. Losses keep their keys and model state, those of `hg.compose` their two parts.
+        domain: pytree prefix of the hyperparameters with domains as leaves; None stands for `real()`.
+
+    Returns:
+        A problem over unconstrained hyperparameters; map them with `hg.domains.to_unconstrained` and back.
+
+    Raises:
+        InputTypeError: if a leaf of `domain` is not a domain.
+
+    >>> import hypergrad as hg, jax.numpy as jnp
+    >>> problem = hg.Problem(inner_loss=lambda w, l2, batch: jnp.sum((w - 1)**2) + l2 * jnp.sum(w**2),
+    ...                      outer_loss=lambda w, l2, batch: jnp.sum(w**2))
+    >>> free = hg.constrain(problem, hg.domains.log())
+    >>> float(free.inner_loss(jnp.ones(1), jnp.log(3.0), None))
+    3.0
+    """
+    if not isinstance(problem, Problem):
+        raise InputTypeError(
+            f"constrain: problem must be an hg.Problem, found {type(problem).__name__}: "
+            "transform the problem before building the solver."
+        )
+    for path, leaf in prefix(domain)[0]:
+        check_domain(path, leaf)
+
+    def transform(loss: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(loss)  # keeps the signature, from which hg.Problem reads whether the loss takes a key
+        def transformed(params: PyTree, hparams: PyTree, *rest: Any) -> Any:
+            return loss(params, to_constrained(domain, hparams), *rest)
+
+        return transformed
+
+    inner = problem.inner_loss
+    if isinstance(inner, Composed):
+        loss = inner.loss
+        inner = Composed(
+            transform(inner.outputs),
+            lambda out, params, hparams, batch: loss(out, params, to_constrained(domain, hparams), batch),
+        )
+    elif inner is not None:
+        inner = transform(inner)
+    return Problem(inner, transform(problem.outer_loss), problem.model_state)
