@@ -14,6 +14,7 @@ from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
 from hypergrad._problem import compose as compose
 from hypergrad._problem import Problem as Problem
+from hypergrad._solver import About as About
 from hypergrad._solver import FailedHypergradientError as FailedHypergradientError
 from hypergrad._solver import Hypergradient as Hypergradient
 from hypergrad._solver import HypergradError as HypergradError

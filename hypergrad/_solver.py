@@ -7,7 +7,7 @@ code in `info.status`, one per problem under `vmap`. A new method is a function 
 from __future__ import annotations
 
 import enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +43,7 @@ class Status(enum.IntEnum):
     LINEAR_BREAKDOWN = 11
     LINEAR_MAX_STEPS = 12
     UNROLL_EXPLODED = 13
+    INACCURATE = 14
 
     @property
     def usable(self) -> bool:
@@ -117,6 +118,12 @@ _ADVICE = {
         "chaotic or beyond the edge of stability, and the hypergradient is noise. Lower the learning rate, clip, "
         "warm up, or truncate (`truncate=`)."
     ),
+    Status.INACCURATE: (
+        "Every tolerance is met, and yet the estimated error of the hypergradient is larger than the hypergradient "
+        "itself: the problem is so ill-conditioned, or so curved, at this point that the tolerances do not determine "
+        "the answer. Lower `tol`, standardise the features, compute in float64 "
+        "(`jax.config.update('jax_enable_x64', True)`), or add weight decay."
+    ),
 }
 
 
@@ -186,18 +193,66 @@ class ResponseFn(Protocol):
     def __call__(self, state: Any, hparams: PyTree) -> PyTree: ...
 
 
+class EvaluateFn(Protocol):
+    """`evaluate(state, hparams, train=None, valid=None, *, key=None) -> (value, info, state)`.
+
+    The outer loss at the best response, without the adjoint: for line searches, checks, landscapes and held-out data.
+    `info.linear_residual` and `info.error_estimate` are NaN and inf, since there is no hypergradient; the state is one
+    from which `hypergrad` can go on.
+    """
+
+    def __call__(
+        self, state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, Any]: ...
+
+
+Differentiates = Literal["optimum", "path", "response", "direct", "unknown"]
+
+
+class About(NamedTuple):
+    """What a solver is, declared by its author; static, never guessed from what it reports.
+
+    Of a solver that declares nothing, only what is true of every solver is said.
+
+    Attributes:
+        name: as the user writes it, `"hg.implicit"`.
+        differentiates: what its hypergradient is the derivative of. `"optimum"`: the solution of the inner problem.
+            `"path"`: the steps of training. `"response"`: a fitted function from hyperparameters to parameters.
+            `"direct"`: the outer loss at fixed parameters. `"unknown"`: not declared.
+        random: what its result depends on by chance beside the data, in words (`("draws of hyperparameters",)`).
+        biases: approximations that the caller chose, in words that complete "the hypergradient is biased by ..."
+            (`("damping",)`).
+        options: names of the traced options that may be replaced in `state.options` (`"inner.tol"`, `"linear.tol"`,
+            `"damping"`).
+        trains_on: whether each call goes on training from where the last one ended, so that no two calls at the same
+            hyperparameters agree.
+    """
+
+    name: str = ""
+    differentiates: Differentiates = "unknown"
+    random: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    trains_on: bool = False
+
+
 class Solver(NamedTuple):
-    """A method for hypergradients: three pure functions. The caller owns `jit`.
+    """A method for hypergradients: pure functions, and a description. The caller owns `jit`.
 
     Attributes:
         init: see `InitFn`.
         hypergrad: see `HypergradFn`.
         response: see `ResponseFn`.
+        evaluate: see `EvaluateFn`; None for a solver that has none of its own. Call `evaluation(solver)`, which then
+            falls back on `hypergrad` with the gradient dropped.
+        about: see `About`.
     """
 
     init: InitFn
     hypergrad: HypergradFn
     response: ResponseFn
+    evaluate: EvaluateFn | None = None
+    about: About = About()
 
 
 class HypergradError(Exception):
@@ -214,6 +269,26 @@ class InputTypeError(HypergradError, TypeError):
 
 class FailedHypergradientError(HypergradError, RuntimeError):
     """A hypergradient whose status is not usable, raised by `raise_if_failed` alone."""
+
+
+def evaluation(solver: Solver) -> EvaluateFn:
+    """The solver's `evaluate`, or its `hypergrad` with the gradient dropped: always right, at up to that cost."""
+    own = getattr(solver, "evaluate", None)
+    if own is not None:
+        return own
+
+    def evaluate(
+        state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, Any]:
+        out, state = solver.hypergrad(state, hparams, train, valid, key=key)
+        return out.value, out.info, state
+
+    return evaluate
+
+
+def usable(status: ArrayLike) -> Array:
+    """Whether a code is good enough to take a step with; elementwise, under `jit` as well."""
+    return jnp.asarray(status) <= int(Status.INSENSITIVE)
 
 
 def first_failure(*codes: ArrayLike) -> Array:
