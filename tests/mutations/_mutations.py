@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-FORMS = "tests/solvers/test_implicit_closed_forms.py"
+FORMS = "tests/solvers/test_implicit.py"
 STATUSES = "tests/solvers/test_statuses.py"
 UNROLLED = "tests/solvers/test_unrolled.py"
-RUNS = "tests/solvers/test_unrolled_runs.py"
 TUNE = "tests/outer/test_tune.py"
 AGREEMENT = "tests/solvers/test_agreement.py"
 LINEAR = "tests/linear/test_linear.py"
@@ -218,7 +217,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/unrolled.py",
         "floats = None if skip or warm_start else",
         "floats = None if True else",
-        (UNROLLED, RUNS, "tests/inner/test_gradient.py"),
+        (UNROLLED, "tests/inner/test_gradient.py"),
     ),
     Mutation(
         "unrolled: adjoint not scaled back",
@@ -232,7 +231,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "solvers/unrolled.py",
         "_MEANINGLESS = 0.1",
         "_MEANINGLESS = 1e30",
-        (RUNS,),
+        (UNROLLED,),
     ),
     Mutation(
         "step: cross term dropped", "unrolling/step.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
@@ -263,7 +262,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "unrolling/forward.py",
         "one(carry.point, carry.tangent, begin + i)",
         "one(carry.point, carry.tangent, begin + i + 1)",
-        (RUNS,),
+        (UNROLLED,),
     ),
     Mutation(
         "keys: the same batch at every step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 HERE = "tests/reliability/"
 OPTIONS = "tests/test_options.py::"
 ELSEWHERE: dict[int, tuple[str, str, str]] = {  # number: what, outcome, test
-    5: ("initial parameters are NaN", "error", "tests/test_messages.py::test_parameters_that_cannot_be_trained"),
+    5: ("initial parameters are NaN", "error", "tests/test_checks.py::test_parameters_that_cannot_be_trained"),
     11: (
         "Jacobian that is not symmetric, given to CG",
         "error",
@@ -19,12 +19,12 @@ ELSEWHERE: dict[int, tuple[str, str, str]] = {  # number: what, outcome, test
     23: (
         "dead ReLU and Adam",
         "right",
-        "tests/solvers/test_unrolled_runs.py::test_a_coordinate_whose_gradient_is_always_zero_gives_no_nan",
+        "tests/solvers/test_unrolled.py::test_a_coordinate_whose_gradient_is_always_zero_gives_no_nan",
     ),
     24: (
         "clipping at norm zero",
         "right",
-        "tests/test_differentiable_optimizers.py::test_the_hypergradient_is_finite_where_optax_alone_gives_nan",
+        "tests/_jaxpr/test_differentiable.py::test_the_hypergradient_is_finite_where_optax_alone_gives_nan",
     ),
     25: (
         "another dropout mask at each call",
@@ -54,14 +54,14 @@ ELSEWHERE: dict[int, tuple[str, str, str]] = {  # number: what, outcome, test
     43: (
         "NaN in the data",
         "warning",
-        "tests/test_labels.py::test_nan_in_the_data_is_a_warning_with_path_count_and_row",
+        "tests/_jaxpr/test_labels.py::test_nan_in_the_data_is_a_warning_with_path_count_and_row",
     ),
     44: ("a start outside the domain", "error", HERE + "test_mistakes.py::test_a_start_outside_the_domain_is_named"),
-    45: ("a huge step at a boundary", "stays inside", "tests/test_domains.py::test_no_step_leaves_the_domain"),
+    45: ("a huge step at a boundary", "stays inside", "tests/domains/test_domain.py::test_no_step_leaves_the_domain"),
     46: (
         "dropout or momentum towards 1",
         "stays inside, comes back",
-        "tests/test_domains.py::test_the_ends_belong_to_the_domain_and_can_be_left",
+        "tests/domains/test_domain.py::test_the_ends_belong_to_the_domain_and_can_be_left",
     ),
     47: (
         "negative tolerance or steps",
@@ -92,7 +92,7 @@ ELSEWHERE: dict[int, tuple[str, str, str]] = {  # number: what, outcome, test
     53: (
         "Ctrl-C",
         "the best so far",
-        "tests/outer/test_interrupts.py::test_ctrl_c_at_any_instant_returns_a_consistent_result",
+        "tests/outer/test_signals.py::test_ctrl_c_at_any_instant_returns_a_consistent_result",
     ),
     54: (
         "SIGTERM",
@@ -109,7 +109,7 @@ ELSEWHERE: dict[int, tuple[str, str, str]] = {  # number: what, outcome, test
     58: (
         "a flipped bit",
         "named; the checkpoint before it",
-        HERE + "test_checkpoint_files.py::test_damage_is_named_and_the_checkpoint_before_it_is_used",
+        "tests/checkpoints/test_checkpoint.py::test_damage_is_named_and_the_checkpoint_before_it_is_used",
     ),
     59: ("two writers", "error", HERE + "test_resume.py::test_two_runs_in_one_folder_are_refused"),
     60: (

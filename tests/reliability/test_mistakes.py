@@ -1,6 +1,6 @@
 """Mistakes of the caller are named before anything compiles, by every solver, as it is, under jit and under vmap.
 
-What single functions refuse is in `test_messages.py` and `outer/test_mistakes.py`; here are the mistakes of the fault
+What single functions refuse is in `test_checks.py` and `outer/test_mistakes.py`; here are the mistakes of the fault
 list that reach a solver's `init` and `hypergrad`, or a run.
 """
 

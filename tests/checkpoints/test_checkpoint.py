@@ -24,7 +24,8 @@ import pytest
 
 from experiments.reliability.damage import KINDS, damage
 from hypergrad import outer
-from hypergrad.outer import CheckpointError, checkpoint
+from hypergrad.checkpoints import checkpoint
+from hypergrad.outer import CheckpointError
 
 TREE = {
     "w": np.linspace(-1, 1, 7, dtype=np.float32),
