@@ -10,6 +10,8 @@ from hypergrad import linear as linear
 from hypergrad import outer as outer
 from hypergrad import responses as responses
 from hypergrad.domains.constrain import constrain as constrain
+from hypergrad.chunked import chunked as chunked
+from hypergrad.folds import folds as folds
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
 from hypergrad._problem import compose as compose
@@ -34,4 +36,5 @@ from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.self_tuning import self_tuning as self_tuning
+from hypergrad.solvers.tasks import tasks as tasks
 from hypergrad.solvers.unrolled import unrolled as unrolled

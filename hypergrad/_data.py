@@ -194,7 +194,7 @@ def prepare(name: str, data: PyTree) -> PyTree:
     arrays = jax.tree_util.tree_map_with_path(
         lambda path, leaf: _as_array(f"{name}{keystr(path)}", leaf), data, is_leaf=lambda x: hasattr(x, "__next__")
     )
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(x, "shape") and x.shape for x in arrays):
+    if type(data) in (tuple, list) and len(data) == 2 and all(hasattr(x, "shape") and x.shape for x in arrays):
         first, second = arrays[0].shape[0], arrays[1].shape[0]
         if first != second:
             raise InputError(

@@ -34,6 +34,20 @@ def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
     return keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
 
 
+def _two_tasks(solver: hg.Solver) -> hg.Solver:
+    """The same data for two tasks, whose mean is either of them."""
+
+    def lift(method: Any) -> Any:
+        def lifted(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, **rest: Any) -> Any:
+            return method(state, hparams, *jax.tree.map(lambda x: jnp.stack([x, x]), (train, valid)), **rest)
+
+        return lifted
+
+    tasks = hg.tasks(solver, count=2)
+    response = lambda state, hparams: jax.tree.map(lambda x: x[1], tasks.response(state, hparams))
+    return tasks._replace(hypergrad=lift(tasks.hypergrad), evaluate=lift(tasks.evaluate), response=response)
+
+
 SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "implicit": hg.implicit,
     "implicit, cold": lambda p: hg.implicit(p, warm_start=False),
@@ -56,6 +70,7 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
+    "tasks": lambda p: _two_tasks(hg.implicit(p, inner=_sgd())),
     "hypernetwork": lambda p: keyed(
         hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
     ),

@@ -20,7 +20,7 @@ LEVELS = (
     tuple(file.stem for file in PACKAGE.glob("_*.py") if not file.stem.startswith("__")),  # _tree, _solver, _data, ...
     ("_jaxpr",),
     ("linear", "checkpoints"),
-    ("inner", "domains", "responses", "augment"),
+    ("inner", "domains", "responses", "augment", "chunked", "folds"),
     ("unrolling",),
     ("solvers",),
     ("objectives",),

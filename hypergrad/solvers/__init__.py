@@ -5,4 +5,5 @@ from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.self_tuning import self_tuning as self_tuning
+from hypergrad.solvers.tasks import tasks as tasks
 from hypergrad.solvers.unrolled import unrolled as unrolled
