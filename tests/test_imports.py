@@ -1,8 +1,9 @@
-"""Imports run one way: a room of the package uses the rooms below it, and the core uses jax, optax and numpy only."""
+"""Imports run one way, in the order of the tree in CONTRIBUTING.md, and the core uses jax, optax and numpy only."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,23 +16,28 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Classes that extend flax's: the package imports this module only when it is asked for.
 LAYERS = PACKAGE / "responses" / "layers.py"
 
-# Low to high; an import may point to its own level or to a lower one.
-LEVELS = (
-    tuple(file.stem for file in PACKAGE.glob("_*.py") if not file.stem.startswith("__")),  # _tree, _solver, _data, ...
-    ("_jaxpr",),
-    ("linear", "checkpoints"),
-    ("inner", "domains", "responses", "augment", "chunked", "folds"),
-    ("unrolling",),
-    ("solvers",),
-    ("objectives",),
-    ("outer",),
-    ("diagnostics",),
-    ("adapters",),
-    ("",),  # hypergrad/__init__.py
-    ("_demo",),
-    ("__main__",),
-)
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+def rooms(page: str) -> list[list[str]]:
+    """The tree under "Rooms" in CONTRIBUTING.md, one list of names a line, from low to high.
+
+    An import may point to its own line or to one above it. `__init__.py` stands for the package, whose room is "".
+    """
+    tree = re.search(r"^## Rooms$.*?^```text\nhypergrad/\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert tree, "CONTRIBUTING.md has no tree of rooms"
+    lines = [re.match(r"  ((?:\w+(?:\.py|/) ?)+)( .*)?$", line) for line in tree[1].splitlines()]
+    assert all(lines), f"a line of the tree that names no room:\n{tree[1]}"
+    return [["" if n == "__init__.py" else n.removesuffix(".py").rstrip("/") for n in m[1].split()] for m in lines if m]
+
+
+def misplaced(levels: list[list[str]], package: Path = PACKAGE) -> list[str]:
+    """What stands in no room, in two, or in the tree alone."""
+    named = ["__init__" if name == "" else name for line in levels for name in line]
+    there = {file.relative_to(package).parts[0].removesuffix(".py") for file in package.rglob("*.py")}
+    return sorted((there ^ set(named)) | {name for name in named if named.count(name) > 1})
+
+
+LEVELS = rooms((ROOT / "CONTRIBUTING.md").read_text())
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CORE_IMPORTS = {"jax", "optax", "numpy", "hypergrad"} | set(sys.stdlib_module_names)
 # Rooms that exist for an extra; even these import it inside the functions that need it.
 EXTRAS = ("flax", "matplotlib", "sklearn", "pandas", "tqdm", "scipy", "chex", "optuna", "orbax", "torch")
@@ -78,12 +84,16 @@ def at_module_level(tree: ast.Module) -> list[tuple[int, str]]:
 
 def back_arrows(module: str, tree: ast.AST) -> list[str]:
     here = room(module)
-    assert here in LEVEL, f"{module}: put the new room {here!r} on a level of LEVELS"
+    assert here in LEVEL, f"{module} is in no room: give {here!r} a line in the tree of CONTRIBUTING.md"
     return [
         f"line {line} imports {name}, which is above {here!r}"
         for line, name in imported(tree)
-        if LEVEL[room(name)] > LEVEL[here]
+        if LEVEL.get(room(name), len(LEVELS)) > LEVEL[here]
     ]
+
+
+def test_every_module_is_in_one_room_of_the_tree():
+    assert misplaced(LEVELS) == [], "CONTRIBUTING.md: each file and folder of hypergrad/ stands on one line of the tree"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
@@ -124,6 +134,26 @@ def test_a_back_arrow_is_found():
         assert not back_arrows("hypergrad.linear.cg", ast.parse(line)), line
     assert at_module_level(ast.parse("try:\n    import flax.nnx\nexcept ImportError:\n    pass")) == [(2, "flax")]
     assert at_module_level(ast.parse("def f():\n    import flax")) == []
+
+
+def test_the_tree_is_read_in_its_order_and_a_module_outside_of_it_is_found(tmp_path):
+    page = (
+        "## Rooms\n\n```text\nhypergrad/\n  _tree.py          sums/\n  linear/ other.py  a.py, b\n  __init__.py\n```\n"
+    )
+    levels = rooms(page)
+    assert levels == [["_tree"], ["linear", "other"], [""]]
+    for name in ("_tree.py", "__init__.py", "other.py", "linear/cg.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert misplaced(levels, tmp_path) == []
+    assert misplaced([*levels, ["other"], ["gone"]], tmp_path) == ["gone", "other"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "method.py").touch()
+    (tmp_path / "loose.py").touch()
+    assert misplaced(levels, tmp_path) == ["loose", "new"]
+    for text in ("no tree", page.replace("  linear/ other.py", "  linear, other")):
+        with pytest.raises(AssertionError):
+            rooms(text)
 
 
 def test_import_hypergrad_imports_no_extra():

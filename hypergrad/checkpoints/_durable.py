@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -78,6 +79,19 @@ class Sink:
                 os.fsync(self._fd)
         finally:
             self.close()
+
+
+def check_system(where: str) -> None:
+    """See that the system has what a checkpoint relies on: POSIX file locks, and folders that can be synced.
+
+    Raises:
+        InputError: on Windows.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        raise InputError(
+            f"{where}: checkpoints need the file locks of a POSIX system, and this one has none: use Linux or macOS, "
+            "or on Windows the Windows Subsystem for Linux (WSL)."
+        )
 
 
 def sync_folder(path: Path) -> None:
@@ -199,7 +213,6 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: if another run holds it, naming which.
-        InputError: on systems without POSIX locks.
     """
     with _MUTEX:
         fd, name = _lock(folder, folder / "lock")
@@ -213,10 +226,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, path: Path) -> tuple[int, tuple[int, int]]:
-    try:
-        import fcntl
-    except ImportError:
-        raise InputError("checkpoints need a POSIX system (Linux, macOS): on Windows run under WSL.") from None
+    import fcntl  # `check_system` has seen to it that there is one
+
     entry = os.stat(path) if path.exists() else None
     # Closing a file that this process holds elsewhere would drop its lock, so it is not even opened.
     if entry is not None and (entry.st_dev, entry.st_ino) in _HELD:

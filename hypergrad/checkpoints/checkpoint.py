@@ -146,8 +146,10 @@ def as_store(where: str, folder: Any) -> Store:
     """A path becomes a store of npz files.
 
     Raises:
+        InputError: on a system that cannot keep checkpoints.
         InputTypeError: for anything else.
     """
+    _durable.check_system(where)
     if isinstance(folder, Store):
         return folder
     if isinstance(folder, (str, os.PathLike)) and isinstance(os.fspath(folder), str) and os.fspath(folder):

@@ -20,8 +20,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import hypergrad as hg
 from experiments.reliability.damage import KINDS, damage
 from hypergrad import outer
 from hypergrad.checkpoints import checkpoint
@@ -362,6 +364,24 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
     file.write_text("")
     with pytest.raises(OSError):
         outer.save(file, TREE, step=0)
+
+
+def test_where_there_are_no_file_locks_checkpoints_are_refused_in_so_many_words(tmp_path, monkeypatch):
+    """Windows, as far as it can be had here: no `fcntl`. What was saved elsewhere is not read there, either."""
+    outer.save(tmp_path, TREE, step=0)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    problem = hg.Problem(lambda w, h, b: (w - h) ** 2, lambda w, h, b: w**2)
+    calls = {
+        "save": lambda: outer.save(tmp_path / "new", TREE, step=0),
+        "load": lambda: outer.load(tmp_path, TREE),
+        "tune: checkpoint": lambda: hg.tune(
+            hg.implicit(problem), 0.0, 1.0, outer=optax.sgd(0.1), steps=1, checkpoint=tmp_path / "new"
+        ),
+    }
+    for where, call in calls.items():
+        with pytest.raises(hg.InputError, match=f"^{where}: checkpoints need the file locks of a POSIX system"):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 HOLD = """
