@@ -14,6 +14,10 @@ from hypergrad.chunked import chunked as chunked
 from hypergrad.folds import folds as folds
 from hypergrad._data import minibatches as minibatches
 from hypergrad._data import stream as stream
+from hypergrad._options import Choice as Choice
+from hypergrad._options import Number as Number
+from hypergrad._options import options as options
+from hypergrad._options import Slot as Slot
 from hypergrad._problem import compose as compose
 from hypergrad._problem import Problem as Problem
 from hypergrad._solver import About as About

@@ -24,41 +24,6 @@ from hypergrad._tree import PyTree, is_float, is_key, keystr
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# option: (smallest value allowed, whether that value itself is allowed, whether it must be an integer)
-_RULES: dict[str, tuple[float, bool, bool]] = {
-    "tol": (0, False, False),
-    "damping": (0, True, False),
-    "step_size": (0, False, False),
-    "memory": (0, False, False),
-    "max_steps": (1, True, True),
-    "steps": (0, True, True),
-    "rank": (1, True, True),
-    "probes": (1, True, True),
-    "restart": (1, True, True),
-    "polish": (0, True, True),
-    "truncate": (1, True, True),
-    "history": (1, True, True),
-    "power_steps": (1, True, True),
-    "max_failures": (1, True, True),
-    "patience": (1, True, True),
-    "directions": (1, True, True),
-    "step": (0, True, True),
-    "keep": (1, True, True),
-    "every": (1, True, True),
-    "scale": (0, True, False),
-    "draws": (1, True, True),
-    "warmup": (0, True, True),
-    "max_holes": (1, True, True),
-    "valid_steps": (1, True, True),
-    "entropy": (0, True, False),
-    "strong_convexity": (0, False, False),
-    "outer_gradient": (0, True, False),
-    "cross": (0, True, False),
-    "hessian": (0, True, False),
-    "direct": (0, True, False),
-    "cross_norm": (0, True, False),
-}
-
 
 def caller_level() -> int:
     """Stack level, for a warning of the function that calls this, of the first frame outside this library and JAX."""
@@ -99,27 +64,6 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
         raise InputError(
             f"{function}: {argument} must be one of {', '.join(map(repr, allowed))}, found {value!r}{hint}"
         )
-
-
-def check_options(function: str, **options: Any) -> None:
-    """Raise for an option outside its range; None and traced values pass."""
-    for name, value in options.items():
-        if value is None or isinstance(value, Tracer):
-            continue
-        low, closed, integer = _RULES[name]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
-            or np.ndim(value)
-        ):
-            raise InputTypeError(f"{function}: {name} must be a number, found {value!r}.")
-        if integer and not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-            raise InputTypeError(f"{function}: {name} must be an integer, found {value!r}.")
-        number = float(value)  # pyright: ignore[reportArgumentType]
-        if not (number >= low if closed else number > low):
-            raise InputError(
-                f"{function}: {name} must be {'at least' if closed else 'greater than'} {low:g}, found {value!r}."
-            )
 
 
 def check_hparams(hparams: PyTree) -> PyTree:

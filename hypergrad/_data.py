@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_key, keystr
 
@@ -111,6 +112,7 @@ class Stream:
         return batch
 
 
+@options(size=Number(integer=True, static=True, advice="write the rows of one batch"))
 def minibatches(arrays: PyTree, size: int) -> Minibatches:
     """Let every step see `size` rows, drawn uniformly with replacement inside jit from the key of the step.
 
@@ -126,8 +128,6 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
     >>> hg.minibatches((jnp.zeros((10, 3)), jnp.zeros(10)), 4).size
     4
     """
-    if isinstance(size, bool) or not hasattr(size, "__index__"):
-        raise InputTypeError(f"minibatches: size must be an integer, found {size!r}: write the rows of one batch.")
     arrays = prepare("minibatches: arrays", arrays)
     n = rows(arrays, "minibatches")
     if not 1 <= size <= n:
@@ -138,6 +138,7 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
     return Minibatches(jax.tree.map(jnp.asarray, arrays), int(size))
 
 
+@options(per_step=Number(least=1, integer=True, static=True, advice="write how many batches one outer step uses"))
 def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
     """Use a host data loader: any iterable of batches (pytrees of equal shapes), started anew when it ends if possible.
 
@@ -151,17 +152,12 @@ def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
 
     Raises:
         InputError: if `per_step` is not positive.
-        InputTypeError: if there is nothing to iterate over.
+        InputTypeError: if it is no integer, or if there is nothing to iterate over.
 
     >>> import hypergrad as hg, numpy as np
     >>> hg.stream([np.zeros(4), np.ones(4)], per_step=3).next().batches.shape
     (3, 4)
     """
-    if isinstance(per_step, bool) or not hasattr(per_step, "__index__") or per_step < 1:
-        raise InputError(
-            f"stream: per_step must be a positive integer, found {per_step!r}: "
-            "write how many batches one outer step uses."
-        )
     if not isinstance(iterator, Iterable) and not hasattr(iterator, "__getitem__"):
         raise InputTypeError(
             f"stream: iterator must be an iterable of batches, found {type(iterator).__name__}: "

@@ -1,15 +1,219 @@
-"""Numbers that may change from call to call without recompiling: they travel in a solver's state as arrays."""
+r"""Options: how a factory says what it takes, and how their numbers travel.
+
+A factory declares each option in the line above itself, as a `Number`, a `Choice` or a `Slot`. The decorator `options`
+checks what it is called with against that, before anything is compiled, and keeps the declaration at the function for
+whoever wants to read it (`declared`): the tests walk it. Defaults stand where Python has them, in the signature.
+
+Numbers that may change from call to call without recompiling travel in a solver's state as arrays (`as_options`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._tree import PyTree
+from hypergrad._checks import check_choice, suggest_names
+from hypergrad._solver import InputError, InputTypeError
+from hypergrad._tree import PyTree, keystr
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Option(Protocol):
+    """What an option may be: a `Number`, a `Choice`, a `Slot`, or anything else that can check a value."""
+
+    def check(self, function: str, name: str, value: Any) -> None:
+        """Raise an `InputError` or `InputTypeError` that names function and option, unless the value is allowed."""
+        ...
+
+
+class Number(NamedTuple):
+    """A finite number in a range. Declares an option of a factory, for `hg.options`.
+
+    Attributes:
+        least: smallest value.
+        above: what it must be greater than.
+        most: largest value.
+        below: what it must be less than.
+        integer: whether it must be a whole number of an integer type.
+        static: whether it must be known before anything is compiled: a number of Python or NumPy, not an array of JAX.
+        every: whether it may be an array, or a pytree of them, each of whose entries must be in the range.
+        advice: the end of the message for anything else: what to write instead.
+
+    >>> import hypergrad as hg
+    >>> hg.Number(least=0, below=1).range
+    'in [0, 1)'
+    """
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+    integer: bool = False
+    static: bool = False
+    every: bool = False
+    advice: str = ""
+
+    @property
+    def range(self) -> str:
+        """The range in words; empty if every number is allowed."""
+        low, high = max(self.least, self.above), min(self.most, self.below)
+        closed, shut = self.least > self.above, self.most < self.below
+        if math.isfinite(low) and math.isfinite(high):
+            return f"in {'[' if closed else '('}{low:g}, {high:g}{']' if shut else ')'}"
+        if math.isfinite(low):
+            return f"{'at least' if closed else 'greater than'} {low:g}"
+        return f"{'at most' if shut else 'less than'} {high:g}" if math.isfinite(high) else ""
+
+    def check(self, function: str, name: str, value: Any) -> None:
+        """Raise for what is no number, or one out of range; traced values pass unless the number is static."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value) if self.every else [((), value)]:
+            self._check(f"{function}: {name}{keystr(path)} must be", leaf)
+
+    def _check(self, must_be: str, value: Any) -> None:
+        traced, late = isinstance(value, Tracer), self.static and isinstance(value, jax.Array)
+        kind = f"{'a Python' if late else 'an'} integer" if self.integer else "a number"
+        advice = "its value must be known before anything is compiled" if late else self.advice
+        advice = f": {advice}." if advice else "."
+        number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)) and not isinstance(value, bool)
+        number = number and not late and (self.every or not np.ndim(value))
+        number = number and jnp.issubdtype(jnp.result_type(value), jnp.integer if self.integer else jnp.number)
+        if not number or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+            raise InputTypeError(f"{must_be} {kind}, found {value!r}{advice}")
+        if traced:
+            return
+        values = np.asarray(value).astype(float)
+        low = (values >= self.least) & (values > self.above)
+        wrong = ~(low & (values <= self.most) & (values < self.below))
+        if np.any(wrong):
+            first = values[wrong].flat[0]
+            allowed = "finite" if np.isinf(first) else self.range or kind
+            raise InputError(f"{must_be} {allowed}, found {f'{first:g}' if values.ndim else repr(value)}{advice}")
+
+
+class Choice(NamedTuple):
+    """One of several strings. Declares an option of a factory, for `hg.options`.
+
+    Attributes:
+        allowed: the strings.
+    """
+
+    allowed: tuple[str, ...]
+
+    def check(self, function: str, name: str, value: Any) -> None:
+        """Raise for any other value, with the nearest of those allowed."""
+        check_choice(function, name, value, self.allowed)
+
+
+class Slot(NamedTuple):
+    """An object of some kind, such as an inner solver. Declares an option of a factory, for `hg.options`.
+
+    Attributes:
+        kind: its type, or several; or the names of functions that it must have.
+        what: the kind in words, with its article.
+        write: what to write instead of something else.
+        none: whether None is allowed, and means that there is to be none.
+    """
+
+    kind: type | tuple[type, ...] | tuple[str, ...]
+    what: str
+    write: str
+    none: bool = False
+
+    def check(self, function: str, name: str, value: Any) -> None:
+        """Raise for anything of another kind, and for a factory of the library that was not called."""
+        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
+        attributes = [kind for kind in kinds if isinstance(kind, str)]
+        right = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+        right |= bool(attributes) and all(callable(getattr(value, attribute, None)) for attribute in attributes)
+        if (right and not hasattr(value, _DECLARED)) or (value is None and self.none):
+            return
+        raise InputTypeError(f"{function}: {name} must be {self.what}, found {_describe(value)}: write {self.write}.")
+
+
+SOLVER = Slot(("init", "hypergrad", "response"), "an hg.Solver", "hg.implicit(problem), or another method")
+
+
+def options(**declared: Option) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare the options of a factory, which are then checked in every call before it runs.
+
+    A keyword that the factory does not have is refused as well, with the nearest that it has. The default itself is
+    always allowed, so that an option may be None only where that is its default.
+
+    Args:
+        **declared: an `hg.Number`, `hg.Choice` or `hg.Slot` for each option by its name.
+
+    Returns:
+        A decorator.
+
+    Raises:
+        InputTypeError: for a name that is not a parameter of the factory.
+
+    >>> import hypergrad as hg
+    >>> @hg.options(steps=hg.Number(least=1, integer=True))
+    ... def my_solver(*, steps=10):
+    ...     return steps
+    >>> my_solver(steps=0)
+    Traceback (most recent call last):
+        ...
+    hypergrad._solver.InputError: my_solver: steps must be at least 1, found 0.
+    """
+
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(factory)
+        for name in declared:
+            if name not in signature.parameters:
+                raise InputTypeError(f"options: {factory.__name__} has no parameter {name!r} to declare.")
+
+        @functools.wraps(factory)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                given = signature.bind_partial(*args, **kwargs).arguments
+            except TypeError:  # Python's own message, from the call, names the function
+                given = {}
+            for name, value in given.items():
+                if name in declared and value is not signature.parameters[name].default:
+                    declared[name].check(factory.__name__, name, value)
+            return factory(*args, **kwargs)
+
+        setattr(checked, _DECLARED, dict(declared))
+        return suggest_names(checked)
+
+    return decorate
+
+
+_DECLARED = "__options__"
+
+
+def declared(factory: Callable[..., Any]) -> Mapping[str, Option]:
+    """The options that a factory declares, by name."""
+    return getattr(factory, _DECLARED, {})
+
+
+def _describe(value: Any) -> str:
+    name, module = getattr(value, "__name__", None), getattr(value, "__module__", None) or ""
+    if inspect.isfunction(value) and module.startswith("hypergrad."):
+        rooms = [room for room in module.split(".")[1:-1] if room not in ("solvers", "diagnostics")]
+        path = ".".join(["hg", *rooms, value.__name__])
+        needed = any(p.default is p.empty for p in inspect.signature(value).parameters.values())
+        return f"the function {path} itself, which must be called, as in {path}({'...' if needed else ''})"
+    if isinstance(value, str) or value is None:
+        return repr(value)
+    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+        return "an optax optimizer"
+    return f"the {'class' if inspect.isclass(value) else 'function'} {name}" if name else type(value).__name__
 
 
 def default_tol(tol: ArrayLike | None, like: PyTree) -> Array:

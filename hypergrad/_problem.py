@@ -19,6 +19,7 @@ from jax import Array
 
 from hypergrad._checks import check_same_structure
 from hypergrad._data import draw
+from hypergrad._options import Slot
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_key
 
@@ -63,6 +64,9 @@ class Problem:
             (n, f) for n, f in (("inner_loss", self.inner_loss), ("outer_loss", self.outer_loss)) if f is not None
         ]
         return any(key_use(f, n, self.model_state) == "required" for n, f in losses)
+
+
+PROBLEM = Slot(Problem, "an hg.Problem", "hg.Problem(inner_loss, outer_loss)")
 
 
 def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optional", "required"]:

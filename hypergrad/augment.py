@@ -25,12 +25,15 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from hypergrad._checks import check_options
+from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 
+# How much of something: one number, or one for each example.
+AMOUNT = Number(least=0, every=True, advice="keep it there by tuning it with domain=hg.domains.positive()")
 _MOST = 1 - 2.0**-10  # rate at which dropout stops: what is kept is scaled by at most 1024
 
 
+@options(rate=AMOUNT._replace(below=1, advice="keep it there by tuning it with domain=hg.domains.interval(0, 0.95)"))
 def dropout(x: Array, rate: ArrayLike, *, key: Array) -> Array:
     """Set each entry to zero with probability `rate`, and divide the others by `1 - rate`.
 
@@ -52,12 +55,13 @@ def dropout(x: Array, rate: ArrayLike, *, key: Array) -> Array:
     >>> [round(float(share), 1) for share in jnp.mean(kept > 0, axis=1)]
     [1.0, 0.5]
     """
-    x, rate = _prepared("dropout", "rate", x, rate, below_one=True)
+    x, rate = _prepared("dropout", "rate", x, rate)
     rate = jnp.minimum(jax.lax.stop_gradient(rate), _MOST)
     kept = jax.random.uniform(key, x.shape, x.dtype) >= rate
     return jnp.where(kept, x / (1 - rate), 0)
 
 
+@options(scale=AMOUNT)
 def gaussian_noise(x: Array, scale: ArrayLike, *, key: Array) -> Array:
     """Add normal noise of standard deviation `scale` to each entry.
 
@@ -81,6 +85,7 @@ def gaussian_noise(x: Array, scale: ArrayLike, *, key: Array) -> Array:
     return x + scale * jax.random.normal(key, x.shape, x.dtype)
 
 
+@options(strength=AMOUNT)
 def brightness(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     """Add one number, uniform between `-strength` and `strength`, to all of an example.
 
@@ -103,6 +108,7 @@ def brightness(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     return x + strength * _uniform(key, x, per_entry=False)
 
 
+@options(strength=AMOUNT)
 def contrast(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     """Scale an example about its mean by one factor between `1 / (1 + strength)` and `1 + strength`.
 
@@ -129,6 +135,7 @@ def contrast(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     return mean + (x - mean) * jnp.exp(jnp.log1p(strength) * _uniform(key, x, per_entry=False))
 
 
+@options(strength=AMOUNT)
 def jitter(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     """Scale each entry by a factor of its own between `1 / (1 + strength)` and `1 + strength`.
 
@@ -154,6 +161,7 @@ def jitter(x: Array, strength: ArrayLike, *, key: Array) -> Array:
     return x * jnp.exp(jnp.log1p(strength) * _uniform(key, x, per_entry=True))
 
 
+@options(shift=AMOUNT)
 def translate(images: Array, shift: ArrayLike, *, key: Array) -> Array:
     """Move each image by up to `shift` pixels along each axis, fractions of a pixel by linear interpolation.
 
@@ -189,6 +197,7 @@ def translate(images: Array, shift: ArrayLike, *, key: Array) -> Array:
     return jnp.einsum("nkj,nij...->nik...", interpolation(width, moves[1]), moved)
 
 
+@options(length=AMOUNT, holes=AMOUNT, max_holes=Number(least=1, integer=True, static=True))
 def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int, key: Array) -> Array:
     """Set `holes` squares of `length` × `length` pixels to zero, each around a pixel drawn uniformly.
 
@@ -214,7 +223,6 @@ def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int
     >>> [int(zeros) for zeros in jnp.sum(cut == 0, axis=(1, 2))]
     [0, 6, 18]
     """
-    check_options("cutout", max_holes=max_holes)
     _check_most(holes, max_holes)
     images, length = _prepared("cutout", "length", images, length)
     _, holes = _prepared("cutout", "holes", images, holes)
@@ -234,9 +242,7 @@ def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int
     return jnp.where(hidden.reshape(*hidden.shape, *(1,) * (images.ndim - 3)), 0, images)
 
 
-def _prepared(
-    function: str, name: str, x: Array, strength: ArrayLike, *, below_one: bool = False
-) -> tuple[Array, Array]:
+def _prepared(function: str, name: str, x: Array, strength: ArrayLike) -> tuple[Array, Array]:
     """Data and strength as arrays of one dtype, the strength with the number of axes of the data, at least 0."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
@@ -249,15 +255,6 @@ def _prepared(
         raise InputError(
             f"{function}: {name} must be a scalar or one number for each example, [{x.shape[0]}], found shape {shape}."
         )
-    if not isinstance(strength, Tracer):
-        values = np.asarray(strength, np.float64)
-        inside = (values >= 0) & ((values < 1) if below_one else np.isfinite(values))
-        if not np.all(inside):
-            allowed, domain = ("in [0, 1)", "interval(0, 0.95)") if below_one else ("at least 0", "positive()")
-            raise InputError(
-                f"{function}: {name} must be {allowed}, found {values[~inside].flat[0]:g}: "
-                f"keep it there by tuning it with domain=hg.domains.{domain}."
-            )
     value = jnp.asarray(strength, x.dtype)
     value = jnp.where(value < 0, 0, value)  # and not maximum, whose derivative at 0 is one half
     return x, value.reshape(-1, *(1,) * (x.ndim - 1))

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad._data import rows
+from hypergrad._options import Number, options
 from hypergrad._problem import Composed, key_use
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_key
 
 
+@options(chunks=Number(least=1, integer=True, static=True, advice="write the number of pieces"))
 def chunked(loss: Callable[..., Any], chunks: int) -> Callable[..., Any]:
     """The same loss, computed on `chunks` equal pieces of its batch and averaged: less memory at the same value.
 
@@ -53,11 +55,7 @@ def chunked(loss: Callable[..., Any], chunks: int) -> Callable[..., Any]:
             "call jax.lax.map over pieces inside the two functions."
         )
     key_use(loss, "chunked: loss", False)
-    if isinstance(chunks, bool) or not hasattr(chunks, "__index__"):
-        raise InputTypeError(f"chunked: chunks must be an integer, found {chunks!r}: write the number of pieces.")
     count = int(chunks)
-    if count < 1:
-        raise InputError(f"chunked: chunks must be at least 1, found {count}: write the number of pieces.")
 
     @functools.wraps(loss)  # keeps the signature, from which hg.Problem reads whether the loss takes a key
     def over_pieces(params: PyTree, hparams: PyTree, batch: PyTree, *key: Any) -> Any:

@@ -17,6 +17,7 @@ from jax import Array
 from jax.core import Tracer
 
 from hypergrad._data import prepare, rows
+from hypergrad._options import Number, options
 from hypergrad._solver import HypergradError, InputError, InputTypeError
 from hypergrad._tree import PyTree
 
@@ -38,6 +39,7 @@ class Fold(NamedTuple):
     weight: Array
 
 
+@options(k=Number(least=2, integer=True, static=True, advice="write the number of folds"))
 def folds(
     arrays: PyTree, k: int, *, key: Array | None = None, stratify: Any = None, groups: Any = None
 ) -> tuple[Fold, Fold]:
@@ -68,11 +70,9 @@ def folds(
     >>> valid.weight.sum(axis=0).tolist()  # every row is validated once
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise InputTypeError(f"folds: k must be an integer, found {k!r}: write the number of folds.")
     arrays = prepare("folds: arrays", arrays)
     n = rows(arrays, "folds: arrays")
-    if not 2 <= int(k) <= n:
+    if int(k) > n:
         raise InputError(f"folds: k must be between 2 and the {n} rows of the data, found {int(k)}.")
     fold = _assign(n, int(k), _seed(key), _labels("stratify", stratify, n), _labels("groups", groups, n))
     valid = jnp.asarray(fold[None, :] == np.arange(int(k))[:, None], jnp.result_type(float))

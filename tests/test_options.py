@@ -1,20 +1,25 @@
 """Every option of every public function: a wrong name, a wrong type and a number out of range are each refused, before
 anything is traced, in a message that names function, option, what was found and what is allowed.
 
-The functions and their options are read from the package, so that a new one is walked as well.
+The options and their ranges are read from the functions themselves, so that a new one is walked as well.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad._checks import _RULES
+from hypergrad._options import declared
+from hypergrad.solvers.regularity import CONSTANTS
 from tests.test_public_api import FUNCTIONS
 
 PROBLEM = hg.Problem(lambda w, h, b: h * jnp.sum(w**2), lambda w, h, b: jnp.sum(w))
@@ -39,14 +44,32 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides
     "tree": {},
     "like": {},
     "step": 0,
+    "fn": lambda w, h, v: v,
+    "arrays": jnp.zeros(3),
+    "size": 2,
+    "iterator": [],
+    "loss": PROBLEM.inner_loss,
+    "chunks": 1,
+    "k": 2,
+    "per_step": 1,
+    "images": jnp.zeros((2, 4, 4)),
+    "x": jnp.zeros((2, 4)),
+    "rate": 0.5,
+    "strength": 0.5,
+    "scale": 0.5,
+    "shift": 0.5,
+    "length": 0.5,
+    "holes": 1.0,
+    "max_holes": 2,
+    "key": jax.random.key(0),
 }
-WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__wrapped__")}
-NUMBERS = [
-    (path, name)
-    for path, function in WALKED.items()
-    for name in inspect.signature(function).parameters
-    if name in _RULES
-]
+WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__options__")}
+# Without any option that could be wrong: data and results, or nothing at all.
+PLAIN = {"compose", "constrain", "raise_if_failed", "orbax", "gated", "log", "positive", "real", "simplex"}
+PLAIN |= {"to_constrained", "to_unconstrained", "losses", "hyperparameters", "hypergradient", "landscape", "options"}
+ALL = [(path, name, option) for path, f in WALKED.items() for name, option in declared(f).items()]
+NUMBERS = [case for case in ALL if isinstance(case[2], hg.Number)]
+NAMED = functools.partial(pytest.mark.parametrize, ids=lambda x: x if isinstance(x, str) else "")
 
 
 def call(path: str, **changes: Any) -> Any:
@@ -56,11 +79,44 @@ def call(path: str, **changes: Any) -> Any:
     return WALKED[path](**{n: NEEDED[n] for n in needed}, **changes)
 
 
-def test_the_walk_meets_the_functions_with_options():
-    names = {path.rsplit(".", 1)[-1] for path in WALKED}
-    assert {"implicit", "unrolled", "direct", "best_response", "tune", "check", "gradient", "lbfgs", "newton"} <= names
-    assert {"fixed_point", "cg", "neumann", "gmres", "nystrom", "dense", "identity", "jacobi"} <= names
-    assert len(NUMBERS) > 25
+def refused(path: str, name: str, value: Any, error: Any = (hg.InputError, hg.InputTypeError)) -> str:
+    """The message with which it is refused, which must begin with function, option and "must be"."""
+    with pytest.raises(error) as raised:
+        call(path, **{name: value})
+    message = str(raised.value)
+    assert message.startswith(f"{path.rsplit('.', 1)[-1]}: {name}")
+    assert " must be " in message
+    assert "found " in message
+    return message
+
+
+def beyond(option: hg.Number) -> list[float]:
+    """Numbers just outside of the range, at each of its ends."""
+    step = 1 if option.integer else 0.5
+    numbers = [option.least - step, option.above, option.most + step, option.below]
+    found = [x for x in numbers if math.isfinite(x)]
+    return [int(x) for x in found] if option.integer else found
+
+
+def test_every_public_function_declares_its_options():
+    undeclared = {path.rsplit(".", 1)[-1] for path in FUNCTIONS} - {path.rsplit(".", 1)[-1] for path in WALKED}
+    assert undeclared <= PLAIN, "declare its options with @options(...) above the function"
+    kinds = {
+        (path, name): parameter
+        for path, f in FUNCTIONS.items()
+        for name, parameter in inspect.signature(f).parameters.items()
+        if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
+    }
+    known = {(path, name) for path, name, _ in ALL}
+    assert sorted(set(kinds) - known) == [], "numbers without a range"
+    assert len(NUMBERS) > 45
+
+
+def test_defaults_lie_in_their_ranges():
+    for path, name, option in ALL:
+        default = inspect.signature(WALKED[path]).parameters[name].default
+        if default is not inspect.Parameter.empty and isinstance(default, (int, float, str)) and default != "default":
+            option.check(path, name, default)
 
 
 @pytest.mark.parametrize("path", WALKED)
@@ -72,29 +128,106 @@ def test_a_misspelt_option_is_refused_with_the_nearest_known(path):
     assert f"{function}: unknown option '{name}_', did you mean '{name}'?" in str(error.value)
 
 
-PREFIXES = {("hypergrad.self_tuning", "scale")}  # may be a pytree of numbers: a list is one
+@NAMED(("path", "name", "option"), NUMBERS)
+def test_what_is_no_number_is_refused(path, name, option):
+    wrong = ["text", True, float("nan"), 1j, [1, 2], {"a": "text"}, np.ones(2), jnp.ones((1,))]
+    for value in wrong[: 4 if option.every else None]:
+        message = refused(path, name, value)
+        assert f"found {value!r}" in message
+    if option.integer:
+        refused(path, name, 1.5, hg.InputTypeError)
+    if inspect.signature(WALKED[path]).parameters[name].default is not None and not option.every:
+        refused(path, name, None, hg.InputTypeError)
+    refused(path, name, math.inf)
 
 
-@pytest.mark.parametrize(
-    ("path", "option", "wrong"),
-    [(*n, w) for n in NUMBERS for w in ("text", [1, 2], True, float("nan")) if n not in PREFIXES or w != [1, 2]],
-    ids=lambda x: str(x),
-)
-def test_what_is_no_number_is_refused(path, option, wrong):
-    with pytest.raises(hg.HypergradError) as error:
-        call(path, **{option: wrong})
-    message = str(error.value)
-    assert f"{path.rsplit('.', 1)[-1]}: {option} must be" in message
-    assert f"found {wrong!r}" in message
+@NAMED(("path", "name", "option"), NUMBERS)
+def test_a_number_out_of_range_is_refused_with_the_bound(path, name, option):
+    for value in beyond(option):
+        message = refused(path, name, value, hg.InputError)
+        assert f"must be {option.range}, found {value!r}" in message
+        assert option.advice in message
 
 
-@pytest.mark.parametrize(("path", "option"), NUMBERS)
-def test_a_number_out_of_range_is_refused_with_the_bound(path, option):
-    low, closed, _ = _RULES[option]
-    if path.endswith("neumann") and option == "max_steps":
-        low = 0  # T1-T2
-    wrong = low - 1 if closed else low
-    with pytest.raises(hg.InputError) as error:
-        call(path, **{option: wrong})
-    assert f"{path.rsplit('.', 1)[-1]}: {option} must be" in str(error.value)
-    assert f"found {wrong!r}" in str(error.value)
+@NAMED(("path", "name", "option"), [case for case in NUMBERS if case[2].static])
+def test_a_traced_number_is_refused_where_the_program_needs_its_value(path, name, option):
+    dtype = jnp.int32 if option.integer else jnp.float32
+
+    def traced(value: Any) -> Any:
+        message = refused(path, name, value, hg.InputTypeError)
+        assert "known before anything is compiled" in message
+        return value
+
+    jax.eval_shape(traced, jax.ShapeDtypeStruct((), dtype))
+
+
+@pytest.mark.parametrize("make", [hg.inner.lbfgs, hg.inner.newton, hg.linear.cg, hg.linear.dense, hg.linear.gmres])
+def test_a_traced_tolerance_is_a_number(make):
+    jax.eval_shape(lambda tol: make(tol=tol).options["tol"], jax.ShapeDtypeStruct((), jnp.float32))
+    with pytest.raises(hg.InputTypeError, match="tol must be a number"):
+        jax.eval_shape(lambda tol: make(tol=tol).options["tol"], jax.ShapeDtypeStruct((2,), jnp.float32))
+
+
+@NAMED(("path", "name", "option"), [case for case in ALL if isinstance(case[2], hg.Choice)])
+def test_one_of_several_words_with_a_slip_is_refused_with_the_nearest(path, name, option):
+    for word in option.allowed:
+        with pytest.raises(hg.InputError, match=rf"{name} must be one of .*found '{word}_'.*did you mean"):
+            call(path, **{name: f"{word}_"})
+    refused(path, name, 3, hg.InputError)
+
+
+@NAMED(("path", "name", "option"), [case for case in ALL if isinstance(case[2], hg.Slot)])
+def test_an_object_of_another_kind_is_refused_with_what_to_write(path, name, option):
+    wrong = {"'cg'": "cg", "int": 3, "hg.linear.cg()": hg.linear.cg, "hg.inner.gradient(...)": hg.inner.gradient}
+    wrong |= {"the function adam": optax.adam} if option.kind != ("__call__",) else {}
+    wrong |= {"an optax optimizer": optax.sgd(0.1)} if option.kind != ("init", "update") else {}
+    for words, value in wrong.items():
+        message = refused(path, name, value, hg.InputTypeError)
+        assert f"{name} must be {option.what}, found " in message
+        assert words in message
+        assert f"write {option.write}" in message
+
+
+def test_every_slot_is_declared():
+    slots = {"problem", "inner", "linear", "preconditioner", "optimizer", "scale_optimizer", "response", "solver"}
+    found = {(path, name) for path, f in WALKED.items() for name in inspect.signature(f).parameters if name in slots}
+    known = {(path, name) for path, name, option in ALL if isinstance(option, hg.Slot)}
+    # These say for themselves what they take: an optimizer or a function that makes one.
+    assert found - known <= {("hypergrad.inner.gradient", "optimizer")}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_regularity_have_a_range(name):
+    known = hg.Regularity(1.0, 1.0, 1.0)
+    state = hg.implicit(PROBLEM, regularity=known).init(jnp.zeros(3), 0.5)
+    for value in (-1.0, "text", float("nan"), True, np.ones(2)):
+        solver = hg.implicit(PROBLEM, regularity=known._replace(**{name: value}))
+        with pytest.raises((hg.InputError, hg.InputTypeError), match=f"implicit: {name} must be .*found "):
+            solver.hypergrad(state, 0.5)
+
+
+def test_a_factory_of_ones_own_declares_its_options():
+    @hg.options(
+        problem=hg.Slot(hg.Problem, "an hg.Problem", "hg.Problem(inner_loss, outer_loss)"),
+        temperature=hg.Number(above=0, most=2, advice="write 1.0 for none"),
+        rounds=hg.Number(least=1, integer=True, static=True),
+        kind=hg.Choice(("warm", "cold")),
+    )
+    def annealed(problem, *, temperature, rounds=3, kind="warm"):
+        return problem, temperature, rounds, kind
+
+    assert annealed(PROBLEM, temperature=0.5) == (PROBLEM, 0.5, 3, "warm")
+    assert annealed.__name__ == "annealed"
+    assert declared(annealed)["temperature"].range == "in (0, 2]"
+    for wrong, message in (
+        ({"temperature": 3}, r"annealed: temperature must be in \(0, 2\], found 3: write 1.0 for none\."),
+        ({"temperature": None}, "annealed: temperature must be a number, found None"),
+        ({"temperature": 1, "rounds": 0}, "annealed: rounds must be at least 1, found 0"),
+        ({"temperature": 1, "kind": "wram"}, "annealed: kind must be one of .* did you mean 'warm'"),
+        ({"temperature": 1, "ruonds": 0}, "annealed: unknown option 'ruonds', did you mean 'rounds'"),
+        ({"problem": 3, "temperature": 1}, "annealed: problem must be an hg.Problem, found int: write hg.Problem"),
+    ):
+        with pytest.raises((hg.InputError, hg.InputTypeError), match=message):
+            annealed(**{"problem": PROBLEM, **wrong})
+    with pytest.raises(hg.InputTypeError, match=r"options: .*has no parameter 'y' to declare"):
+        hg.options(y=hg.Number())(lambda x: x)

@@ -26,7 +26,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypergrad._checks import caller_level, check_options, suggest_names
+from hypergrad._checks import caller_level
+from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints import _durable
@@ -69,7 +70,7 @@ class Loaded(NamedTuple):
     tree: PyTree
 
 
-@suggest_names
+@options(step=Number(least=0, integer=True), keep=Number(least=1, integer=True))
 def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, keep: int = KEEP) -> Path:
     """Write a pytree of arrays to disk, so that it is there whole or not at all.
 
@@ -100,14 +101,13 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
     >>> hg.outer.load(folder, tree).tree["w"]
     Array([0, 1, 2], dtype=bfloat16)
     """
-    check_options("save", step=step, keep=keep)
     store = as_store("save", folder)
     store.folder.mkdir(parents=True, exist_ok=True)
     with _durable.locked(store.folder):
         return write(store, int(step), tree, keep=int(keep))
 
 
-@suggest_names
+@options()
 def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
     """Read the newest checkpoint that is whole, as a pytree like `like`, on the devices where `like` is.
 

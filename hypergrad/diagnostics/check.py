@@ -24,10 +24,11 @@ import numpy as np
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_finite, check_hparams, check_options, suggest_names
+from hypergrad._checks import check_finite, check_hparams
 from hypergrad._data import Minibatches, Stream, prepare
 from hypergrad._jaxpr.labels import check_concrete_data, check_solver_labels
-from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
+from hypergrad._options import SOLVER, Number, options
+from hypergrad._solver import Hypergradient, InputError, Solver, Status
 from hypergrad._tree import PyTree, keystr
 from hypergrad.diagnostics._causes import Evidence, find_causes, is_unrolled
 from hypergrad.diagnostics._differences import (
@@ -89,7 +90,7 @@ class _Run(NamedTuple):
     metasmoothness: Metasmoothness | None
 
 
-@suggest_names
+@options(solver=SOLVER, directions=Number(least=1, integer=True, static=True), tol=Number(above=0))
 def check(
     solver: Solver,
     params: PyTree,
@@ -130,12 +131,6 @@ def check(
     >>> hg.check(hg.implicit(problem), jnp.zeros(3), 0.3).ok
     True
     """
-    if not all(callable(getattr(solver, name, None)) for name in ("init", "hypergrad", "response")):
-        raise InputTypeError(
-            f"check: solver must be an hg.Solver, found {type(solver).__name__}: write "
-            "hg.implicit(problem), or another method."
-        )
-    check_options("check", directions=directions, tol=tol)
     for name, data in (("train", train), ("valid", valid)):
         if isinstance(data, Stream):
             raise InputError(

@@ -17,8 +17,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from hypergrad._checks import check_hparams, nearest, suggest_names
+from hypergrad._checks import check_hparams, nearest
 from hypergrad._data import Stream, prepare
+from hypergrad._options import SOLVER, options
 from hypergrad._solver import InputError, Solver
 from hypergrad._tree import PyTree, keystr
 from hypergrad.diagnostics._differences import Problem, flatten, make_resolve
@@ -40,7 +41,7 @@ class Landscape(NamedTuple):
     values: np.ndarray
 
 
-@suggest_names
+@options(solver=SOLVER)
 def landscape(
     solver: Solver,
     params: PyTree,

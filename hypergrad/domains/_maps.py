@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad._solver import InputError, InputTypeError
+from hypergrad._options import Number
+from hypergrad._solver import InputError
 
 # Maps are compiled whole: outside `jit` each of their operations would be a program of its own.
 compiled = functools.partial(jax.jit, inline=True)
@@ -74,21 +75,15 @@ def settle_sigmoid(u: Array, before: Array) -> Array:
     return jnp.clip(u, creep(before), -creep(-before))
 
 
+END = Number(
+    static=True,
+    advice="use positive() or real() for an open side; where ends differ between entries, use one leaf each",
+)
+
+
 def ends(name: str, lo: Any, hi: Any) -> tuple[float, float]:
-    ends = []
-    for end, value in (("lo", lo), ("hi", hi)):
-        if isinstance(value, (bool, str)) or np.ndim(value) or not np.isreal(value):
-            raise InputTypeError(
-                f"{name}: {end} must be a number, found {value!r}: "
-                "where the ends differ between entries, use one leaf each."
-            )
-        ends.append(float(value))
-    low, high = ends
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(
-            f"{name}: lo and hi must be finite, found lo={low:g}, hi={high:g}: "
-            "use positive() or real() for an open side."
-        )
+    """The two ends as floats, once they are numbers and in order."""
+    low, high = float(lo), float(hi)
     if not low < high:
         remedy = f"write {name}({high:g}, {low:g})" if high < low else "keep a fixed value out of hparams"
         raise InputError(f"{name}: lo must be less than hi, found lo={low:g}, hi={high:g}: {remedy}.")

@@ -10,13 +10,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from hypergrad._checks import suggest_names
+from hypergrad._options import options
 from hypergrad._solver import InputError
 from hypergrad.domains._domain import Domain
-from hypergrad.domains._maps import compiled_between, ends, logit, settle_sigmoid, sigmoid
+from hypergrad.domains._maps import END, compiled_between, ends, logit, settle_sigmoid, sigmoid
 
 
-@suggest_names
+@options(lo=END, hi=END)
 def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
     r"""The whole numbers lo, lo + 1, ..., hi, as floats: what the losses see is rounded, what is tuned is not.
 

@@ -7,12 +7,12 @@ import functools
 import numpy as np
 from jax.typing import ArrayLike
 
-from hypergrad._checks import suggest_names
+from hypergrad._options import options
 from hypergrad.domains._domain import Domain
-from hypergrad.domains._maps import ends, logit, settle_sigmoid, sigmoid
+from hypergrad.domains._maps import END, ends, logit, settle_sigmoid, sigmoid
 
 
-@suggest_names
+@options(lo=END, hi=END)
 def interval(lo: ArrayLike, hi: ArrayLike) -> Domain:
     r"""Between two numbers, lo ≤ λ ≤ hi, through a sigmoid: `lo + (hi − lo) σ(u)`.
 

@@ -13,6 +13,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
+from hypergrad._options import Slot
 from hypergrad._problem import Objective
 from hypergrad._tree import PyTree
 
@@ -88,3 +89,11 @@ class Inner(NamedTuple):
 def gradient_residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
     """F = ∂_w h, for every solver that minimises the inner loss."""
     return jax.grad(objective.fixed)(params, hparams)
+
+
+INNER = Slot(
+    Inner,
+    "an inner solver",
+    "hg.inner.lbfgs(), or hg.inner.gradient(optimizer, steps=100) for an optax optimizer",
+)
+STEPS = INNER._replace(write="hg.inner.gradient(optimizer, steps=100), with an optax optimizer such as optax.sgd(0.1)")

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, check_same_structure, suggest_names
-from hypergrad._options import default_tol
+from hypergrad._checks import check_same_structure
+from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective, key_use
 from hypergrad._solver import InputError, InputTypeError, Status
 from hypergrad._tree import PyTree
@@ -49,7 +48,7 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@suggest_names
+@options(tol=Number(above=0), max_steps=Number(least=1, integer=True), steps=Number(least=0, integer=True, static=True))
 def fixed_point(
     map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, steps: int | None = None
 ) -> Inner:
@@ -82,12 +81,6 @@ def fixed_point(
     ...     return jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.5 * l1, 0.0)
     >>> inner = hg.inner.fixed_point(proximal_step, tol=1e-6)
     """
-    check_options("fixed_point", tol=tol, max_steps=max_steps, steps=steps)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer))):
-        raise InputTypeError(
-            f"fixed_point: steps must be a Python integer, found {steps!r}: the number of unrolled "
-            "steps is part of the compiled program; max_steps= may be traced."
-        )
     if not callable(map):
         raise InputTypeError(
             "fixed_point: map must be a function (params, hparams, batch[, key]) -> params, found "

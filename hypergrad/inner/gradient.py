@@ -23,9 +23,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, check_same_structure, suggest_names
+from hypergrad._checks import check_same_structure
 from hypergrad._jaxpr.differentiable import differentiable
-from hypergrad._options import default_tol
+from hypergrad._options import Number, Slot, default_tol, options
 from hypergrad._problem import Objective
 from hypergrad._solver import HypergradError, InputError, InputTypeError, Status
 from hypergrad._tree import PyTree
@@ -58,7 +58,10 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@suggest_names
+OPTIMIZER = Slot(("init", "update"), "an optax optimizer", "optax.adam(1e-3)")
+
+
+@options(steps=Number(least=0, integer=True, static=True), tol=Number(above=0))
 def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) -> Inner:
     """Take `steps` steps of an optax optimizer on the inner loss.
 
@@ -92,13 +95,6 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
     >>> inner = hg.inner.gradient(optax.sgd(0.1, momentum=0.9), steps=100)
     >>> tuned = hg.inner.gradient(lambda h: optax.adam(h['lr'], b1=h['b1']), steps=100)
     """
-    check_options("gradient", tol=tol)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise InputTypeError(
-            f"gradient: steps must be a Python integer, found {steps!r}: the number of steps is part "
-            "of the compiled program; use tol= to stop earlier."
-        )
-    check_options("gradient", steps=steps)
     if not _is_optimizer(optimizer) and not callable(optimizer):
         raise InputTypeError(
             "gradient: optimizer must be an optax optimizer or a function hparams -> optimizer, found "

@@ -25,8 +25,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
-from hypergrad._options import default_tol
+from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -85,7 +84,9 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@suggest_names
+@options(
+    tol=Number(above=0), max_steps=Number(least=1, integer=True), history=Number(least=1, integer=True, static=True)
+)
 def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, history: int = 10) -> Inner:
     """Minimise the inner loss by L-BFGS with a line search.
 
@@ -107,7 +108,6 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
     >>> import hypergrad as hg
     >>> inner = hg.inner.lbfgs(tol=1e-8)
     """
-    check_options("lbfgs", tol=tol, max_steps=max_steps, history=history)
     options = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     return Inner(
         init=lambda params, hparams: _empty(params, history),

@@ -20,9 +20,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
 from hypergrad._curvature import System, loss_system
-from hypergrad._options import default_tol
+from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -49,7 +48,7 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@suggest_names
+@options(tol=Number(above=0), max_steps=Number(least=1, integer=True))
 def newton(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None) -> Inner:
     """Minimise the inner loss by Newton-CG with a backtracking line search.
 
@@ -64,7 +63,6 @@ def newton(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None) -> 
     >>> import hypergrad as hg
     >>> inner = hg.inner.newton(tol=1e-8)
     """
-    check_options("newton", tol=tol, max_steps=max_steps)
     options = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     return Inner(
         init=lambda params, hparams: (),

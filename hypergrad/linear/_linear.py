@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._options import as_options
+from hypergrad._options import Slot, as_options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 
@@ -81,6 +81,12 @@ class Linear(NamedTuple):
     claims: bool
     symmetric: bool
     preconditioner: Preconditioner | None = None
+
+
+LINEAR = Slot(Linear, "a linear solver", "hg.linear.cg() or one of its siblings")
+PRECONDITIONER = Slot(
+    ("__call__",), "a preconditioner", "hg.linear.jacobi(), hg.linear.precondition(fn) or None", none=True
+)
 
 
 def solve(

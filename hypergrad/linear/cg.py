@@ -22,10 +22,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner, fit
+from hypergrad.linear._linear import PRECONDITIONER, Linear, LinearResult, Matvec, Preconditioner, fit
 from hypergrad.linear.precondition import jacobi
 
 _MAX_STEPS = 1000
@@ -46,7 +46,7 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@suggest_names
+@options(tol=Number(above=0), max_steps=Number(least=1, integer=True), preconditioner=PRECONDITIONER)
 def cg(
     tol: ArrayLike | None = None,
     max_steps: ArrayLike | None = None,
@@ -68,7 +68,6 @@ def cg(
     >>> import hypergrad as hg
     >>> linear = hg.linear.cg(tol=1e-8)
     """
-    check_options("cg", tol=tol, max_steps=max_steps)
     claims = tol is not None or max_steps is None
     if isinstance(preconditioner, str):
         preconditioner = jacobi() if claims else None

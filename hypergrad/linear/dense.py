@@ -19,7 +19,7 @@ from jax.scipy.linalg import lu_factor, lu_solve
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec
@@ -28,7 +28,7 @@ _FLAT = 8  # a singular value this many units of rounding below the largest cann
 _BATCH = 512  # columns made at once
 
 
-@suggest_names
+@options(tol=Number(above=0))
 def dense(tol: ArrayLike | None = None) -> Linear:
     """Write A down and factorise it: for up to a few thousand parameters, symmetric or not.
 
@@ -44,7 +44,6 @@ def dense(tol: ArrayLike | None = None) -> Linear:
     >>> import hypergrad as hg
     >>> linear = hg.linear.dense()
     """
-    check_options("dense", tol=tol)
     return Linear(_solve, {"tol": tol}, claims=True, symmetric=False)
 
 

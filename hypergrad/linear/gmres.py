@@ -26,10 +26,10 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._solver import InputTypeError, Status
 from hypergrad._tree import PyTree
-from hypergrad.linear._linear import Linear, LinearResult, Matvec, Preconditioner, against, fit, weigh
+from hypergrad.linear._linear import PRECONDITIONER, Linear, LinearResult, Matvec, Preconditioner, against, fit, weigh
 
 _MAX_STEPS = 1000
 _ROUNDING = 4  # units of rounding to which a residual by recursion still means something
@@ -60,7 +60,12 @@ class _Carry(NamedTuple):
     singular: Array
 
 
-@suggest_names
+@options(
+    tol=Number(above=0),
+    max_steps=Number(least=1, integer=True),
+    restart=Number(least=1, integer=True, static=True),
+    preconditioner=PRECONDITIONER,
+)
 def gmres(
     tol: ArrayLike | None = None,
     max_steps: ArrayLike | None = None,
@@ -84,7 +89,6 @@ def gmres(
     >>> import hypergrad as hg
     >>> linear = hg.linear.gmres(tol=1e-8, restart=30)
     """
-    check_options("gmres", tol=tol, max_steps=max_steps, restart=restart)
     if isinstance(restart, Tracer):
         raise InputTypeError(
             "gmres: restart must be a Python integer, since it sets the memory, found a traced value: "

@@ -18,13 +18,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec
 
 
-@suggest_names
+@options(step_size=Number(above=0))
 def identity(step_size: ArrayLike = 1.0) -> Linear:
     """Use `step_size` times the right-hand side for the solution: the cheapest hypergradient there is.
 
@@ -40,7 +40,6 @@ def identity(step_size: ArrayLike = 1.0) -> Linear:
     >>> import hypergrad as hg
     >>> linear = hg.linear.identity(step_size=0.1)
     """
-    check_options("identity", step_size=step_size)
     return Linear(_solve, {"step_size": step_size}, claims=False, symmetric=False)
 
 

@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec, fit
@@ -44,7 +44,12 @@ class _Carry(NamedTuple):
     products: Array
 
 
-@suggest_names
+@options(
+    max_steps=Number(least=0, integer=True),
+    tol=Number(above=0),
+    step_size=Number(above=0),
+    power_steps=Number(least=1, integer=True, static=True),
+)
 def neumann(
     max_steps: ArrayLike, *, tol: ArrayLike | None = None, step_size: ArrayLike | None = None, power_steps: int = 10
 ) -> Linear:
@@ -68,10 +73,6 @@ def neumann(
     >>> import hypergrad as hg
     >>> linear = hg.linear.neumann(max_steps=20)
     """
-    empty = isinstance(max_steps, int) and not isinstance(max_steps, bool) and max_steps == 0
-    check_options(
-        "neumann", max_steps=None if empty else max_steps, tol=tol, step_size=step_size, power_steps=power_steps
-    )
     options = {"max_steps": max_steps}
     if tol is not None:
         options["tol"] = tol

@@ -20,13 +20,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_choice, check_options, suggest_names
-from hypergrad._solver import InputError, Status
+from hypergrad._options import Choice, Number, options
+from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec, against, weigh
 
@@ -34,7 +33,11 @@ _BATCHED_ENTRIES = 4_000_000  # 16 MB in float32: above, the products run one by
 _SHIFT = 16  # units of rounding of the largest eigenvalue
 
 
-@suggest_names
+@options(
+    rank=Number(least=1, integer=True, static=True),
+    damping=Number(above=0, advice="what the sketch does not see would be divided by it; write damping=1e-3"),
+    sketch=Choice(("gaussian", "columns")),
+)
 def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linear:
     """A low-rank inverse with damping: a fixed budget of `rank` + 1 products, one-shot, that claims nothing.
 
@@ -53,13 +56,6 @@ def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linea
     >>> import hypergrad as hg
     >>> linear = hg.linear.nystrom(rank=20, damping=0.01)
     """
-    check_options("nystrom", rank=rank, damping=damping)
-    check_choice("nystrom", "sketch", sketch, ("gaussian", "columns"))
-    if not isinstance(damping, Tracer) and damping == 0:
-        raise InputError(
-            "nystrom: damping must be greater than 0, found 0: what the sketch does not see would be "
-            "divided by it; write damping=1e-3."
-        )
     return Linear(partial(_solve, rank=int(rank), sketch=sketch), {"damping": damping}, claims=False, symmetric=True)
 
 

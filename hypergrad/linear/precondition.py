@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Matvec, Preconditioner
 
@@ -29,7 +29,7 @@ _BATCHED_ENTRIES = 4_000_000  # 16 MB in float32: above, the probes run one by o
 _ERRORS = 1.5  # standard errors below which an entry of the diagonal cannot be told from noise
 
 
-@suggest_names
+@options(probes=Number(least=1, integer=True, static=True))
 def jacobi(probes: int = 8) -> Preconditioner:
     """Divide by the diagonal of A, estimated from `probes` products with random signs (Hutchinson).
 
@@ -43,7 +43,6 @@ def jacobi(probes: int = 8) -> Preconditioner:
     >>> import hypergrad as hg
     >>> linear = hg.linear.cg(tol=1e-8, preconditioner=hg.linear.jacobi(probes=16))
     """
-    check_options("jacobi", probes=probes)
 
     def build(matvec: Matvec, params: PyTree, hparams: PyTree, key: Array) -> Matvec:
         del hparams
@@ -53,6 +52,7 @@ def jacobi(probes: int = 8) -> Preconditioner:
     return build
 
 
+@options()
 def precondition(fn: Callable[[PyTree, PyTree, PyTree], PyTree]) -> Preconditioner:
     """Use your own approximate inverse.
 

@@ -27,10 +27,11 @@ from jax import Array
 from jax.core import Tracer
 
 from hypergrad import _tree
-from hypergrad._checks import caller_level, check_finite, check_hparams, check_options, suggest_names
+from hypergrad._checks import caller_level, check_finite, check_hparams
 from hypergrad._data import Stream
 from hypergrad._jaxpr.labels import check_solver_labels
-from hypergrad._solver import InputError, InputTypeError, Solver, Status
+from hypergrad._options import SOLVER, Number, options
+from hypergrad._solver import InputTypeError, Solver, Status
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints.checkpoint import Store
 from hypergrad.domains._domain import to_constrained, to_unconstrained
@@ -44,7 +45,13 @@ from hypergrad.outer._signals import Interrupts, interruptible
 from hypergrad.outer._step import Loop, make_step, strong
 
 
-@suggest_names
+@options(
+    solver=SOLVER,
+    steps=Number(least=1, integer=True, static=True, advice="write how many outer steps to take"),
+    max_failures=Number(least=1, integer=True, static=True),
+    patience=Number(least=1, integer=True, static=True),
+    every=Number(least=1, integer=True, static=True),
+)
 def tune(
     solver: Solver,
     params: PyTree,
@@ -131,7 +138,6 @@ def tune(
     """
     notes = Notes()
     functions = _check_arguments(solver, params, outer, steps, max_failures, patience, callbacks, key)
-    check_options("tune", every=every)
     hparams = check_hparams(hparams)
     check_finite("hparams", hparams)
     free = to_unconstrained(domain, hparams)
@@ -252,19 +258,11 @@ def _verdict(run: Run, steps: int, max_failures: int, patience: int | None) -> T
 def _check_arguments(
     solver: Any, params: PyTree, outer: Any, steps: Any, max_failures: Any, patience: Any, callbacks: Any, key: Any
 ) -> tuple[Callback, ...]:
-    if not all(callable(getattr(solver, name, None)) for name in ("init", "hypergrad", "response")):
-        raise InputTypeError(
-            f"tune: solver must be an hg.Solver, found {type(solver).__name__}: "
-            "write hg.implicit(problem), or another method."
-        )
     if not (callable(getattr(outer, "init", None)) and callable(getattr(outer, "update", None))):
         found = getattr(outer, "__name__", type(outer).__name__)
         raise InputTypeError(
             f"tune: outer must be an optax GradientTransformation, found {found}: write optax.adam(3e-2), for example."
         )
-    check_options("tune", steps=steps, max_failures=max_failures, patience=patience)
-    if steps is None or steps < 1:
-        raise InputError(f"tune: steps must be at least 1, found {steps!r}: write how many outer steps to take.")
     old_key = getattr(key, "dtype", None) == jnp.uint32 and key.shape == (2,)
     if key is not None and not old_key and not (_tree.is_key(key) and key.shape == ()):
         raise InputTypeError(f"tune: key must be one PRNG key, found {key!r}: write jax.random.key(0).")

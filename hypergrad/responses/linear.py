@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_options, suggest_names
+from hypergrad._options import Number, options
 from hypergrad._tree import PyTree
 from hypergrad.responses._response import Response, contract, make_response, need_key, normal
 
@@ -35,7 +35,7 @@ class Factors(NamedTuple):
     outputs: PyTree
 
 
-@suggest_names
+@options(rank=Number(least=1, integer=True, static=True))
 def linear(*, rank: int | None = None, centred: bool = True) -> Response:
     """Parameters as a linear function of the unconstrained hyperparameters.
 
@@ -59,7 +59,6 @@ def linear(*, rank: int | None = None, centred: bool = True) -> Response:
     >>> print(response.apply(weights, 0.5, 0.4)["w"])
     [2. 3.]
     """
-    check_options("responses.linear", rank=rank)
 
     def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
         start = jax.tree.map(lambda x: jnp.zeros((rank or n, *x.shape), x.dtype), params)

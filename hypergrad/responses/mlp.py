@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import suggest_names
+from hypergrad._options import options
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 from hypergrad.responses._response import Response, contract, make_response, need_key, normal
@@ -45,7 +45,7 @@ class Layers(NamedTuple):
     outputs: PyTree
 
 
-@suggest_names
+@options()
 def mlp(
     *, hidden: Sequence[int] = (64, 64), within: tuple[float, float] | None = None, centred: bool = False
 ) -> Response:

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad._checks import suggest_names
-from hypergrad._solver import InputError, InputTypeError
+from hypergrad._options import Number, options
+from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
 from hypergrad.responses._response import Response, contract, make_response, need_key, normal
 
@@ -39,7 +39,7 @@ class Gates(NamedTuple):
     kernels: PyTree
 
 
-@suggest_names
+@options(axis=Number(integer=True, static=True, advice="write -1 or 0"))
 def structured(*, axis: int = -1, centred: bool = True) -> Response:
     """Parameters of a network, each unit of which responds to the hyperparameters: self-tuning.
 
@@ -67,8 +67,6 @@ def structured(*, axis: int = -1, centred: bool = True) -> Response:
     >>> print(response.apply(weights, {"dropout": 1.0, "decay": 2.0}, {"dropout": 0.0, "decay": 0.0})["bias"])
     [0. 0. 0.]
     """
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise InputTypeError(f"responses.structured: axis must be an integer, found {axis!r}: write -1 or 0.")
 
     def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):

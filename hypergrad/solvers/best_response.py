@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_data, check_hparams, check_params, suggest_names
-from hypergrad._options import as_options
-from hypergrad._problem import Objective, Problem, bind_inner
+from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._options import as_options, options
+from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner
 from hypergrad._solver import InputError, Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner
+from hypergrad.inner._inner import INNER, Inner
 from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
-from hypergrad.linear._linear import Linear, Matvec
+from hypergrad.linear._linear import LINEAR, Linear, Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
@@ -41,7 +41,7 @@ class BestResponseFn(Protocol):
         ...
 
 
-@suggest_names
+@options(problem=PROBLEM, inner=INNER, linear=LINEAR)
 def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linear | None = None) -> BestResponseFn:
     """The solution of the inner problem as a function of the hyperparameters, differentiable any number of times.
 

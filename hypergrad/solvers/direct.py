@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_data, check_hparams, check_params, suggest_names
-from hypergrad._options import as_options
-from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._options import as_options, options
+from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
 from hypergrad._solver import Hypergradient, Info, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner
+from hypergrad.inner._inner import INNER, Inner
 from hypergrad.inner._optimum import find_optimum
 
 
@@ -46,7 +46,7 @@ class DirectState(NamedTuple):
     options: dict[str, Any]
 
 
-@suggest_names
+@options(problem=PROBLEM, inner=INNER)
 def direct(problem: Problem, *, inner: Inner) -> Solver:
     """The direct derivative ∂outer/∂λ alone, with the parameters that the inner solver finds held fixed.
 

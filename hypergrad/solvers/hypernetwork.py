@@ -32,22 +32,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import (
-    caller_level,
-    check_data,
-    check_hparams,
-    check_options,
-    check_params,
-    check_same_structure,
-    suggest_names,
-)
+from hypergrad._checks import caller_level, check_data, check_hparams, check_params, check_same_structure
 from hypergrad._jaxpr.sensitivity import check_amortised_sensitivity
-from hypergrad._options import as_options
-from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
+from hypergrad._options import Number, Slot, as_options, options
+from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner, bind_outer
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained, to_unconstrained
-from hypergrad.inner.gradient import gradient
+from hypergrad.inner.gradient import OPTIMIZER, gradient
 from hypergrad.responses._response import Response, Weights, recentre
 from hypergrad.responses.linear import linear
 
@@ -80,7 +72,17 @@ class HypernetworkState(NamedTuple):
     options: dict[str, Any]
 
 
-@suggest_names
+@options(
+    problem=PROBLEM,
+    optimizer=OPTIMIZER._replace(
+        write="optax.adam(1e-3) (learning rates cannot be tuned through a response; hg.unrolled sees them)"
+    ),
+    steps=Number(least=0, integer=True, static=True),
+    scale=Number(least=0),
+    response=Slot(Response, "an hg.responses.Response", "hg.responses.linear()"),
+    draws=Number(least=1, integer=True, static=True),
+    warmup=Number(least=0, integer=True, static=True),
+)
 def hypernetwork(
     problem: Problem,
     *,
@@ -138,8 +140,7 @@ def hypernetwork(
     >>> print(f"{out.grad:.2f}")  # w = 1/2, dw/dlog_l2 = -1/4
     -0.05
     """
-    check_options("hypernetwork", steps=steps, scale=scale, draws=draws, warmup=warmup)
-    _check(optimizer, response, scale, distribution)
+    _check(scale, distribution)
     chosen = response if response is not None else linear()
     inner = gradient(optimizer, steps=steps)
     constrained = functools.partial(to_constrained, domain)
@@ -335,17 +336,7 @@ def _average(states: Array) -> Array:
     return jnp.mean(states, axis=0) if _tree.is_float(states) else states[0]
 
 
-def _check(optimizer: Any, response: Any, scale: Any, distribution: Any) -> None:
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise InputTypeError(
-            f"hypernetwork: optimizer must be an optax optimizer, found {type(optimizer).__name__}: write "
-            "optax.adam(1e-3). (Learning rates cannot be tuned through a response; hg.unrolled sees them.)"
-        )
-    if response is not None and not isinstance(response, Response):
-        raise InputTypeError(
-            f"hypernetwork: response must be an hg.responses.Response, found {type(response).__name__}: write "
-            "hg.responses.linear()."
-        )
+def _check(scale: Any, distribution: Any) -> None:
     if (scale is None) == (distribution is None):
         found = "neither" if scale is None else "both"
         raise InputError(

@@ -24,18 +24,18 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
+from hypergrad._checks import check_data, check_hparams, check_params
 from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
 from hypergrad._data import warn_small_batch
 from hypergrad._jaxpr.sensitivity import check_implicit_sensitivity
-from hypergrad._options import as_options
-from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._options import Choice, Number, as_options, options
+from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner
+from hypergrad.inner._inner import INNER, Inner
 from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
-from hypergrad.linear._linear import Linear, LinearResult
+from hypergrad.linear._linear import LINEAR, Linear, LinearResult
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
@@ -67,7 +67,14 @@ class ImplicitState(NamedTuple):
     options: dict[str, Any]
 
 
-@suggest_names
+@options(
+    problem=PROBLEM,
+    inner=INNER,
+    linear=LINEAR,
+    polish=Number(least=0, integer=True, static=True),
+    curvature=Choice(("hessian", "gauss_newton")),
+    damping=Number(least=0),
+)
 def implicit(
     problem: Problem,
     *,
@@ -117,8 +124,6 @@ def implicit(
     >>> print(f"{out.grad:.4f}")  # w = y / 1.5, dw/dl2 = -w / 1.5
     -0.7407
     """
-    check_options("implicit", polish=polish, damping=damping)
-    check_choice("implicit", "curvature", curvature, ("hessian", "gauss_newton"))
     chosen = inner if inner is not None else lbfgs()
     method = linear if linear is not None else (cg() if chosen.symmetric else gmres())
     if method.symmetric and not chosen.symmetric:

@@ -23,7 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_options
+from hypergrad._options import Number
 from hypergrad._solver import InputTypeError
 from hypergrad._tree import PyTree
 
@@ -53,6 +53,7 @@ class Regularity(NamedTuple):
     cross_norm: ArrayLike | None = None
 
 
+CONSTANTS = {name: Number(least=0) for name in Regularity._fields} | {"strong_convexity": Number(above=0)}
 Known = Regularity | Callable[[PyTree], Regularity]
 
 
@@ -69,7 +70,9 @@ def known_at(known: Known, hparams: PyTree) -> Regularity:
             "implicit: regularity must be an hg.Regularity, or a function from the hyperparameters to one, "
             f"found {type(found).__name__}."
         )
-    check_options("implicit", **found._asdict())
+    for name, value in found._asdict().items():
+        if value is not Regularity._field_defaults.get(name, ...):
+            CONSTANTS[name].check("implicit", name, value)
     return found
 
 

@@ -37,24 +37,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import (
-    caller_level,
-    check_choice,
-    check_data,
-    check_hparams,
-    check_options,
-    check_params,
-    check_same_structure,
-    suggest_names,
-)
+from hypergrad._checks import caller_level, check_data, check_hparams, check_params, check_same_structure
 from hypergrad._data import draw
 from hypergrad._jaxpr.sensitivity import influence
-from hypergrad._options import as_options
-from hypergrad._problem import Composed, Problem, bind_inner, inner_value, outer_value
-from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
+from hypergrad._options import Choice, Number, Slot, as_options, options
+from hypergrad._problem import PROBLEM, Composed, Problem, bind_inner, inner_value, outer_value
+from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree, keystr
 from hypergrad.domains._domain import to_unconstrained
-from hypergrad.inner.gradient import gradient
+from hypergrad.inner.gradient import OPTIMIZER, gradient
 from hypergrad.responses._response import Response, recentre
 from hypergrad.responses.gated import Gated
 from hypergrad.responses.structured import structured
@@ -86,7 +77,21 @@ class SelfTuningState(NamedTuple):
     options: dict[str, Any]
 
 
-@suggest_names
+@options(
+    problem=PROBLEM,
+    response=Slot(
+        (Response, Gated),
+        "an hg.responses.Response",
+        "hg.responses.structured(), or hg.responses.gated() for a model of hg.responses.layers",
+    ),
+    optimizer=OPTIMIZER,
+    steps=Number(least=0, integer=True, static=True),
+    valid_steps=Number(least=1, integer=True, static=True),
+    scale=Number(least=0, every=True),
+    scale_optimizer=OPTIMIZER,
+    entropy=Number(least=0),
+    training=Choice(("joint", "split", "linearized")),
+)
 def self_tuning(
     problem: Problem,
     *,
@@ -154,10 +159,6 @@ def self_tuning(
     >>> bool(result.hparams > 0.1)  # it rose
     True
     """
-    check_options("self_tuning", steps=steps, valid_steps=valid_steps, entropy=entropy)
-    for sigma in jax.tree.leaves(scale):
-        check_options("self_tuning", scale=sigma)
-    check_choice("self_tuning", "training", training, ("joint", "split", "linearized"))
     check_perturb(perturb)
     if not isinstance(problem.inner_loss, Composed) and training == "linearized":
         raise InputError(
@@ -167,11 +168,6 @@ def self_tuning(
     if problem.model_state and training == "linearized":
         raise InputError("self_tuning: training='linearized' does not carry model_state: write training='split'.")
     chosen: Any = structured() if response is None else response
-    if not isinstance(chosen, (Response, Gated)):
-        raise InputTypeError(
-            f"self_tuning: response must be an hg.responses.Response, found {type(chosen).__name__}: write "
-            "hg.responses.structured(), or hg.responses.gated() for a model of hg.responses.layers."
-        )
     inner = gradient(optimizer, steps=steps)
 
     def init(

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_choice, check_finite, check_hparams, check_params, suggest_names
+from hypergrad._checks import check_finite, check_hparams, check_params
 from hypergrad._data import Minibatches, Stacked
+from hypergrad._options import SOLVER, Choice, Number, options
 from hypergrad._solver import (
     Hypergradient,
     Info,
     InputError,
-    InputTypeError,
     Solver,
     Status,
     evaluation,
@@ -47,7 +47,7 @@ class TasksState(NamedTuple):
     options: Any
 
 
-@suggest_names
+@options(solver=SOLVER, count=Number(least=1, integer=True, static=True), failed=Choice(("skip", "fail")))
 def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", params_axis: int | None = None) -> Solver:
     """Lift a solver to a leading axis of tasks that share hyperparameters.
 
@@ -82,15 +82,8 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
     >>> solver.response(state, 0.5).shape, int(out.info.extra["failed_tasks"])
     ((3,), 0)
     """
-    if not all(callable(getattr(solver, name, None)) for name in ("init", "hypergrad", "response")):
-        raise InputTypeError(
-            f"tasks: solver must be an hg.Solver, found {type(solver).__name__}: write hg.tasks(hg.implicit(problem))."
-        )
-    check_choice("tasks", "failed", failed, ("skip", "fail"))
     if params_axis not in (None, 0) or isinstance(params_axis, bool):
         raise InputError(f"tasks: params_axis must be None or 0, found {params_axis!r}: move the axis of tasks first.")
-    if count is not None and (isinstance(count, bool) or not hasattr(count, "__index__") or int(count) < 1):
-        raise InputError(f"tasks: count must be an integer of at least 1, found {count!r}.")
 
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> TasksState:
         params, hparams = check_params(params), check_hparams(hparams)

@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_choice, check_data, check_hparams, check_options, check_params, suggest_names
+from hypergrad._checks import check_data, check_hparams, check_params
 from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.sensitivity import check_unrolled_sensitivity
-from hypergrad._options import as_options
-from hypergrad._problem import Problem, bind_inner, bind_outer
+from hypergrad._options import Choice, Number, as_options, options
+from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
 from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner
+from hypergrad.inner._inner import STEPS, Inner
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
 from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
@@ -78,7 +78,14 @@ class _Pass(NamedTuple):
     dropped: Array  # estimate of what truncation left out, as a share of the whole indirect part
 
 
-@suggest_names
+@options(
+    problem=PROBLEM,
+    inner=STEPS,
+    mode=Choice(("auto", "reverse", "forward")),
+    truncate=Number(least=1, integer=True, static=True),
+    remat=Choice(("auto", "none", "step", "sqrt", "tree")),
+    memory=Number(above=0, static=True),
+)
 def unrolled(
     problem: Problem,
     *,
@@ -132,9 +139,6 @@ def unrolled(
     >>> print(f"{out.value:.4f} {out.grad:.4f}")  # w = (1 - lr)^3, dw/dlr = -3 (1 - lr)^2
     0.1250 -0.7500
     """
-    check_options("unrolled", truncate=truncate, memory=memory)
-    check_choice("unrolled", "mode", mode, ("auto", "reverse", "forward"))
-    check_choice("unrolled", "remat", remat, ("auto", "none", "step", "sqrt", "tree"))
     if inner.steps is None or (inner.update is None and inner.move is None):
         raise InputError(
             "unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: "

@@ -353,12 +353,12 @@ wrong: Any = hg.inner  # to be called as its types forbid
         (
             lambda: wrong.gradient(optax.sgd(0.1), steps=1.5),
             hg.InputTypeError,
-            "steps must be a Python integer, found 1.5",
+            "steps must be an integer, found 1.5",
         ),
         (
             lambda: wrong.gradient(optax.sgd(0.1), steps=True),
             hg.InputTypeError,
-            "steps must be a Python integer, found True",
+            "steps must be an integer, found True",
         ),
         (lambda: wrong.gradient(optax.sgd(0.1), steps=-1), hg.InputError, "steps must be at least 0, found -1"),
         (

@@ -193,12 +193,16 @@ def test_hyperparameters_of_another_structure_are_refused_by_path(case):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: hg.responses.linear(rank=0), ValueError, r"responses.linear: rank must be at least 1, found 0"),
+        (lambda: hg.responses.linear(rank=0), ValueError, r"linear: rank must be at least 1, found 0"),
         (lambda: hg.responses.linear(rnk=3), TypeError, r"linear: unknown option 'rnk', did you mean 'rank'"),
         (lambda: hg.responses.mlp(hidden=()), ValueError, r"hidden must be positive integers, found \(\).*\(64, 64\)"),
         (lambda: hg.responses.mlp(hidden=(0.5,)), ValueError, r"hidden must be positive integers, found \(0.5,\)"),
         (lambda: hg.responses.mlp(within=(1, 0)), ValueError, r"within must be \(lo, hi\).* found \(1, 0\)"),
-        (lambda: hg.responses.structured(axis=0.0), TypeError, r"axis must be an integer, found 0.0: write -1 or 0"),
+        (
+            lambda: hg.responses.structured(axis=0.0),
+            TypeError,
+            r"axis must be an integer, found 0.0: write -1 or 0",
+        ),
         (lambda: hg.responses.structured(axis=2).init(KEY, PARAMS, 0.0), ValueError, r"\['dense'\]\[0\].*no axis 2"),
         (lambda: hg.responses.structured().init(None, PARAMS, 0.0), ValueError, r"structured draws.*pass key="),
         (lambda: hg.responses.mlp().init(None, PARAMS, 0.0), ValueError, r"mlp draws.*pass key=jax.random.key"),

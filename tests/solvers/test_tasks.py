@@ -168,7 +168,7 @@ def test_mistakes_are_named(data):
         hg.tasks(PROBLEM)
     with pytest.raises(hg.InputError, match="did you mean 'skip'"):
         hg.tasks(SOLVERS["implicit"], failed="skp")
-    with pytest.raises(hg.InputError, match="count must be an integer of at least 1, found 0"):
+    with pytest.raises(hg.InputError, match="count must be at least 1, found 0"):
         hg.tasks(SOLVERS["implicit"], count=0)
     with pytest.raises(hg.InputError, match="params_axis must be None or 0, found 1"):
         hg.tasks(SOLVERS["implicit"], params_axis=1)
