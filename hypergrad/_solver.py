@@ -291,6 +291,11 @@ def usable(status: ArrayLike) -> Array:
     return jnp.asarray(status) <= int(Status.INSENSITIVE)
 
 
+def failure(status: ArrayLike) -> Array:
+    """A code that is not usable as it is, and OK for one that is."""
+    return jnp.where(usable(status), int(Status.OK), jnp.asarray(status)).astype(jnp.int32)
+
+
 def first_failure(*codes: ArrayLike) -> Array:
     """The first code that is not OK, else OK: the earliest cause wins."""
     result = jnp.asarray(int(Status.OK), jnp.int32)

@@ -53,6 +53,17 @@ def norm(x: PyTree) -> Array:
     )
 
 
+def safe_divide(x: ArrayLike, y: ArrayLike, *, where: ArrayLike | None = None, otherwise: Any = None) -> Array:
+    """`x / y` where `where` holds (default: y > 0), and elsewhere `otherwise` (default: x itself).
+
+    Nothing is ever divided by zero, so derivatives are finite on both sides.
+    """
+    y = jnp.asarray(y)
+    good = y > 0 if where is None else where
+    ratio: Any = x / jnp.where(good, y, 1)
+    return ratio if otherwise is None else jnp.where(good, ratio, otherwise)
+
+
 def scale(a: ArrayLike, x: PyTree) -> PyTree:
     """`a * x` for a scalar `a`, in the dtypes of `x`."""
     return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)

@@ -15,7 +15,7 @@ O(|w|), times eight for the probes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,22 +24,46 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._checks import check_hparams, check_params
 from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
 from hypergrad._data import warn_small_batch
 from hypergrad._jaxpr.sensitivity import check_implicit_sensitivity
 from hypergrad._options import Choice, Number, as_options, options
-from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
-from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
+from hypergrad._problem import PROBLEM, Problem
+from hypergrad._solver import (
+    About,
+    Hypergradient,
+    Info,
+    InputError,
+    Solver,
+    Status,
+    code,
+    failure,
+    first_failure,
+    usable,
+)
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import INNER, Inner
-from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
+from hypergrad.inner._optimum import POLISH_STEPS, Optimum, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
-from hypergrad.linear._linear import LINEAR, Linear, LinearResult
+from hypergrad.linear._linear import LINEAR, Linear, LinearResult, Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
-from hypergrad.solvers.regularity import Known, cross_norm, error_bound, known_at
+from hypergrad.solvers._call import (
+    Call,
+    Outer,
+    bad_grad,
+    bad_loss,
+    bind,
+    current_params,
+    differentiate_outer,
+    go_on_from,
+    no_influence,
+    option_names,
+    report,
+)
+from hypergrad.solvers.regularity import Known, cross_size, error_bound, known_at
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
 
@@ -148,6 +172,16 @@ def implicit(
             "give hg.inner.gradient a tol=, or leave polish out."
         )
 
+    given: dict[str, Any] = {"inner": chosen.options, "linear": method.options}
+    if damping is not None:
+        given["damping"] = damping
+    about = About(
+        "hg.implicit",
+        "optimum",
+        biases=_biases(chosen, method, curvature, damping),
+        options=option_names(given),
+    )
+
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> ImplicitState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
@@ -167,132 +201,155 @@ def implicit(
             options,
         )
 
-    def hypergrad(
-        state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
-    ) -> tuple[Hypergradient, ImplicitState]:
-        hparams = check_hparams(hparams)
-        known = None if regularity is None else known_at(regularity, hparams)
-        check_data("train", train)
-        check_data("valid", valid)
+    def check(state: ImplicitState, call: Call, train: PyTree) -> None:
         if method.claims:
             warn_small_batch(train, _tree.size(state.params))
-        inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
-        # The probes only steer the preconditioner; any fixed signs serve where the problem itself needs no key.
-        probe_key = jax.random.key(0) if probe_key is None else probe_key
-        objective = bind_inner(problem, train, inner_key, state.model_state)
         check_implicit_sensitivity(
-            lambda w, h: chosen.residual(objective, w, h),
-            bind_outer(problem, valid, outer_key, state.model_state),
+            lambda w, h: chosen.residual(call.objective, w, h),
+            call.outer(state.model_state),
             chosen.update,
             state.params,
             state.inner_state,
-            hparams,
+            call.hparams,
             "hg.implicit",
         )
+
+    def solve(state: ImplicitState, call: Call) -> Optimum:
         begin, inner_state, scale = state.params, state.inner_state, state.scale
         if not warm_start:  # every call is the first
-            begin, inner_state, scale = state.start, chosen.init(state.start, hparams), jnp.zeros_like(state.scale)
-        optimum = find_optimum(
+            begin, inner_state, scale = state.start, chosen.init(state.start, call.hparams), jnp.zeros_like(state.scale)
+        return find_optimum(
             chosen,
-            objective,
+            call.objective,
             begin,
             inner_state,
             state.model_state,
-            hparams,
+            call.hparams,
             scale=scale,
             options=state.options["inner"],
             polish_steps=polish_steps,
             preconditioner=method.preconditioner,
-            key=probe_key,
+            key=call.probe_key,
         )
-        params, system = optimum.params, optimum.system
-        if curvature == "gauss_newton":
-            curved = gauss_newton(objective, params, hparams)
-            system = system._replace(matvec=curved, both=lambda v: (curved(v), optimum.system.cross(v)))
-        shift = jnp.zeros((), _tree.dtype(params))
-        if damping is not None:
-            shift = state.options["damping"] * rms_eigenvalue(system.matvec, params, probe_key)
-        operator = damped(system.matvec, shift) if damping is not None else system.matvec
 
-        outer = bind_outer(problem, valid, outer_key, optimum.model_state)
-        (value, metrics), (rhs, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hparams)
-        tol = state.options["linear"].get("tol")
-        # Recursions lose a little to rounding: aiming at half the tolerance lets the true residual meet it.
-        aim = {"tol": tol / 2} if method.claims else {}
-        result = solve_linear(
+    def hypergrad(
+        state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, ImplicitState]:
+        call = bind(problem, state.model_state, hparams, train, valid, key)
+        hparams, known = call.hparams, None if regularity is None else known_at(regularity, call.hparams)
+        check(state, call, train)
+
+        optimum = solve(state, call)
+        params, outer = optimum.params, call.outer(optimum.model_state)
+        system, operator, shift = _operator(curvature, state.options.get("damping"), call, optimum)
+        value, metrics, rhs, direct = differentiate_outer(outer, params, hparams)
+        adjoint = solve_linear(
             method,
             operator,
             rhs,
             start=state.adjoint if warm_start else None,
             precondition=optimum.precondition,
-            options=state.options["linear"] | aim,
-            key=probe_key,
+            options=_aim(method, state.options["linear"]),
+            key=call.probe_key,
         )
         measured = method.claims or known is not None  # a product more, which says how far the adjoint is off
-        product, indirect = system.both(result.solution) if measured else (None, system.cross(result.solution))
-        if method.claims:
-            gap = _tree.sub(rhs, _tree.axpy(shift, result.solution, product))
-            residual = _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)
-            change = _first_order_error(outer, params, hparams, system, gap, result)
-        else:
-            residual, change = result.residual, None
+        product, indirect = system.both(adjoint.solution) if measured else (None, system.cross(adjoint.solution))
         grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
-        error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, result)
 
-        unmet = ~(residual <= tol) if method.claims else jnp.asarray(False)
-        finite_grad = _tree.all_finite(grad) & _tree.all_finite(rhs)
-        hard = first_failure(
-            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
-            _hard(optimum.status),
-            _hard(result.status),
-            code(~finite_grad, Status.NONFINITE_GRAD),
-        )
-        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0)
+        residual, change = adjoint.residual, None
+        if method.claims:
+            residual, change = _measure(outer, params, hparams, system, shift, rhs, product, adjoint)
+        error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, adjoint)
+        missed = ~(residual <= state.options["linear"]["tol"]) if method.claims else False
         status = first_failure(
-            hard, optimum.status, result.status, code(unmet, Status.PRECISION_LIMITED), code(silent, Status.INSENSITIVE)
+            bad_loss(value),
+            failure(optimum.status),
+            failure(adjoint.status),
+            bad_grad(grad, rhs),
+            optimum.status,
+            adjoint.status,
+            code(missed, Status.PRECISION_LIMITED),
+            no_influence(grad, rhs),
         )
         extra = {"damping": shift, "indirect_norm": _tree.norm(indirect)}
         if known is not None:
-            size = known.cross_norm
-            if size is None:
-                size = cross_norm(lambda h: chosen.residual(objective, params, h), hparams)
+            cross = cross_size(known, lambda h: chosen.residual(call.objective, params, h), hparams)
             extra["error_bound"] = error_bound(
-                known, system.residual, optimum.scale, rhs, product, result.solution, size
+                known, system.residual, optimum.scale, rhs, product, adjoint.solution, cross
             )
-        info = Info(
-            status=status,
+        info = report(
+            status,
+            optimum.steps,
+            like=value,
             inner_residual=optimum.residual,
             linear_residual=residual,
-            inner_steps=optimum.steps,
-            linear_steps=result.steps,
+            linear_steps=adjoint.steps,
             error_estimate=error,
             extra=extra,
         )
-        usable = status <= int(Status.INSENSITIVE)
-        adjoint = _tree.where(usable, result.solution, _tree.zeros_like(rhs))
-        state = state._replace(
-            params=params,
-            inner_state=optimum.inner_state,
-            model_state=optimum.model_state,
-            adjoint=adjoint,
-            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
-        )
-        return Hypergradient(value, grad, info, metrics), state
+        state = go_on_from(state, optimum)
+        kept = _tree.where(usable(status), adjoint.solution, _tree.zeros_like(rhs))
+        return Hypergradient(value, grad, info, metrics), state._replace(adjoint=kept)
 
-    def response(state: ImplicitState, hparams: PyTree) -> PyTree:
-        del hparams
-        return state.params
+    def evaluate(
+        state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, ImplicitState]:
+        call = bind(problem, state.model_state, hparams, train, valid, key)
+        optimum = solve(state, call)
+        value, _ = call.outer(optimum.model_state)(optimum.params, call.hparams)
+        status = first_failure(bad_loss(value), optimum.status)
+        info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
+        return value, info, go_on_from(state, optimum)
 
-    return Solver(init, hypergrad, response)
+    return Solver(init, hypergrad, current_params, evaluate, about)
 
 
-def _hard(status: Array) -> Array:
-    """The status, unless it is one that leaves the hypergradient usable."""
-    return jnp.where(status > int(Status.INSENSITIVE), status, int(Status.OK)).astype(jnp.int32)
+def _biases(inner: Inner, linear: Linear, curvature: str, damping: ArrayLike | None) -> tuple[str, ...]:
+    """What the caller gave up, in the words of `About.biases`."""
+    chosen = {
+        "damping": damping is not None,
+        "the Gauss-Newton matrix in place of the Hessian": curvature == "gauss_newton",
+        "an inner problem that is not solved to a tolerance": not inner.claims,
+        "an adjoint system that is not solved to a tolerance": not linear.claims,
+    }
+    return tuple(words for words, holds in chosen.items() if holds)
+
+
+def _operator(curvature: str, damping: Array | None, call: Call, optimum: Optimum) -> tuple[System, Matvec, Array]:
+    """The system at the optimum, the operator of the adjoint system, and what damping added to its diagonal."""
+    system = optimum.system
+    if curvature == "gauss_newton":
+        curved = gauss_newton(call.objective, optimum.params, call.hparams)
+        system = system._replace(matvec=curved, both=lambda v: (curved(v), optimum.system.cross(v)))
+    if damping is None:
+        return system, system.matvec, jnp.zeros((), _tree.dtype(optimum.params))
+    shift = damping * rms_eigenvalue(system.matvec, optimum.params, call.probe_key)
+    return system, damped(system.matvec, shift), shift
+
+
+def _aim(method: Linear, options: Mapping[str, Array]) -> dict[str, Array]:
+    """Half the tolerance: recursions lose a little to rounding, and the true residual is to meet the whole."""
+    return {**options, "tol": options["tol"] / 2} if method.claims else dict(options)
+
+
+def _measure(
+    outer: Outer,
+    params: PyTree,
+    hparams: PyTree,
+    system: System,
+    shift: Array,
+    rhs: PyTree,
+    product: PyTree,
+    adjoint: LinearResult,
+) -> tuple[Array, PyTree]:
+    """`‖b − A v‖ / ‖b‖`, and how much the hypergradient would move if both systems were solved exactly."""
+    gap = _tree.sub(rhs, _tree.axpy(shift, adjoint.solution, product))
+    residual = _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)
+    return residual, _first_order_error(outer, params, hparams, system, gap, adjoint)
 
 
 def _first_order_error(
-    outer: Callable[..., tuple[Array, Any]],
+    outer: Outer,
     params: PyTree,
     hparams: PyTree,
     system: System,

@@ -76,6 +76,11 @@ def known_at(known: Known, hparams: PyTree) -> Regularity:
     return found
 
 
+def cross_size(known: Regularity, gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> ArrayLike:
+    """What is known of ‖∂²_{λw} h‖, or its Frobenius norm, of `λ -> ∂_w h(ŵ, λ)`."""
+    return cross_norm(gradient, hparams) if known.cross_norm is None else known.cross_norm
+
+
 def cross_norm(gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> Array:
     """Frobenius norm of ∂²_{λw} h, of `λ -> ∂_w h(ŵ, λ)`, a column at a time."""
     leaves, treedef = jax.tree.flatten(hparams)

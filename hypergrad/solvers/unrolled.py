@@ -27,14 +27,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._checks import check_hparams, check_params
 from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.sensitivity import check_unrolled_sensitivity
-from hypergrad._options import Choice, Number, as_options, options
-from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
-from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
+from hypergrad._options import Choice, Number, options
+from hypergrad._problem import PROBLEM, Problem
+from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import STEPS, Inner
+from hypergrad.solvers._call import Call, Outer, bad_grad, bad_loss, bind, current_params, no_influence, report
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
 from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
@@ -54,7 +55,7 @@ class UnrolledState(NamedTuple):
         inner_state: state of the inner optimizer after the last step.
         model_state: state of the model (batch-norm statistics) after the last step, or None.
         start: `(params, model_state)` with which every call starts; None with `warm_start`.
-        options: `{"inner": ...}`, scalars that may be replaced between calls without recompiling.
+        options: empty: the number of steps is part of the compiled program.
     """
 
     params: PyTree
@@ -149,6 +150,13 @@ def unrolled(
     length = steps if truncate is None else min(int(truncate), steps)
     skip = steps - length
 
+    about = About(
+        "hg.unrolled",
+        "path",
+        biases=(f"truncation to the last {length} of {steps} steps",) if skip else (),
+        trains_on=warm_start,
+    )
+
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> UnrolledState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
@@ -158,86 +166,102 @@ def unrolled(
             strong(inner.init(params, hparams)),
             model_state,
             start=None if warm_start else (params, model_state),
-            options={"inner": as_options(inner.options, params)},
+            options={},
         )
+
+    def begin(
+        state: UnrolledState, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None
+    ) -> tuple[Call, Point, Callable[[PyTree], PyTree]]:
+        params, model_state = (state.params, state.model_state) if state.start is None else state.start
+        call = bind(problem, model_state, hparams, train, valid, key)
+        first_state = lambda h: state.inner_state if warm_start else strong(inner.init(params, h))
+        return call, Point(params, first_state(call.hparams), model_state), first_state
+
+    def check(call: Call, start: Point, first_state: Callable[[PyTree], PyTree]) -> None:
+        check_unrolled_sensitivity(
+            lambda w, s, h: make_step(inner, call.objective, h, start).take(
+                Point(w, first_state(h), start.model_state), 0
+            )[0],
+            call.outer(start.model_state),
+            start.params,
+            start.state,
+            call.hparams,
+        )
+
+    def differentiate(step: Step, hparams: PyTree, point: Point, record: Record, floats: Any, finish: Any) -> _Pass:
+        if mode == "forward" or (mode == "auto" and _tree.size(hparams) <= _FORWARD_AT_MOST):
+            return _forward(step, hparams, point, skip, length, record, floats, finish)
+        if remat == "none":
+            return _reverse_whole(step, hparams, point, skip, length, record, floats, finish)
+        layout = reverse_mode.plan(remat, length, _tree.nbytes(reverse_mode.stored_by_step(step, point)), memory)
+        return _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
 
     def hypergrad(
         state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
     ) -> tuple[Hypergradient, UnrolledState]:
-        hparams = check_hparams(hparams)
-        check_data("train", train)
-        check_data("valid", valid)
-        inner_key, outer_key, _ = (None, None, None) if key is None else jax.random.split(key, 3)
-        params, model_state = (state.params, state.model_state) if state.start is None else state.start
-        first_state = lambda h: state.inner_state if warm_start else strong(inner.init(params, h))
-        start = Point(params, first_state(hparams), model_state)
-        objective = bind_inner(problem, train, inner_key, model_state)
-        check_unrolled_sensitivity(
-            lambda w, s, h: make_step(inner, objective, h, start).take(Point(w, first_state(h), model_state), 0)[0],
-            bind_outer(problem, valid, outer_key, model_state),
-            params,
-            start.state,
-            hparams,
-        )
-        step = make_step(inner, objective, hparams, start)
-        point, record = start, new_record(params)
+        call, start, first_state = begin(state, hparams, train, valid, key)
+        hparams, outer = call.hparams, lambda end: call.outer(end.model_state)
+        check(call, start, first_state)
+
+        step = make_step(inner, call.objective, hparams, start)
+        point, record = start, new_record(start.params)
         if skip:
             point, record = reverse_mode.train(step, point, 0, skip, record)
         # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
-        outer = lambda end: bind_outer(problem, valid, outer_key, end.model_state)
-        finish = lambda end: _finish(outer, end, hparams)
-        forward = mode == "forward" or (mode == "auto" and _tree.size(hparams) <= _FORWARD_AT_MOST)
-        if forward:
-            done = _forward(step, hparams, point, skip, length, record, floats, finish)
-        elif remat == "none":
-            done = _reverse_whole(step, hparams, point, skip, length, record, floats, finish)
-        else:
-            layout = reverse_mode.plan(remat, length, _tree.nbytes(reverse_mode.stored_by_step(step, point)), memory)
-            done = _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
-
+        done = differentiate(step, hparams, point, record, floats, lambda end: _finish(outer, end, hparams))
         grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
-        rounding = _ROUNDING * _tree.eps((params, hparams)) * (1 + math.sqrt(length)) * done.growth
-        if length >= _SHORT:
-            # What a unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
-            end = done.point.params
-            moved, _ = joint_product(lambda w, h: outer(done.point)(w, h)[0], end, hparams, end)
-            cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs[0]))
-        else:
-            cancelled = jnp.ones_like(rounding)
-        error = _error_estimate(grad, done, rounding * cancelled)
-        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(done.rhs) > 0)
+
+        rounding, error = _trust(grad, done, hparams, outer(done.point), length)
         status = first_failure(
             training_status(inner, done.record, done.point.params),
-            code(~jnp.isfinite(done.value), Status.NONFINITE_LOSS),
-            code(~(_tree.all_finite(done.rhs) & _tree.all_finite(done.direct)), Status.NONFINITE_GRAD),
+            bad_loss(done.value),
+            bad_grad(done.rhs, done.direct),
             code(rounding > _MEANINGLESS, Status.UNROLL_EXPLODED),
-            code(~_tree.all_finite(grad), Status.NONFINITE_GRAD),
-            code(silent, Status.INSENSITIVE),
+            bad_grad(grad),
+            no_influence(grad, done.rhs),
         )
-        residual = done.record.residual / jnp.where(done.record.peak > 0, done.record.peak, 1)
-        info = Info(
-            status=status,
-            inner_residual=residual,
-            linear_residual=jnp.full_like(residual, jnp.nan),
-            inner_steps=jnp.int32(steps),
-            linear_steps=jnp.int32(0),
+        info = report(
+            status,
+            steps,
+            like=done.record.residual,
+            inner_residual=_tree.safe_divide(done.record.residual, done.record.peak),
             error_estimate=error,
             extra={"adjoint_growth": done.growth},
         )
-        end, keep = done.point, _tree.all_finite(done.point)
-        state = state._replace(
-            params=_tree.where(keep, end.params, state.params),
-            inner_state=_tree.where(keep, end.state, state.inner_state),
-            model_state=_tree.where(keep, end.model_state, state.model_state),
-        )
-        return Hypergradient(done.value, grad, info, done.metrics), state
+        return Hypergradient(done.value, grad, info, done.metrics), _go_on_from(state, done.point)
 
-    def response(state: UnrolledState, hparams: PyTree) -> PyTree:
-        del hparams
-        return state.params
+    def evaluate(
+        state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, UnrolledState]:
+        call, start, _ = begin(state, hparams, train, valid, key)
+        step = make_step(inner, call.objective, call.hparams, start)
+        end, record = reverse_mode.train(step, start, 0, steps, new_record(start.params))
+        value, _ = call.outer(end.model_state)(end.params, call.hparams)
+        status = first_failure(training_status(inner, record, end.params), bad_loss(value))
+        residual = _tree.safe_divide(record.residual, record.peak)
+        return value, report(status, steps, like=residual, inner_residual=residual), _go_on_from(state, end)
 
-    return Solver(init, hypergrad, response)
+    return Solver(init, hypergrad, current_params, evaluate, about)
+
+
+def _go_on_from(state: UnrolledState, end: Point) -> UnrolledState:
+    """Where training ended, or, if that is not finite, where the last call ended."""
+    last = Point(state.params, state.inner_state, state.model_state)
+    params, inner_state, model_state = _tree.where(_tree.all_finite(end), end, last)
+    return state._replace(params=params, inner_state=inner_state, model_state=model_state)
+
+
+def _trust(grad: PyTree, done: _Pass, hparams: PyTree, outer: Outer, length: int) -> tuple[Array, Array]:
+    """How much of the hypergradient is rounding, amplified on the way, and the estimate of its error."""
+    end = done.point.params
+    rounding = _ROUNDING * _tree.eps((end, hparams)) * (1 + math.sqrt(length)) * done.growth
+    cancelled = jnp.ones_like(rounding)
+    if length >= _SHORT:
+        # What a unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
+        moved, _ = joint_product(lambda w, h: outer(w, h)[0], end, hparams, end)
+        cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs[0]))
+    return rounding, _error_estimate(grad, done, rounding * cancelled)
 
 
 def _forward(
@@ -356,7 +380,7 @@ def _finish(outer: Callable[[Point], Callable[..., Any]], end: Point, hparams: P
 def _unit(rhs: PyTree) -> tuple[Array, PyTree]:
     """Norm and direction, so that an outer loss scaled by 1e-20 changes nothing but the scale of the result."""
     size = _tree.norm(rhs)
-    return size, _tree.scale(1 / jnp.where(size > 0, size, 1), rhs)
+    return size, _tree.scale(_tree.safe_divide(1, size), rhs)
 
 
 def _tail(sizes: Array, more: int) -> Array:
@@ -365,7 +389,7 @@ def _tail(sizes: Array, more: int) -> Array:
     if not window:
         return jnp.full((), jnp.inf, sizes.dtype)
     old, new = jnp.sum(sizes[-2 * window : -window]), jnp.sum(sizes[-window:])
-    ratio = jnp.where(old > 0, new / jnp.where(old > 0, old, 1), 0)
+    ratio = _tree.safe_divide(new, old, otherwise=0)
     safe = jnp.where(ratio < 1, ratio, 0)
     tail = new * safe * (1 - safe ** (more / window)) / (1 - safe)
     return jnp.where(ratio < 1, tail, jnp.inf)
@@ -377,7 +401,7 @@ def _left_out(tail: Array, kept: Array) -> Array:
 
 
 def _ratio(x: Array, y: Array) -> Array:
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), jnp.where(x > 0, jnp.inf, 0))
+    return _tree.safe_divide(x, y, otherwise=jnp.where(x > 0, jnp.inf, 0))
 
 
 def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:

@@ -1,0 +1,185 @@
+"""The frame of a call: what `hypergrad` and `evaluate` begin and end with, whatever the method.
+
+    call = bind(problem, state.model_state, hparams, train, valid, key)    # checks; binds data and keys to the losses
+    ...                                                                    # the method, in the order of its paper
+    status = first_failure(bad_loss(value), ..., bad_grad(grad, rhs), no_influence(grad, rhs))
+    info = report(status, steps, like=value, ...)
+    return Hypergradient(value, grad, info, metrics), state                # finite, whatever happened
+
+So the file of a method holds its mathematics, and what it alone needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._checks import check_data, check_hparams
+from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
+from hypergrad._solver import Info, InputError, Status, code
+from hypergrad._tree import PyTree
+from hypergrad.inner._optimum import Optimum
+
+Outer = Callable[[PyTree, PyTree], tuple[Array, dict[str, Any]]]
+State = TypeVar("State", bound=Any)
+
+
+class Call(NamedTuple):
+    """One call of a solver, checked, with its data and keys bound to the losses.
+
+    Attributes:
+        hparams: as floating arrays.
+        objective: the inner problem.
+        outer: `model_state -> (params, hparams) -> (outer loss, metrics)`.
+        outer_key: the key that `outer` draws with, or None.
+        keys: the method's own, as many as it asked for; each None in a call without a key.
+    """
+
+    hparams: PyTree
+    objective: Objective
+    outer: Callable[[PyTree], Outer]
+    outer_key: Array | None
+    keys: tuple[Array | None, ...]
+
+    @property
+    def probe_key(self) -> Array:
+        """For random signs that steer a solve and not its result: any fixed ones serve in a call without a key."""
+        (key,) = self.keys
+        return jax.random.key(0) if key is None else key
+
+
+def bind(
+    problem: Problem,
+    model_state: PyTree,
+    hparams: PyTree,
+    train: PyTree,
+    valid: PyTree,
+    key: Array | None,
+    *,
+    own_keys: int = 1,
+) -> Call:
+    """Check what a call was given, and bind it to the losses.
+
+    Args:
+        problem: the two losses.
+        model_state: with which the inner problem starts, or None.
+        hparams: pytree of floating arrays or Python numbers.
+        train: pytree of arrays, minibatches, or None.
+        valid: pytree of arrays, minibatches, or None.
+        key: of this call, or None.
+        own_keys: how many keys the method itself needs.
+
+    Raises:
+        InputTypeError: for hyperparameters that are not real numbers.
+        InputError: for data without examples, and data that are drawn where there is no key.
+    """
+    hparams = check_hparams(hparams)
+    check_data("train", train)
+    check_data("valid", valid)
+    count = 2 + own_keys
+    inner_key, outer_key, *keys = (None,) * count if key is None else jax.random.split(key, count)
+
+    def outer(model_state: PyTree) -> Outer:
+        return bind_outer(problem, valid, outer_key, model_state)
+
+    return Call(hparams, bind_inner(problem, train, inner_key, model_state), outer, outer_key, tuple(keys))
+
+
+def require_key(solver: str, function: str, key: Array | None) -> Array:
+    """The key of a method that cannot do without one.
+
+    Raises:
+        InputError: if it is None.
+    """
+    if key is None:
+        raise InputError(
+            f"{solver} draws hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
+            f"{function}, or to tune."
+        )
+    return key
+
+
+def differentiate_outer(outer: Outer, params: PyTree, hparams: PyTree) -> tuple[Array, dict[str, Any], PyTree, PyTree]:
+    """`(f, metrics, ∂_w f, ∂_λ f)`."""
+    (value, metrics), (rhs, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hparams)
+    return value, metrics, rhs, direct
+
+
+def bad_loss(value: Array) -> Array:
+    """NONFINITE_LOSS for an outer loss that is not finite, else OK."""
+    return code(~jnp.isfinite(value), Status.NONFINITE_LOSS)
+
+
+def bad_grad(*grads: PyTree) -> Array:
+    """NONFINITE_GRAD where a gradient is not finite, else OK."""
+    return code(~_tree.all_finite(grads), Status.NONFINITE_GRAD)
+
+
+def no_influence(grad: PyTree, rhs: PyTree) -> Array:
+    """INSENSITIVE for a hypergradient of zero although the outer loss has a gradient `rhs`, else OK."""
+    return code((_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0), Status.INSENSITIVE)
+
+
+def report(
+    status: Array,
+    inner_steps: ArrayLike,
+    *,
+    like: Array,
+    inner_residual: Array | None = None,
+    linear_residual: Array | None = None,
+    linear_steps: ArrayLike = 0,
+    error_estimate: Array | None = None,
+    extra: Mapping[str, Array] | None = None,
+) -> Info:
+    """What a call says of itself; what is left out is what the method has not: NaN residuals, and no error estimate.
+
+    Args:
+        status: int32 code.
+        inner_steps: of the inner solver.
+        like: a floating scalar, in whose dtype the numbers that are left out are.
+        inner_residual: see `Info`.
+        linear_residual: see `Info`.
+        linear_steps: products with the operator of the adjoint system.
+        error_estimate: see `Info`; inf where nothing is known.
+        extra: scalars by name.
+    """
+    nan, inf = jnp.full_like(like, jnp.nan), jnp.full_like(like, jnp.inf)
+    return Info(
+        status=status,
+        inner_residual=nan if inner_residual is None else inner_residual,
+        linear_residual=nan if linear_residual is None else linear_residual,
+        inner_steps=jnp.asarray(inner_steps, jnp.int32),
+        linear_steps=jnp.asarray(linear_steps, jnp.int32),
+        error_estimate=inf if error_estimate is None else error_estimate,
+        extra=dict(extra or {}),
+    )
+
+
+def go_on_from(state: State, optimum: Optimum) -> State:
+    """The state of a solver that works at the optimum, with which the next call starts; finite if the last one is."""
+    return state._replace(
+        params=optimum.params,
+        inner_state=optimum.inner_state,
+        model_state=optimum.model_state,
+        scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
+    )
+
+
+def current_params(state: Any, hparams: PyTree) -> PyTree:
+    """The `response` of a solver whose state holds the parameters themselves."""
+    del hparams
+    return state.params
+
+
+def option_names(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names by which `About.options` knows traced options: `"inner.tol"` for `{"inner": {"tol": ...}}`."""
+    names: list[str] = []
+    for name, value in options.items():
+        names += [f"{name}.{part}" for part in option_names(value)] if isinstance(value, Mapping) else [name]
+    return tuple(names)
