@@ -1,4 +1,4 @@
-"""Responses against their formulas, entry by entry; moving a centre moves no parameters; mistakes are named."""
+"""What every response does: it is its base at its centre, moving a centre moves no parameters, mistakes are named."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.responses._response import coordinates, recentre
+from hypergrad.responses._response import recentre
 from tests._helpers import assert_trees_close, assert_trees_equal, tol
+from tests.responses._model import CENTRE, HPARAMS, KEY, PARAMS, trained
 
 PyTree = Any
-KEY = jax.random.key(3)
-HPARAMS = {"a": jnp.asarray([0.3, -1.2]), "b": (jnp.asarray(0.7), None)}
-CENTRE = {"a": jnp.asarray([0.1, -0.9]), "b": (jnp.asarray(0.2), None)}
 RESPONSES = {
     "linear": hg.responses.linear,
     "linear, rank 2": lambda **options: hg.responses.linear(rank=2, **options),
@@ -26,23 +24,6 @@ RESPONSES = {
     "mlp": lambda **options: hg.responses.mlp(hidden=(5, 4), **options),
     "mlp, within": lambda **options: hg.responses.mlp(hidden=(4,), within=(-2.0, 2.0), **options),
 }
-
-
-def _random(tree: PyTree, seed: int) -> PyTree:
-    """Normal numbers in the shapes and dtypes of `tree`, without compiling anything."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(x.dtype)), tree)
-
-
-PARAMS = _random(
-    {"conv": np.zeros((2, 3, 4)), "dense": (np.zeros((3, 5)), None), "bias": np.zeros(5), "gain": np.zeros(())}, 1
-)
-
-
-def _trained(response: hg.responses.Response) -> hg.responses.Weights:
-    """Weights as if after training: none of them zero."""
-    made = jax.eval_shape(lambda: response.init(KEY, PARAMS, HPARAMS))
-    return hg.responses.Weights(PARAMS, _random(made.slope, 2))
 
 
 class Case(NamedTuple):
@@ -62,89 +43,19 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(centred, plain, jax.jit(centred.apply), jax.jit(plain.apply), start)
 
 
-def test_linear_is_the_sum_of_one_tensor_per_hyperparameter():
-    response = hg.responses.linear(centred=True)
-    weights = _trained(response)
-    offset = np.asarray(coordinates(HPARAMS)) - np.asarray(coordinates(CENTRE))
-    expected = jax.tree.map(lambda b, s: np.asarray(b) + np.tensordot(offset, np.asarray(s), 1), *weights)
-    assert_trees_close(jax.jit(response.apply)(weights, HPARAMS, CENTRE), expected, tol(1e-14, 1e-6))
-
-
-def test_factorised_linear_is_the_linear_response_of_the_product():
-    response = hg.responses.linear(rank=2, centred=False)
-    weights = _trained(response)
-    inner = np.asarray(coordinates(HPARAMS)) @ np.asarray(weights.slope.inputs)
-    expected = jax.tree.map(
-        lambda b, s: np.asarray(b) + np.tensordot(inner, np.asarray(s), 1), weights.base, weights.slope.outputs
-    )
-    assert_trees_close(jax.jit(response.apply)(weights, HPARAMS), expected, tol(1e-13, 1e-5))
-
-
-@pytest.mark.parametrize("axis", [-1, 0])
-def test_structured_kernels_have_a_gate_a_unit_and_vectors_one_an_entry(axis):
-    response = hg.responses.structured(axis=axis, centred=False)
-    weights = _trained(response)
-    u = np.asarray(coordinates(HPARAMS))
-    found = jax.jit(response.apply)(weights, HPARAMS)
-    base, (gates, kernels) = jax.tree.map(np.asarray, weights)
-    diagonal = np.diag(u @ gates["dense"][0])
-    wide = kernels["dense"][0] @ diagonal if axis == -1 else diagonal @ kernels["dense"][0]
-    conv = np.moveaxis(np.moveaxis(kernels["conv"], axis, -1) * (u @ gates["conv"]), -1, axis)
-    expected = {
-        "conv": base["conv"] + conv,
-        "dense": (base["dense"][0] + wide, None),
-        "bias": base["bias"] + u @ gates["bias"],
-        "gain": base["gain"] + u @ gates["gain"],
-    }
-    assert_trees_close(found, expected, tol(1e-14, 1e-6))
-
-
-def test_mlp_is_its_layers_after_an_encoding_of_constant_norm():
-    response = hg.responses.mlp(hidden=(5, 4), within=(-2.0, 2.0))
-    weights = _trained(response)
-    angles = 0.5 * np.pi * (np.asarray(coordinates(HPARAMS)) + 2) / 4
-    z = np.concatenate([np.cos(angles), np.sin(angles)])
-    assert np.linalg.norm(z) == pytest.approx(np.sqrt(3))
-    for kernel, bias in weights.slope.hidden:
-        z = z @ np.asarray(kernel) + np.asarray(bias)
-        z = np.where(z > 0, z, 0.01 * z)
-    expected = jax.tree.map(
-        lambda b, k: np.asarray(b) + np.tensordot(z, np.asarray(k), 1), weights.base, weights.slope.outputs
-    )
-    assert_trees_close(jax.jit(response.apply)(weights, HPARAMS), expected, tol(1e-13, 1e-5))
-
-
-def test_mlp_starts_with_variances_of_one_over_fan_out():
-    params = {"small": jnp.zeros((3, 4)), "large": jnp.zeros((50, 40))}
-    slope = jax.jit(lambda: hg.responses.mlp(hidden=(300, 200)).init(KEY, params, HPARAMS).slope)()
-    # Each is a mean of n squares of normal numbers, which has a relative standard deviation of sqrt(2 / n).
-    sizes = [(slope.hidden[0][0], 2 / 300), (slope.hidden[1][0], 2 / 200)]
-    sizes += [(slope.outputs["small"], 1 / 12), (slope.outputs["large"], 1 / 2000)]
-    for kernel, variance in sizes:
-        assert np.mean(np.asarray(kernel) ** 2) == pytest.approx(variance, rel=4 * np.sqrt(2 / kernel.size) + 2e-4)
-
-
-def test_magnitudes_of_a_new_mlp_do_not_follow_its_input():
-    """Where a network without the encoding gives zero at γ = 0, and twice as much at 1 as at a half."""
-    response = hg.responses.mlp(hidden=(64,), within=(0.0, 1.0))
-    made = jax.jit(lambda gamma: response.apply(response.init(KEY, jnp.zeros((40, 40)), gamma), gamma))
-    sizes = [float(np.std(made(gamma))) for gamma in (0.0, 0.5, 1.0)]
-    assert max(sizes) / min(sizes) < 1.6
-
-
 def test_a_new_linear_or_structured_response_is_the_model_itself(case):
     if not hasattr(case.start.slope, "hidden"):
         assert_trees_equal(case.apply_plain(case.start, HPARAMS), PARAMS)
 
 
 def test_at_its_centre_a_centred_response_is_its_base(case):
-    weights = _trained(case.centred)
+    weights = trained(case.centred)
     assert_trees_equal(case.apply_centred(weights, CENTRE, CENTRE), weights.base)
     assert np.max(np.abs(case.apply_centred(weights, HPARAMS, CENTRE)["bias"] - weights.base["bias"])) > 0.01
 
 
 def test_moving_the_centre_changes_no_parameters(case):
-    weights = _trained(case.centred)
+    weights = trained(case.centred)
     moved = jax.jit(lambda w: recentre(case.centred, w, HPARAMS, CENTRE))(weights)
     for at in (HPARAMS, CENTRE, jax.tree.map(lambda x: 2 * x + 0.3, HPARAMS)):
         expected = case.apply_centred(weights, at, CENTRE)

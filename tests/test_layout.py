@@ -1,0 +1,72 @@
+"""Tests stand where the name leads: `hypergrad/linear/cg.py` is tested in `tests/linear/test_cg.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Private parts with nothing to promise on their own, and the file that tests the whole which they belong to.
+PARTS = {
+    "__main__.py": "_demo/test_demo.py",
+    "_demo": "_demo/test_demo.py",  # the folder: one command, tested as a user runs it
+    "_jaxpr/dataflow.py": "_jaxpr/test_labels.py",
+    "diagnostics/_causes.py": "diagnostics/test_check.py",
+    "diagnostics/_report.py": "diagnostics/test_check.py",
+    "domains/_maps.py": "domains/test_domain.py",
+    "inner/_inner.py": "inner/test_gradient.py",  # types
+    "inner/_optimum.py": "solvers/test_implicit.py",
+    "outer/_config.py": "reliability/test_resume.py",
+    "outer/_feed.py": "outer/test_tune.py",
+    "outer/_keeper.py": "reliability/test_resume.py",
+    "outer/_progress.py": "outer/test_result.py",
+    "outer/_run.py": "reliability/test_resume.py",
+    "outer/_step.py": "outer/test_tune.py",
+    "solvers/_call.py": "test_contract.py",
+    "solvers/_perturbed.py": "solvers/test_self_tuning.py",
+}
+# Folders of tests that mirror no room: promises, seeded bugs, and what stands beside the package.
+BESIDE = {"reliability", "mutations", "experiments", "notebooks"}
+
+
+def untested(root: Path, parts: dict[str, str]) -> list[str]:
+    """Modules of `root/hypergrad` without the file in `root/tests` that their name leads to, or that `parts` names."""
+    missing = []
+    for module in sorted((root / "hypergrad").rglob("*.py")):
+        path = module.relative_to(root / "hypergrad")
+        own = path.parent / f"test_{path.stem.removeprefix('_')}.py"
+        found = [parts[str(at)] for at in (path, *path.parents) if str(at) in parts]
+        expected = found[0] if found else str(own)
+        if module.name != "__init__.py" and not (root / "tests" / expected).exists():
+            missing.append(f"hypergrad/{path}: tests/{expected}")
+    return missing
+
+
+def test_every_module_has_its_file_of_tests():
+    assert untested(ROOT, PARTS) == [], "write the file that is named; the list above is for private helpers"
+
+
+def test_the_list_of_parts_holds_private_modules_and_what_it_names_exists():
+    for path, covered in PARTS.items():
+        at = ROOT / "hypergrad" / path
+        assert at.exists() and (at.name.startswith("_") or at.parent.name.startswith("_")), path
+        assert (ROOT / "tests" / covered).exists(), covered
+
+
+def test_every_folder_of_tests_is_a_room_of_the_package():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
+    assert sorted(folder for folder in folders - BESIDE if not (ROOT / "hypergrad" / folder).is_dir()) == []
+
+
+def test_a_module_without_tests_is_found(tmp_path):
+    for name in ("hypergrad/a.py", "hypergrad/__init__.py", "hypergrad/room/_b.py", "hypergrad/room/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "tests" / "room").mkdir(parents=True)
+    (tmp_path / "tests" / "test_a.py").touch()
+    (tmp_path / "tests" / "room" / "test_b.py").touch()
+    assert untested(tmp_path, {}) == ["hypergrad/room/c.py: tests/room/test_c.py"]
+    assert untested(tmp_path, {"room/c.py": "room/test_b.py"}) == []
+    assert untested(tmp_path, {"room": "room/test_gone.py"}) == [
+        "hypergrad/room/_b.py: tests/room/test_gone.py",
+        "hypergrad/room/c.py: tests/room/test_gone.py",
+    ]
