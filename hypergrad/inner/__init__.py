@@ -1,5 +1,7 @@
 """How parameters are found: each function returns an `Inner`."""
 
+from hypergrad.inner._inner import Inner as Inner
+from hypergrad.inner._inner import InnerResult as InnerResult
 from hypergrad.inner.fixed_point import fixed_point as fixed_point
 from hypergrad.inner.gradient import gradient as gradient
 from hypergrad.inner.lbfgs import lbfgs as lbfgs

@@ -1,5 +1,7 @@
 """How the adjoint system is solved: each function returns a `Linear`."""
 
+from hypergrad.linear._linear import Linear as Linear
+from hypergrad.linear._linear import LinearResult as LinearResult
 from hypergrad.linear.cg import cg as cg
 from hypergrad.linear.dense import dense as dense
 from hypergrad.linear.gmres import gmres as gmres
