@@ -8,6 +8,7 @@ from hypergrad import domains as domains
 from hypergrad import inner as inner
 from hypergrad import linear as linear
 from hypergrad import outer as outer
+from hypergrad import prox as prox
 from hypergrad import responses as responses
 from hypergrad.domains.constrain import constrain as constrain
 from hypergrad.chunked import chunked as chunked

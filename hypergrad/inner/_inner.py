@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from hypergrad._checks import check_same_structure
 from hypergrad._options import Slot
 from hypergrad._problem import Objective
-from hypergrad._tree import PyTree
+from hypergrad._solver import InputTypeError
+from hypergrad._tree import PyTree, keystr
 
 
 class InnerResult(NamedTuple):
@@ -97,3 +100,21 @@ INNER = Slot(
     "hg.inner.lbfgs(), or hg.inner.gradient(optimizer, steps=100) for an optax optimizer",
 )
 STEPS = INNER._replace(write="hg.inner.gradient(optimizer, steps=100), with an optax optimizer such as optax.sgd(0.1)")
+
+
+def check_like_params(what: str, result: PyTree, params: PyTree) -> None:
+    """Raise unless what a user's function returned has the structure, shapes and dtypes of the parameters.
+
+    Args:
+        what: "fixed_point: the map's result", say.
+        result: what it returned.
+        params: what it was given.
+    """
+    check_same_structure(what, result, params, "it must be like the parameters that it is given.")
+    pairs = zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(params), strict=True)
+    for (path, found), expected in pairs:
+        if jnp.result_type(found) != jnp.result_type(expected):
+            raise InputTypeError(
+                f"{what}{keystr(path)} has dtype {jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast "
+                "it with .astype, or give parameters and hyperparameters one dtype."
+            )

@@ -21,12 +21,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_same_structure
 from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective, key_use
 from hypergrad._solver import InputError, InputTypeError, Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner, InnerResult
+from hypergrad.inner._inner import Inner, InnerResult, check_like_params
 
 _MAX_STEPS = 10_000
 _PATIENCE = 1000  # steps without a new smallest residual; accelerated maps may go up for long before they come down
@@ -96,7 +95,7 @@ def fixed_point(
             )
         keys = () if key is None or use == "none" else (key,)
         result = map(params, hparams, batch, *keys)
-        _check_result(result, params)
+        check_like_params("fixed_point: the map's result", result, params)
         return result
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
@@ -179,17 +178,3 @@ def _broken(residual: Array, last: Array, first: Array, eps: float) -> Array:
     kind = jnp.where(growing, int(Status.INNER_DIVERGED), int(Status.NONFINITE_GRAD))
     lost = jnp.where(residual * eps > first, int(Status.INNER_DIVERGED), int(Status.OK))
     return jnp.where(finite, lost, kind).astype(jnp.int32)
-
-
-def _check_result(result: PyTree, params: PyTree) -> None:
-    check_same_structure(
-        "fixed_point: the map's result", result, params, "the map must return parameters like those it is given."
-    )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(params), strict=True)
-    for (path, found), expected in pairs:
-        if jnp.result_type(found) != jnp.result_type(expected):
-            raise InputTypeError(
-                f"fixed_point: the map's result{_tree.keystr(path)} has dtype "
-                f"{jnp.result_type(found)}, expected {jnp.result_type(expected)}: cast it with "
-                ".astype, or give parameters and hyperparameters one dtype."
-            )

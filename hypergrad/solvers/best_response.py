@@ -130,7 +130,15 @@ def _solve_tangent(method: Linear, push: Matvec, rhs: PyTree, params: PyTree, hp
         good = jnp.where(result.status <= int(Status.INSENSITIVE), 1.0, jnp.nan)
         return _tree.scale(good, result.solution)
 
-    return jax.lax.custom_linear_solve(push, rhs, run, transpose_solve=run, symmetric=method.symmetric)
+    return jax.lax.custom_linear_solve(push, _tied(rhs), run, transpose_solve=run, symmetric=method.symmetric)
+
+
+def _tied(rhs: PyTree) -> PyTree:
+    """The same right-hand side, each leaf of which depends on all: custom_linear_solve cannot be transposed where some
+    leaves are linear in the tangent and others, that no hyperparameter moves, are constant zeros.
+    """
+    zero = sum((0 * leaf.ravel()[0] for leaf in jax.tree.leaves(rhs) if leaf.size), start=jnp.zeros(()))
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), rhs)
 
 
 @jax.custom_jvp

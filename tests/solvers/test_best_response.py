@@ -243,3 +243,14 @@ def test_solvers_that_claim_nothing_are_refused():
     step = lambda w, h, b: 0.5 * w
     with pytest.raises(hg.InputError, match=r"hg\.linear\.cg needs a symmetric operator.*gmres"):
         hg.best_response(problem, inner=hg.inner.fixed_point(step), linear=hg.linear.cg())
+
+
+@pytest.mark.parametrize(
+    "inner", [None, hg.inner.root(lambda w, h, b: {"a": w["a"] - h, "b": w["b"] - 2.0 + 0 * w["a"]})]
+)
+def test_parameters_that_no_hyperparameter_moves_are_no_obstacle(inner):
+    loss = lambda w, h, b: jnp.sum((w["a"] - h) ** 2) + jnp.sum((w["b"] - 2.0) ** 2)
+    w_star = hg.best_response(hg.Problem(loss, lambda w, h, b: 0.0 * h), inner=inner)
+    start = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    outer = lambda h: w_star(h, start)["a"] ** 2 * w_star(h, start)["b"]
+    np.testing.assert_allclose(jax.jit(jax.grad(outer))(0.7), 2 * 0.7 * 2.0, rtol=tol(1e-9, 1e-4))
