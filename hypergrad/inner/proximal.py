@@ -140,10 +140,11 @@ def proximal(
         _, grad = jax.value_and_grad(lambda w: objective.stochastic(w, hparams, None, step)[0])(params)
         return forward(params, grad, hparams, jnp.asarray(step_size, _tree.dtype(params))), state
 
+    traced: dict[str, Any] = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     return Inner(
         lambda params, hparams: (),
         solve,
-        {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps},
+        traced,
         claims=True,
         symmetric=False,
         residual=residual,

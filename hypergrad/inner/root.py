@@ -123,10 +123,11 @@ def root(
         exact = lambda matvec, b: _direction(matvec, b, _tree.eps(params) * 16)
         return _tree.sub(params, jax.lax.custom_linear_solve(push, value, exact, transpose_solve=exact)), state
 
+    traced: dict[str, Any] = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     return Inner(
         lambda params, hparams: (),
         solve,
-        {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps},
+        traced,
         claims=True,
         symmetric=False,
         residual=residual,
