@@ -34,14 +34,14 @@ SIGNS = {">=": "≥", "<=": "≤", ">": "&gt;", "<": "&lt;"}
 
 INTRODUCTION = """# What hypergradients are for
 
-Each experiment is a claim, a command, a picture and a measured answer, written with the public interface alone. Every
-command takes `--seed N`, `--smoke` (its main paths in seconds; the numbers mean nothing), `--json` (the numbers as one
-JSON object on the last line) and `--keep` (into `results.json`, of which `python experiments/report.py` makes this
-page).
-What is measured is a mean over seeds; minutes are processor time of one seed (the median), which two idle cores do not
-exceed.
+Each experiment puts a method to work on real data, with the public interface alone, beside the rivals that a reviewer
+would ask for. The first sentence of its page, repeated here, says what was found, whether that is a win or not. Every
+command takes `--seed N`, `--smoke` (its main paths in seconds; the numbers mean nothing), `--json` (the numbers as
+one JSON object on the last line) and `--keep` (into `results.json`, from which `python experiments/report.py` makes
+this page). Measured values are means over seeds; minutes are the processor time of one seed (the median), which two
+idle cores do not exceed.
 
-| experiment | claim | command | minutes | measured |
+| experiment | found | command | minutes | measured |
 |---|---|---|---:|---|"""
 
 
