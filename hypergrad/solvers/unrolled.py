@@ -18,7 +18,6 @@ half with one hyperparameter, and a third to a half more for each further one. M
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,23 +27,19 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._checks import check_hparams, check_params
-from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.sensitivity import check_unrolled_sensitivity
 from hypergrad._options import Choice, Number, options
 from hypergrad._problem import PROBLEM, Problem
 from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import STEPS, Inner
-from hypergrad.solvers._call import Call, Outer, bad_grad, bad_loss, bind, current_params, no_influence, report
+from hypergrad.solvers._call import Call, bad_grad, bad_loss, bind, current_params, no_influence, report
+from hypergrad.unrolling import error as measured
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
 from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
-_MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
-_ROUNDING = 1.3  # calibrated in float32 against float64
-_TRUNCATION = 6.0  # calibrated on ridge and logistic regression, condition numbers 1 to 100
-_SHORT = 16  # steps below which the sensitivity of the outer gradient is not worth its price
 
 
 class UnrolledState(NamedTuple):
@@ -56,6 +51,7 @@ class UnrolledState(NamedTuple):
         model_state: state of the model (batch-norm statistics) after the last step, or None.
         start: `(params, model_state)` with which every call starts; None with `warm_start`.
         options: empty: the number of steps is part of the compiled program.
+        trust: how much rounding there was, when that was last measured.
     """
 
     params: PyTree
@@ -63,6 +59,7 @@ class UnrolledState(NamedTuple):
     model_state: PyTree
     start: tuple[PyTree, PyTree] | None
     options: dict[str, Any]
+    trust: measured.Trust
 
 
 class _Pass(NamedTuple):
@@ -167,6 +164,7 @@ def unrolled(
             model_state,
             start=None if warm_start else (params, model_state),
             options={},
+            trust=measured.new_trust(params),
         )
 
     def begin(
@@ -203,21 +201,28 @@ def unrolled(
         hparams, outer = call.hparams, lambda end: call.outer(end.model_state)
         check(call, start, first_state)
 
-        step = make_step(inner, call.objective, hparams, start)
-        point, record = start, new_record(start.params)
-        if skip:
-            point, record = reverse_mode.train(step, point, 0, skip, record)
         # Beyond the steps, the hyperparameters act through the optimizer's initial state, unless that is cut off.
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
-        done = differentiate(step, hparams, point, record, floats, lambda end: _finish(outer, end, hparams))
-        grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect)
+        finish = lambda end: _finish(outer, end, hparams)
 
-        rounding, error = _trust(grad, done, hparams, outer(done.point), length)
+        def run(twin: Array) -> _Pass:
+            step = make_step(inner, call.objective, hparams, start, twin)
+            point, record = start, new_record(start.params)
+            if skip:
+                point, record = reverse_mode.train(step, point, 0, skip, record)
+            return differentiate(step, hparams, point, record, floats, finish)
+
+        done, spread = measured.with_twins(run, _empty(finish, start, hparams), _seen, state.trust)
+        grad, _ = _seen(done)
+        amplified = measured.amplified((done.point.params, hparams), length, done.growth)
+        cancelled = measured.cancelled(outer(done.point), done.point.params, hparams, done.rhs[0], length)
+        rounding, trust = measured.rounding(spread, amplified * cancelled, (done.point.params, hparams), state.trust)
+        error = measured.estimate(grad, done.indirect, rounding, done.dropped)
         status = first_failure(
             training_status(inner, done.record, done.point.params),
             bad_loss(done.value),
             bad_grad(done.rhs, done.direct),
-            code(rounding > _MEANINGLESS, Status.UNROLL_EXPLODED),
+            code(measured.exploded(rounding, amplified, done.growth, spread), Status.UNROLL_EXPLODED),
             bad_grad(grad),
             no_influence(grad, done.rhs),
         )
@@ -229,7 +234,7 @@ def unrolled(
             error_estimate=error,
             extra={"adjoint_growth": done.growth},
         )
-        return Hypergradient(done.value, grad, info, done.metrics), _go_on_from(state, done.point)
+        return Hypergradient(done.value, grad, info, done.metrics), _go_on_from(state, done.point)._replace(trust=trust)
 
     def evaluate(
         state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
@@ -252,16 +257,17 @@ def _go_on_from(state: UnrolledState, end: Point) -> UnrolledState:
     return state._replace(params=params, inner_state=inner_state, model_state=model_state)
 
 
-def _trust(grad: PyTree, done: _Pass, hparams: PyTree, outer: Outer, length: int) -> tuple[Array, Array]:
-    """How much of the hypergradient is rounding, amplified on the way, and the estimate of its error."""
-    end = done.point.params
-    rounding = _ROUNDING * _tree.eps((end, hparams)) * (1 + math.sqrt(length)) * done.growth
-    cancelled = jnp.ones_like(rounding)
-    if length >= _SHORT:
-        # What a unit of rounding in the parameters does to ∂_w f, whose terms cancel near a minimum of f.
-        moved, _ = joint_product(lambda w, h: outer(w, h)[0], end, hparams, end)
-        cancelled = 1 + _ratio(_tree.norm(moved), _tree.norm(done.rhs[0]))
-    return rounding, _error_estimate(grad, done, rounding * cancelled)
+def _seen(done: _Pass) -> tuple[PyTree, PyTree]:
+    """What twins are compared by: the hypergradient, and where training ended."""
+    return jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect), done.point.params
+
+
+def _empty(finish: Callable[[Point], Any], start: Point, hparams: PyTree) -> _Pass:
+    """A pass of the same shapes, dtypes and shardings, with nothing in it."""
+    (value, metrics), _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(finish, start))
+    zero, none = jnp.zeros((), _tree.dtype(start.params)), _tree.zeros_like(hparams)
+    rhs = _tree.zeros_like((start.params, moving(start).model))
+    return _Pass(start, new_record(start.params), value, metrics, none, rhs, none, zero, zero)
 
 
 def _forward(
@@ -287,13 +293,8 @@ def _forward(
     if result.sizes is None:
         dropped = jnp.zeros_like(growth)
     else:
-        flat = jnp.concatenate([jnp.abs(leaf).ravel().astype(growth.dtype) for leaf in jax.tree.leaves(indirect)])
         end = jax.vmap(_tree.max_abs)(result.tangent.params)
-        tails = jax.vmap(lambda s: _tail(s, begin), in_axes=1)(result.sizes)
-        shares = jax.vmap(_left_out)(tails, end)
-        unknown = jnp.any(jnp.isinf(shares) & (flat > 0))  # the norm of an infinite share is NaN
-        known = jnp.where(jnp.isinf(shares), 0, shares)
-        dropped = jnp.where(unknown, jnp.inf, _ratio(_tree.norm(known * flat), _tree.norm(flat)))
+        dropped = measured.dropped_forward(result.sizes, end, indirect, begin)
     return _Pass(result.point, result.record, value, metrics, direct, rhs, indirect, growth, dropped)
 
 
@@ -321,7 +322,7 @@ def _reverse(
             Moving(unit, still, model),
             _tree.zeros_like(hparams),
             jnp.ones((), dtype),
-            jnp.zeros((length,), dtype) if begin else None,
+            jnp.zeros((length, 2), dtype) if begin else None,
         )
     )
     total = back.total
@@ -329,7 +330,7 @@ def _reverse(
         total = _tree.add(total, jax.vjp(floats, hparams)[1](back.adjoint.floats)[0])
     dropped = jnp.zeros((), dtype)
     if back.sizes is not None:
-        dropped = _left_out(_tail(back.sizes, begin), _tree.norm(total))
+        dropped = measured.dropped_reverse(back.sizes, _tree.norm(total), begin)
     return _Pass(point, record, value, metrics, direct, rhs, _tree.scale(size, total), back.growth, dropped)
 
 
@@ -361,7 +362,7 @@ def _reverse_whole(
     if floats is not None:
         total = _tree.add(total, jax.vjp(floats, hparams)[1](first.floats)[0])
     decay = jnp.sqrt(_tree.vdot(first.params, first.params)).astype(_tree.dtype(rhs))
-    dropped = jnp.where(decay < 1, decay, jnp.inf) if begin else jnp.zeros_like(decay)
+    dropped = measured.dropped_whole(decay, length, begin)
     growth = jnp.where(decay > 1, decay, jnp.ones_like(decay))
     return _Pass(end, seen, value, metrics, direct, rhs, _tree.scale(size, total), growth, dropped)
 
@@ -381,31 +382,3 @@ def _unit(rhs: PyTree) -> tuple[Array, PyTree]:
     """Norm and direction, so that an outer loss scaled by 1e-20 changes nothing but the scale of the result."""
     size = _tree.norm(rhs)
     return size, _tree.scale(_tree.safe_divide(1, size), rhs)
-
-
-def _tail(sizes: Array, more: int) -> Array:
-    """Σ of `more` further terms of a sequence that goes on decaying as in its second half; inf if it did not decay."""
-    window = sizes.shape[0] // 4 or sizes.shape[0] // 2
-    if not window:
-        return jnp.full((), jnp.inf, sizes.dtype)
-    old, new = jnp.sum(sizes[-2 * window : -window]), jnp.sum(sizes[-window:])
-    ratio = _tree.safe_divide(new, old, otherwise=0)
-    safe = jnp.where(ratio < 1, ratio, 0)
-    tail = new * safe * (1 - safe ** (more / window)) / (1 - safe)
-    return jnp.where(ratio < 1, tail, jnp.inf)
-
-
-def _left_out(tail: Array, kept: Array) -> Array:
-    """The share of the whole that is in the tail, if both point the same way; inf for an infinite tail."""
-    return jnp.where(jnp.isinf(tail), jnp.inf, _ratio(tail, kept + tail))
-
-
-def _ratio(x: Array, y: Array) -> Array:
-    return _tree.safe_divide(x, y, otherwise=jnp.where(x > 0, jnp.inf, 0))
-
-
-def _error_estimate(grad: PyTree, done: _Pass, rounding: Array) -> Array:
-    """Relative error of `grad` against the derivative of the whole run (dimensionless)."""
-    through = _ratio(_tree.norm(done.indirect), _tree.norm(grad))
-    estimate = rounding + _TRUNCATION * jnp.where(done.dropped == 0, 0, done.dropped * through)
-    return jnp.where(jnp.isnan(estimate) | ~_tree.all_finite(grad), jnp.inf, estimate)

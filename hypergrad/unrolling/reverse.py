@@ -52,7 +52,7 @@ class Backward(NamedTuple):
         adjoint: a_t.
         total: Σ c over the steps passed, a pytree like the hyperparameters.
         growth: max ‖a‖ (of the parameters) so far.
-        sizes: ‖c_t‖ by step, [T]; None unless asked for.
+        sizes: ‖c_t‖ and ‖a_t‖ (of the parameters) by step, [T, 2]; None unless asked for.
     """
 
     adjoint: Moving
@@ -146,7 +146,8 @@ def _pull(step: Step, here: Stored, t: Any, last: int, back: Backward) -> Backwa
     size = jnp.sqrt(_tree.vdot(adjoint.params, adjoint.params)).astype(back.growth.dtype)
     sizes = back.sizes
     if sizes is not None:
-        sizes = sizes.at[last - 1 - t].set(_tree.norm(contribution).astype(sizes.dtype))
+        both = jnp.stack([_tree.norm(contribution).astype(sizes.dtype), size.astype(sizes.dtype)])
+        sizes = sizes.at[last - 1 - t].set(both)
     # A comparison with NaN is false: the growth before the overflow is what says why.
     growth = jnp.where(size > back.growth, size, back.growth)
     return Backward(adjoint, _tree.add(back.total, contribution), growth, sizes)

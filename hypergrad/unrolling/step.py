@@ -32,6 +32,7 @@ from hypergrad.inner._inner import Inner
 
 _RISE = 10  # a loss that rose this many times further than it ever fell has diverged
 _ENOUGH = 16  # steps before which a rise may be a matter of batches
+_ULPS = 1  # units of rounding by which the steps of a twin are off
 _OVERFLOW = 1e3  # a loss that grew by more than this was on its way to overflow
 
 
@@ -104,10 +105,22 @@ class Step(NamedTuple):
     watch: Callable[[Record, Taken, Any], Record]
 
 
-def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point) -> Step:
-    """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`)."""
+def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point, twin: Any = 0) -> Step:
+    """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`).
+
+    Steps of a `twin` other than 0 end with parameters that are off by a few units of rounding, by a factor that depends
+    on the twin and the step. Zeros stay zeros, as they do in arithmetic.
+    """
     descends = inner.update is not None
-    through, pull = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
+    exact, pull = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
+
+    def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
+        after, taken = exact(here, hparams, point, t)
+        off = lambda params: _off(params, twin, t)
+        return (
+            after._replace(params=off(after.params)),
+            taken._replace(point=taken.point._replace(params=off(taken.point.params))),
+        )
 
     def take(point: Point, t: Any) -> Taken:
         return through(moving(point), hparams, point, t)[1]
@@ -118,6 +131,15 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point)
         through,
         lambda record, taken, t: _watch(record, taken, t, inner.steps or 0),
     )
+
+
+def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
+    """Parameters times 1 ± `_ULPS` units of rounding; times 1 for twin 0."""
+    seed = jnp.uint32(t) * jnp.uint32(2654435761) + jnp.uint32(twin) * jnp.uint32(0x9E3779B1)
+    seed = (seed ^ (seed >> 15)) * jnp.uint32(0x846CA68B)
+    sign = jnp.where(twin == 0, 0, 1 - 2 * ((seed ^ (seed >> 16)) & 1).astype(jnp.int32))
+    factor = lambda dtype: (1 + _ULPS * jnp.finfo(dtype).eps * sign).astype(dtype)
+    return jax.tree.map(lambda leaf: leaf * factor(leaf.dtype), params)
 
 
 def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> tuple[Any, Any]:
