@@ -114,9 +114,10 @@ _ADVICE = {
         "again, raise `max_steps`, loosen `tol`, add a preconditioner or `damping`."
     ),
     Status.UNROLL_EXPLODED: (
-        "The adjoint grew by more than the precision can carry while going back through training: training is "
+        "The adjoint, or training itself, amplified rounding by more than the precision can carry: training is "
         "chaotic or beyond the edge of stability, and the hypergradient is noise. Lower the learning rate, clip, "
-        "warm up, or truncate (`truncate=`)."
+        'warm up, or truncate (`truncate=`). With few hyperparameters `mode="forward"` is worth a try: it carries no '
+        "adjoint, so that parts of one which reach no hyperparameter cannot grow in it."
     ),
     Status.INACCURATE: (
         "Every tolerance is met, and yet the estimated error of the hypergradient is larger than the hypergradient "

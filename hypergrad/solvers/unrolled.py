@@ -10,10 +10,11 @@ schedules and initialisations.
 Source: Domke 2012, "Generic methods for optimization-based modeling"; Maclaurin et al. 2015, arXiv:1502.03492;
 Franceschi et al. 2017, arXiv:1703.01785 (forward mode); Shaban et al. 2019, arXiv:1810.10667 (truncation); Kemaev et
 al. 2025, arXiv:2505.00793 (mixed mode); Engstrom et al. 2025, arXiv:2503.13751 (the tree of checkpoints).
-Differs: the recursions are written out rather than left to nested automatic differentiation; they measure how much
-they amplify rounding, and a run that amplifies it beyond meaning says so.
+Differs: the recursions are written out rather than left to nested automatic differentiation; what training and they
+amplify rounding to is measured, and a run that amplifies it beyond meaning says so.
 Cost: reverse about three gradients of the inner loss a step, whatever the number of hyperparameters; forward one and a
-half with one hyperparameter, and a third to a half more for each further one. Memory: see `remat`.
+half with one hyperparameter, and a third to a half more for each further one. A state's first call costs two calls,
+or four where rounding shows, and every sixteenth two: see `hypergrad.unrolling.error`. Memory: see `remat`.
 """
 
 from __future__ import annotations
@@ -121,9 +122,11 @@ def unrolled(
     Returns:
         A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless):
         reverse, max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in.
-        Where it leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of
+        Where that, or training itself, leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of
         the last step over the largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against
-        the exact derivative of the run of T steps (with `warm_start`, of this call's steps). Model state (batch-norm
+        the exact derivative of the run of T steps (with `warm_start`, of this call's steps): `inf` where rounding may
+        be as large as what was found. It is measured at a state's first call, which takes up to four times as long,
+        and at every sixteenth, which takes twice as long; other calls scale what was measured. Model state (batch-norm
         statistics) follows the steps, and the derivative goes through it.
 
     Raises:

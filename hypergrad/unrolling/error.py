@@ -97,8 +97,8 @@ def with_twins(
 
     def more(carry: tuple[Array, T, Spread]) -> Array:
         k, _, spread = carry
-        sure = (spread.count > 0) & (spread.grad < _SURE**2)  # false for NaN
-        return (k == 0) | ((k <= most) & ~sure)
+        unsure = (spread.count == 0) | ((spread.grad >= _SURE**2) & jnp.isfinite(spread.grad))
+        return (k == 0) | ((k <= most) & unsure)
 
     def body(carry: tuple[Array, T, Spread]) -> tuple[Array, T, Spread]:
         k, kept, spread = carry
@@ -136,8 +136,10 @@ def rounding(spread: Spread, predicted: Array, numbers: PyTree, trust: Trust) ->
     ratio = _tree.safe_divide(twins, predicted)
     ratio = jnp.where(first, ratio, jnp.fmax(ratio, trust.ratio / 4))
     ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
-    told = jnp.where(fresh & first, twins, _STALE * ratio * predicted)
-    return jnp.where(jnp.isnan(told), jnp.inf, told), Trust(trust.calls + 1, ratio)
+    told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, _ROUNDED * _tree.eps(numbers)))
+    # Of a call that was not finite nothing is kept: the next one measures again.
+    trust = _tree.where(jnp.isfinite(ratio) & jnp.isfinite(predicted), Trust(trust.calls + 1, ratio), trust)
+    return jnp.where(jnp.isnan(told), jnp.inf, told), trust
 
 
 def exploded(rounding: Array, amplified: Array, growth: Array, spread: Spread) -> Array:

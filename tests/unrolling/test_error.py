@@ -1,0 +1,162 @@
+"""The error estimate of an unrolled run: rounding of the path, what truncation left out, what never mattered."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.unrolling import error as measured
+from tests._helpers import relative_error, tol
+
+CURVE = np.array([1.0, 0.3, 0.05])
+
+
+def bowl(w, h, batch):
+    return 0.5 * jnp.sum(jnp.asarray(CURVE, w.dtype) * (w - batch) ** 2) + 0.5 * jnp.exp(h) * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: optax.rmsprop(0.05, decay=0.95),
+        lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.3, b1=0.3, b2=0.5)),
+    ],
+    ids=["rmsprop", "clipped adamw"],
+)
+def test_an_optimizer_that_never_settles_amplifies_rounding_and_the_estimate_says_so(optimizer):
+    """In float32, two starts a unit of rounding apart give different hypergradients; neither claims to be right."""
+    draws, rng = 64, np.random.default_rng(3)
+    solver = hg.unrolled(
+        hg.Problem(bowl, lambda w, h, b: jnp.sum((w - b) ** 2)),
+        inner=hg.inner.gradient(optimizer(), steps=200),
+        mode="reverse",
+    )
+    start, train, valid = (jnp.asarray(rng.normal(size=(draws, 3)), jnp.float32) for _ in range(3))
+    hparams = jnp.asarray(rng.uniform(-5, 0, draws), jnp.float32)
+    run = jax.jit(jax.vmap(lambda w, h, t, v: solver.hypergrad(solver.init(w, h), h, t, v)[0]))
+    out, near = (run(w, hparams, train, valid) for w in (start, start * np.float32(1 + 2e-7)))
+    moved = np.abs(np.asarray(out.grad - near.grad)) / np.maximum(np.abs(out.grad), np.abs(near.grad))
+    usable = np.asarray(out.info.status) <= hg.Status.INSENSITIVE
+    assert np.sum(moved > 0.1) >= 3  # there are such draws
+    told = np.asarray(out.info.error_estimate)
+    assert np.all(told[usable] >= moved[usable] / 10)
+
+
+def test_a_slow_mode_that_starts_small_is_not_left_out_of_the_estimate():
+    """Of w₀ + .01 w₁ only the first seems to matter in the last twenty steps; the second takes a thousand."""
+    curve, target = jnp.asarray([1.0, 1e-3]), jnp.asarray([1.0, 3.0])
+    problem = hg.Problem(
+        lambda w, h, b: 0.5 * jnp.sum(curve * (w - target) ** 2) + 0.5 * jnp.exp(h) * jnp.sum(w**2),
+        lambda w, h, b: w[0] + 0.01 * w[1],
+    )
+    inner = hg.inner.gradient(optax.sgd(0.3), steps=3000)
+    exact = -np.exp(-5) * np.sum(
+        np.array([1, 0.01]) * np.asarray(curve * target) / (np.asarray(curve) + np.exp(-5)) ** 2
+    )
+    options = [{"mode": "reverse"}, {"mode": "reverse", "remat": "none"}, {"mode": "forward"}]
+    solvers = [hg.unrolled(problem, inner=inner, truncate=20, **o) for o in options]
+    h = jnp.asarray(-5.0)
+    for out in jax.jit(lambda h: [s.hypergrad(s.init(jnp.zeros(2), h), h)[0] for s in solvers])(h):
+        error = relative_error(out.grad, exact)
+        assert 0.3 < error < 0.35
+        assert error <= float(out.info.error_estimate)
+
+
+def adapter(w, h, batch):
+    """A branch that is zero at first: its first factor has a gradient of exactly zero, and Adam divides by it."""
+    return jnp.mean((jnp.sum(batch["x"], 1) / 5 + batch["x"] @ w["a"] @ w["b"] - batch["y"]) ** 2) * jnp.exp(h["gain"])
+
+
+def test_parts_of_the_adjoint_that_reach_no_hyperparameter_are_no_explosion():
+    rng = np.random.default_rng(0)
+    batch = {"x": jnp.asarray(rng.normal(size=(20, 5))), "y": jnp.asarray(rng.normal(size=20))}
+    start = {"a": jnp.asarray(rng.normal(size=(5, 2))), "b": jnp.zeros(2)}
+    hparams = {"gain": jnp.asarray(0.3), "lr": jnp.asarray(0.02)}
+    inner = hg.inner.gradient(lambda h: optax.adam(h["lr"]), steps=40)
+    problem = hg.Problem(adapter, lambda w, h, b: adapter(w, {"gain": jnp.zeros(())}, b))
+    solvers = [hg.unrolled(problem, inner=inner, mode=mode) for mode in ("reverse", "forward")]
+    reverse, forward = jax.jit(lambda h: [s.hypergrad(s.init(start, h), h, batch, batch)[0] for s in solvers])(hparams)
+    assert relative_error(reverse.grad, forward.grad) <= tol(1e-9, 1e-3)
+    for out in (reverse, forward):
+        assert int(out.info.status) == hg.Status.OK
+        assert float(out.info.error_estimate) <= tol(1e-9, 1e-2)
+    assert float(reverse.info.extra["adjoint_growth"]) > 1e5  # what it was called an explosion for
+
+
+def test_half_precision_is_counted():
+    for params, hparams in ((jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)):
+        solver = hg.unrolled(
+            hg.Problem(bowl, lambda w, h, b: jnp.sum((w - b) ** 2)),
+            inner=hg.inner.gradient(optax.sgd(0.3), steps=10),
+            mode="reverse",
+        )
+        w, h = jnp.asarray([0.5, -1.0, 2.0], params), jnp.asarray(-1.2, hparams)
+        out, _ = jax.jit(solver.hypergrad)(solver.init(w, h), h, jnp.ones(3, params), jnp.zeros(3, params))
+        assert float(out.info.error_estimate) >= 2 * 2.0**-8
+
+
+def toy(gap):
+    """A run whose twins differ by `gap` in the hypergradient, and by twice that in where they end."""
+    return lambda k: (jnp.asarray(1.0) + k * gap, jnp.asarray([2.0]) * (1 + 2 * k * gap))
+
+
+@pytest.mark.parametrize(
+    ("calls", "gap", "count"), [(0, 1e-2, 3), (0, 0.0, 1), (1, 1e-2, 0), (15, 1e-2, 0), (16, 1e-2, 1)]
+)
+def test_twins_run_at_the_first_call_and_at_every_sixteenth(calls, gap, count):
+    trust = measured.Trust(jnp.int32(calls), jnp.asarray(1.0))
+    like = (jnp.zeros(()), jnp.zeros(1))
+    (grad, end), spread = jax.jit(lambda trust: measured.with_twins(toy(gap), like, lambda done: done, trust))(trust)
+    assert int(spread.count) == count
+    assert float(grad) == 1 and float(end[0]) == 2  # what is returned is the run, not a twin
+    squares = np.sum(np.arange(1, count + 1) ** 2)
+    np.testing.assert_allclose(spread.grad, squares * gap**2, rtol=tol(1e-9, 1e-3))
+    np.testing.assert_allclose(spread.path, 4 * squares * gap**2, rtol=tol(1e-9, 1e-3))
+
+
+def test_what_twins_said_calibrates_the_calls_between_them():
+    number = jnp.asarray(1.0)
+    spread = measured.Spread(jnp.int32(3), jnp.asarray(3e-4), jnp.asarray(0.0))  # 1e-2 each
+    first, trust = measured.rounding(spread, jnp.asarray(1e-4), number, measured.new_trust(number))
+    assert 0.02 <= float(first) <= 0.1
+    none = measured.Spread(jnp.int32(0), jnp.asarray(0.0), jnp.asarray(0.0))
+    same, trust = measured.rounding(none, jnp.asarray(1e-4), number, trust)
+    worse, trust = measured.rounding(none, jnp.asarray(1e-3), number, trust)
+    assert first <= same <= 4 * first and int(trust.calls) == 3
+    np.testing.assert_allclose(worse, 10 * same, rtol=1e-5)
+
+
+def test_an_error_as_large_as_what_was_found_leaves_nothing_known():
+    grad, zero = jnp.asarray(1.0), jnp.asarray(0.0)
+    told = [float(measured.estimate(grad, grad, jnp.asarray(share), zero)) for share in (1e-3, 0.5, 1.0, np.nan)]
+    np.testing.assert_allclose(told, [1e-3 / (1 - 1e-3), 1.0, np.inf, np.inf], rtol=1e-5)
+
+
+@pytest.mark.parametrize("modes", [{0.7: 1.0}, {0.7: 1.0, 0.999: 1e-3}, {0.9: 1.0, 0.99: 0.1, 0.9995: 0.02}])
+def test_what_truncation_left_out_is_no_more_than_six_times_the_estimate_and_not_nothing(modes):
+    """Contributions and adjoints of a few real modes, of which thirty steps were kept."""
+    kept, more = 30, 1000
+    steps = np.arange(kept + more)
+    terms = sum(size * rate**steps for rate, size in modes.items())
+    adjoints = np.sqrt(sum(size**2 * rate ** (2 * steps) for rate, size in modes.items()))
+    sizes = jnp.asarray(np.stack([terms, adjoints], 1)[:kept])
+    share = float(measured.dropped_reverse(sizes, jnp.asarray(terms[:kept].sum()), more))
+    true = terms[kept:].sum() / terms.sum()
+    assert true / 6 <= share <= 60 * true
+
+
+def test_terms_that_do_not_decay_leave_everything_open():
+    sizes = jnp.ones((20, 2))
+    assert np.isinf(measured.dropped_reverse(sizes, jnp.asarray(20.0), 100))
+    assert float(measured.dropped_whole(jnp.asarray(0.01), 20, 0)) == 0
+    assert np.isinf(measured.dropped_whole(jnp.asarray(1.0), 20, 10))
+
+
+def test_a_call_that_was_not_finite_is_measured_again():
+    number, spread = jnp.asarray(1.0), measured.Spread(jnp.int32(1), jnp.asarray(np.nan), jnp.asarray(0.0))
+    told, trust = measured.rounding(spread, jnp.asarray(1e-4), number, measured.new_trust(number))
+    assert np.isinf(told) and int(trust.calls) == 0 and float(trust.ratio) == 1
