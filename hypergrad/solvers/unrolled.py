@@ -122,12 +122,12 @@ def unrolled(
     Returns:
         A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless):
         reverse, max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in.
-        Where that, or training itself, leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of
-        the last step over the largest of the run, `info.linear_residual` is NaN, and `info.error_estimate` is against
-        the exact derivative of the run of T steps (with `warm_start`, of this call's steps): `inf` where rounding may
-        be as large as what was found. It is measured at a state's first call, which takes up to four times as long,
-        and at every sixteenth, which takes twice as long; other calls scale what was measured. Model state (batch-norm
-        statistics) follows the steps, and the derivative goes through it.
+        Where that, or training itself, leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is
+        the inner gradient of the last step over the largest of the run, `info.linear_residual` is NaN, and
+        `info.error_estimate` is against the exact derivative of the run of T steps (with `warm_start`, of this call's
+        steps): `inf` where rounding may be as large as what was found. It is measured at a state's first call, which
+        takes up to four times as long, and at every sixteenth, which takes twice as long; other calls scale what was
+        measured. Model state (batch-norm statistics) follows the steps, and the derivative goes through it.
 
     Raises:
         InputError: for an unknown option, or an inner solver without a number of steps.
