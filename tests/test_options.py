@@ -24,11 +24,11 @@ from tests.test_public_api import FUNCTIONS
 
 PROBLEM = hg.Problem(lambda w, h, b: h * jnp.sum(w**2), lambda w, h, b: jnp.sum(w))
 INNER = hg.inner.gradient(optax.sgd(0.1), steps=3)
-NEEDED: dict[str, Any] = {  # what a call must hold besides
+FUNCTION = lambda first, *rest: first
+NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a function
     "problem": PROBLEM,
     "inner": INNER,
     "optimizer": optax.sgd(0.1),
-    "map": lambda w, h, b: w,
     "solver": hg.unrolled(PROBLEM, inner=INNER),
     "params": jnp.zeros(3),
     "hparams": 0.5,
@@ -44,7 +44,6 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides
     "tree": {},
     "like": {},
     "step": 0,
-    "fn": lambda w, h, v: v,
     "arrays": jnp.zeros(3),
     "size": 2,
     "iterator": [],
@@ -67,6 +66,7 @@ WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__options__")}
 # Without any option that could be wrong: data and results, or nothing at all.
 PLAIN = {"compose", "constrain", "raise_if_failed", "orbax", "gated", "log", "positive", "real", "simplex"}
 PLAIN |= {"to_constrained", "to_unconstrained", "losses", "hyperparameters", "hypergradient", "landscape", "options"}
+PLAIN |= {"l1", "elastic_net", "group", "nuclear"}  # maps with a strength that may be any array
 ALL = [(path, name, option) for path, f in WALKED.items() for name, option in declared(f).items()]
 NUMBERS = [case for case in ALL if isinstance(case[2], hg.Number)]
 NAMED = functools.partial(pytest.mark.parametrize, ids=lambda x: x if isinstance(x, str) else "")
@@ -76,7 +76,7 @@ def call(path: str, **changes: Any) -> Any:
     """The function with what it needs, and `changes`."""
     parameters = inspect.signature(WALKED[path]).parameters
     needed = [n for n, p in parameters.items() if p.default is p.empty and n not in changes]
-    return WALKED[path](**{n: NEEDED[n] for n in needed}, **changes)
+    return WALKED[path](**{n: NEEDED.get(n, FUNCTION) for n in needed}, **changes)
 
 
 def refused(path: str, name: str, value: Any, error: Any = (hg.InputError, hg.InputTypeError)) -> str:
@@ -106,6 +106,7 @@ def test_every_public_function_declares_its_options():
         for path, f in FUNCTIONS.items()
         for name, parameter in inspect.signature(f).parameters.items()
         if isinstance(parameter.default, (int, float)) and not isinstance(parameter.default, bool)
+        if "tuple" not in str(parameter.annotation)  # axes, of which one may be written as a number
     }
     known = {(path, name) for path, name, _ in ALL}
     assert sorted(set(kinds) - known) == [], "numbers without a range"
