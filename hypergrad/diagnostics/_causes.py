@@ -86,7 +86,8 @@ def _is_direct(info: Info) -> bool:
     return "outer_grad_norm" in info.extra
 
 
-def _is_learned(info: Info) -> bool:
+def is_learned(info: Info) -> bool:
+    """Whether a hypergradient is that of a fitted response."""
     return "response_residual" in info.extra or "direct_norm" in info.extra
 
 
@@ -109,7 +110,7 @@ def _status(e: Evidence) -> Iterator[str]:
 
 def _unconverged(e: Evidence) -> Iterator[str]:
     inner, linear = float(e.info.inner_residual), float(e.info.linear_residual)
-    if not (is_unrolled(e.info) or _is_learned(e.info)) and not e.ok and e.status not in _UNCONVERGED:
+    if not (is_unrolled(e.info) or is_learned(e.info)) and not e.ok and e.status not in _UNCONVERGED:
         if inner > e.tol:
             yield (
                 f"unconverged: the relative residual of the inner problem is {inner:.1g}; the solver claims "
@@ -158,7 +159,7 @@ def _approximate(e: Evidence) -> Iterator[str]:
                 f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=."
             )
 
-    if _is_learned(e.info):
+    if is_learned(e.info):
         gap = abs(e.value - e.center.settled) / max(abs(e.center.settled), 1e-300)
         residual = e.info.extra.get("response_residual")  # self-tuning does not measure it
         left = "" if residual is None else f"; its slope leaves {float(residual):.1g} of its equation"
@@ -177,7 +178,7 @@ def _approximate(e: Evidence) -> Iterator[str]:
 
 def _stochastic(e: Evidence) -> Iterator[str]:
     if e.key_spread > e.tol or (math.isnan(e.key_spread) and e.batches):
-        others = "draws of hyperparameters" if _is_learned(e.info) else "random numbers in the losses"
+        others = "draws of hyperparameters" if is_learned(e.info) else "random numbers in the losses"
         drawn = "minibatches" if e.batches else others
         yield (
             f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "

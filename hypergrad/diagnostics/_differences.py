@@ -103,39 +103,60 @@ def flatten(hparams: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]
 
 
 def make_resolve(problem: Problem, compiled: Callable[..., Any] | None = None) -> Callable[..., Solution]:
-    """`(vector, calls=None, tight=True) -> Solution`, with the solver's calls compiled once.
+    """`(vector, calls=None, tight=True, **changed) -> Solution`: as `make_solve`, without the state."""
+    solve = make_solve(problem, compiled)
+
+    def resolve(vector: np.ndarray, calls: int | None = None, tight: bool = True, **changed: Any) -> Solution:
+        return solve(vector, calls, tight, **changed)[0]
+
+    return resolve
+
+
+def make_solve(problem: Problem, compiled: Callable[..., Any] | None = None) -> Callable[..., tuple[Solution, Any]]:
+    """`(vector, calls=None, tight=True, **changed) -> (Solution, state)`, with the solver's calls compiled once.
 
     With `calls`, exactly as many are made. With `tight`, the inner tolerance is lowered to rounding level where the
-    solver's state has it among its options, see `tighten`. `compiled` is the compiled `solver.hypergrad`; without it a
-    function is compiled that leaves out the derivative, where the next call does not need it.
+    solver's state has it among its options, see `tighten`. `changed` replaces fields of the problem: `params`, `train`
+    or `valid` of the same shapes. The outer loss is the solver's `evaluate`, so that it does not come from the code
+    under test. For a solver without one it is what `hypergrad` reports: by `compiled`, the compiled `solver.hypergrad`,
+    or else by a function that leaves out the derivative where the next call does not need it.
     """
     solver, key = problem.solver, problem.key
     init_key, call_key = (None, None) if key is None else jax.random.split(key)
     _, unflatten = flatten(problem.hparams)
+    own = getattr(solver, "evaluate", None)
 
     @jax.jit
     def value_only(*args: Any, key: Array | None) -> tuple[Array, Any]:
         out, state = solver.hypergrad(*args, key=key)
         return out.value, state
 
-    call = value_only if compiled is None else compiled
+    evaluate = None if own is None else jax.jit(own)
 
-    def resolve(vector: np.ndarray, calls: int | None = None, tight: bool = True) -> Solution:
-        hparams = unflatten(vector)
-        state = solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
+    def call(*args: Any) -> tuple[Array, Any]:
+        if evaluate is not None:
+            value, _, state = evaluate(*args, key=call_key)
+            return value, state
+        if compiled is not None:
+            out, state = compiled(*args, key=call_key)
+            return out.value, state
+        return value_only(*args, key=call_key)
+
+    def solve(vector: np.ndarray, calls: int | None = None, tight: bool = True, **changed: Any) -> tuple[Solution, Any]:
+        hparams, given = unflatten(vector), problem._replace(**changed)
+        state = solver.init(given.params, hparams, key=init_key, model_state=given.model_state)
         state, values, eps = tighten(state) if tight else state, [], 0.0
         for _ in range(calls or _CALLS):
-            out, state = call(state, hparams, problem.train, problem.valid, key=call_key)
-            value = out if compiled is None else out.value
+            value, state = call(state, hparams, given.train, given.valid)
             values.append(float(value))
             eps = float(jnp.finfo(value.dtype).eps)
             if not np.isfinite(values[-1]) or (calls is None and settled(values, eps)):
                 break
         drift = abs(values[-1] - values[-2]) if len(values) > 1 else 0.0
         last = values[-1] if np.isfinite(values[-1]) else np.nan
-        return Solution(last, values[0], len(values), drift, settled(values, eps), eps)
+        return Solution(last, values[0], len(values), drift, settled(values, eps), eps), state
 
-    return resolve
+    return solve
 
 
 def settled(values: list[float], eps: float) -> bool:
@@ -148,9 +169,11 @@ def settled(values: list[float], eps: float) -> bool:
     return len(values) > 3 and change <= eps**0.6 * size and change >= 0.5 * abs(values[-2] - values[-3])
 
 
-def tighten(state: Any) -> Any:
+def tighten(state: Any, linear: bool = False) -> Any:
     """A solver's state with an inner tolerance near rounding level, where it has one; a learned response's with no
     spread and more steps, so that it is trained at the hyperparameters alone; else the state itself.
+
+    With `linear` the tolerance of the adjoint system is lowered as well.
     """
     options = getattr(state, "options", None)
     if not isinstance(options, dict) or not hasattr(state, "_replace"):
@@ -159,15 +182,23 @@ def tighten(state: Any) -> Any:
     if isinstance(inner, dict) and "scale" in options and "max_steps" in inner:
         longer = {**inner, "max_steps": jnp.maximum(inner["max_steps"], _TRAIN)}
         return state._replace(options={**options, "inner": longer, "scale": jnp.zeros_like(options["scale"])})
-    if not isinstance(inner, dict) or "tol" not in inner:
-        return state
-    tol = jnp.asarray(inner["tol"])
-    new = {"tol": jnp.where(tol > 0, jnp.minimum(tol, jnp.maximum(_TIGHT, 8 * jnp.finfo(tol.dtype).eps)), tol)}
-    new["tol"] = new["tol"].astype(tol.dtype)
-    if "max_steps" in inner:
-        steps = jnp.asarray(inner["max_steps"])
+    tighter = {
+        name: _tighter(options[name])
+        for name in ("inner", "linear")[: 1 + linear]
+        if isinstance(options.get(name), dict) and "tol" in options[name]
+    }
+    return state._replace(options={**options, **tighter}) if tighter else state
+
+
+def _tighter(options: dict[str, Any]) -> dict[str, Any]:
+    """A tolerance near rounding level and the steps for it; without a tolerance a fixed budget, which stays one."""
+    tol = jnp.asarray(options["tol"])
+    tight = jnp.where(tol > 0, jnp.minimum(tol, jnp.maximum(_TIGHT, 8 * jnp.finfo(tol.dtype).eps)), tol)
+    new = {**options, "tol": tight.astype(tol.dtype)}
+    if "max_steps" in options:
+        steps = jnp.asarray(options["max_steps"])
         new["max_steps"] = jnp.where(tol > 0, jnp.maximum(steps, _MAX_STEPS), steps).astype(steps.dtype)
-    return state._replace(options={**options, "inner": {**inner, **new}})
+    return new
 
 
 def slopes(

@@ -1,21 +1,22 @@
 r"""Is my hypergradient right? Compared with finite differences of the problem solved again.
 
-    ‖ĝ − g‖ / ‖g‖,    g·v = dF(λ + h v)/dh,    F(λ) = f(w*(λ), λ) solved from a fresh start
+    ‖ĝ − g‖ / ‖g‖,    g·v = dF(λ + h v)/dh,    F(λ) = f(w*(λ), λ) solved from a fresh start, harder than the solver does
 
-along random directions v, or along every entry of small hyperparameters. F is what the solver itself reports as its
-outer loss once that stops changing, so that any solver can be checked, one's own included.
+along random directions v through all hyperparameters, and along one more within each leaf, in which its entries count
+alike. F is the outer loss of the solver's own `evaluate` (of `hypergrad`, for a solver without one) with the tolerance
+lowered to rounding level, after as many calls as it takes until that stops changing.
 Differs from a plain difference quotient: F is computed in float64 wherever the losses allow it, whatever the precision
-of the hypergradient; the differences carry an error of their own, and where it is too large nothing is confirmed; the
-causes of a difference that can be seen from outside are named.
-Cost: four solutions of the problem a direction where all is well, up to 24 where it is not. The random directions
-measure the error of many entries by that of a few of their sums, in which each leaf counts in units of its own size.
+of the hypergradient; the differences carry an error of their own, and where it is too large nothing is confirmed; what
+no difference can show is looked for apart (`_probes`); the causes that can be seen from outside are named.
+Cost: four solutions of the problem a direction where all is well, up to 24 where it is not. Three directions, and one a
+leaf, up to twelve. What is off is looked for, with a few more, only where nothing else explains it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,35 +29,40 @@ from hypergrad._checks import check_finite, check_hparams
 from hypergrad._data import Minibatches, Stream, prepare
 from hypergrad._jaxpr.labels import check_concrete_data, check_solver_labels
 from hypergrad._options import SOLVER, Number, options
-from hypergrad._solver import Hypergradient, InputError, Solver, Status
-from hypergrad._tree import PyTree, keystr
-from hypergrad.diagnostics._causes import Evidence, find_causes, is_unrolled
+from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status
+from hypergrad._tree import PyTree
+from hypergrad.diagnostics import _probes
+from hypergrad.diagnostics._causes import Evidence, find_causes, is_learned, is_unrolled
 from hypergrad.diagnostics._differences import (
     Problem,
     Slope,
     Solution,
     flatten,
     in_float64,
-    make_resolve,
+    make_solve,
     settled,
     slopes,
+    tighten,
 )
+from hypergrad.diagnostics._directions import Part, directions_along, groups, level, parts_of, rms, scales_of
 from hypergrad.diagnostics._report import Comparison, Leaf, Metasmoothness, Report
+from hypergrad.diagnostics._where import locate, nonfinite_entries
 
 _CALLS = 30  # at the same hyperparameters, to see what a warm start makes of the hypergradient
 _KEYS = 3
-_SMALL = 8  # entries up to which a leaf is checked entry by entry
-_SILENT = 8  # leaves without a hypergradient that are looked at
+_SMALL = 8  # entries up to which `per_leaf` checks a leaf entry by entry
+_LEAVES = 12  # directions within leaves
 _STEP = 0.1  # relative, over which metasmoothness is measured
+_NEAR = 0.02  # relative, to the point at which a used state is tried
 _FLOOR = 1e-5  # changes of F below this share of F, for a relative change of 1 of the hyperparameters, count as zero
-
-
-class _Part(NamedTuple):
-    """A leaf of the hyperparameters in the vector of all entries."""
-
-    path: str
-    shape: tuple[int, ...]
-    where: slice
+_LEAST = 1e-5  # part of the hypergradient's size below which a leaf counts as zero
+_NOISE = 10  # errors of a difference by which one leaf may be off
+_FINE = 1e-4  # relative, to which differences in float64 are taken
+_SHRINKS = 0.3  # what is left, of an error that comes from rounding or a loose tolerance, in an accurate run: less
+_BOAST = 30  # times its estimate an error may be
+_NONFINITE = (Status.NONFINITE_LOSS, Status.NONFINITE_GRAD)
+_OF_NONFINITE = {"non-finite", "failed", "unreliable"}
+_NO_EXPLANATION = {"scaled", "wrong", "stochastic", "precision", "insensitive"}
 
 
 class _Row(NamedTuple):
@@ -74,7 +80,11 @@ class _Run(NamedTuple):
     Attributes:
         compiled: `solver.hypergrad`.
         out: of the first call.
+        used: the state after it, and `out`.
         grad: its hypergradient as a vector `[n]`.
+        misshapen: what is wrong with its structure or shapes, or the empty string.
+        drift: by how much the outer loss changes in the second call.
+        status: of the first call.
         settled_grad: that of the last of several calls at the same hyperparameters.
         trains_on: whether the solver differentiates training, and goes on with it from call to call.
         key_spread: relative change of the hypergradient with other keys.
@@ -83,7 +93,11 @@ class _Run(NamedTuple):
 
     compiled: Callable[..., tuple[Hypergradient, Any]]
     out: Hypergradient
+    used: tuple[Any, Hypergradient]
     grad: np.ndarray
+    misshapen: str
+    drift: float
+    status: Status | int
     settled_grad: np.ndarray
     trains_on: bool
     key_spread: float
@@ -141,51 +155,97 @@ def check(
         solver, params, check_hparams(hparams), prepare("train", train), prepare("valid", valid), key, model_state
     )
     check_finite("hparams", problem.hparams)
-    at, _ = flatten(problem.hparams)
-    parts = _parts(problem.hparams)
-    scales = _scales(at, parts)
+    at, unflatten = flatten(problem.hparams)
+    parts = parts_of(problem.hparams)
+    scales = scales_of(at, parts)
     run = _run(problem, at, scales)
+    info, grad = run.out.info, run.grad
+    kind = _kind(solver, info)
     given = f"float{8 * _tree.dtype(problem.hparams).itemsize}"
     allowed = float(tol) if tol is not None else 1e-4 if given == "float64" else 1e-2
-    context, resolve, precision = _reference(problem, at, run)
-    with context():
-        center = resolve(at)
-        if center.calls == 2 and center.drift == 0:  # what one call settles needs no second
-            resolve = functools.partial(resolve, calls=1)
+    reference = _reference(problem, at, run)
+    precision = reference.precision
+    fine = min(allowed, _FINE) if precision == "float64" else allowed
+    rng = _generator(key, at)
+    with reference.context():
+        center, state = reference.solve(at)
+        again = None
+        if center.calm and kind != "response":
+            again = _probes.solve_again(
+                reference.solve, reference.problem, reference.unflatten(at), at, center, state, rng
+            )
+        from_there: dict[str, Any] = {}
+        if again is not None and again.outcome == "left" and kind != "path" and again.solution is not None:
+            center, from_there = again.solution, {"params": again.start}
+        # What one call settles needs no second.
+        calls = 1 if center.calls == 2 and center.drift == 0 else None
+
+        def resolve(vector: np.ndarray) -> Solution:
+            return reference.solve(vector, calls, **from_there)[0]
 
         def compare(name: str, direction: np.ndarray) -> _Row:
-            return _Row(name, direction, *slopes(resolve, at, direction, center, allowed))
+            return _Row(name, direction, *slopes(resolve, at, direction, center, fine))
 
-        rng = _generator(key)
-        rows = [compare(*d) for d in _directions(parts, scales, directions, directions, rng)]
-        groups = [
-            (part, [compare(*d) for d in _directions([part], scales, directions, _SMALL, rng)])
+        def is_off(row: _Row, grad: np.ndarray = grad) -> bool:
+            return _is_off(row, grad, scales, allowed)
+
+        rows = [compare(*d) for d in directions_along(parts, scales, directions, directions, rng)]
+        leaf_rows = [([part], row) for part, row in zip(parts, rows, strict=False)]
+        if len(rows) != len(parts) or at.size > len(rows):
+            leaf_rows = [
+                (members, compare(_name(members), level(members, scales, grad, rng)))
+                for members in groups(parts, scales, grad, _LEAVES)
+            ]
+        by_leaf = [
+            (part, [compare(*d) for d in directions_along([part], scales, directions, _SMALL, rng)])
             for part in parts
             if per_leaf
         ]
         silent = {
-            part.path: compare(part.path, _random([part], scales, rng)).settled
-            for part in [p for p in parts if not np.any(run.grad[p.where])][:_SILENT]
+            members[0].path: row.settled
+            for members, row in leaf_rows
+            if len(members) == 1 and not np.any(grad[members[0].where]) and np.isfinite(row.settled.value)
         }
-
-    info = run.out.info
-    floor = max(_FLOOR * abs(center.settled), 1e-3 * _rms(scales) * float(info.extra.get("indirect_norm", 0.0)))
-    error, doubt = _errors(rows, run.grad, floor)
-    settled_error, _ = _errors(rows, run.settled_grad, floor)
-    one_call_error, _ = _errors([row._replace(settled=row.first) for row in rows], run.grad, floor)
-    ok = error <= allowed + doubt and doubt <= allowed
-    code = int(info.status)
-    status = Status(code) if code in set(Status) else code
-    causes = find_causes(
-        Evidence(
-            ok=ok,
+        floor = max(_FLOOR * abs(center.settled), 1e-3 * rms(scales) * float(info.extra.get("indirect_norm", 0.0)))
+        error, doubt = _errors(rows, grad, floor)
+        settled_error, _ = _errors(rows, run.settled_grad, floor)
+        one_call_error, _ = _errors([row._replace(settled=row.first) for row in rows], grad, floor)
+        agrees = error <= allowed + doubt and doubt <= allowed
+        faults = [run.misshapen] if run.misshapen else list(nonfinite_entries(parts, grad))
+        checked = [row for _, row in leaf_rows] + [row for _, group in by_leaf for row in group]
+        off = [row for row in checked if is_off(row)]
+        estimate = float(info.error_estimate)
+        boastful = tol is None and error > _FINE + 10 * doubt and error > _BOAST * estimate
+        if agrees and (off or boastful):
+            # Rounding and loose tolerances leave a smaller leaf less exact. A bug is as large in an accurate run.
+            accurate = _accurate(reference, run.compiled, at, center.calls if calls is None else 1)
+            off = [row for row in off if _gap(row, accurate) > _SHRINKS * _gap(row, grad)]
+            left = _errors(rows, accurate, floor)[0]
+            if boastful and left > max(_FINE, _SHRINKS * error) and left > _BOAST * estimate:
+                faults.append(
+                    f"contradicted: the error is {error:.1g}, the solver's own estimate {estimate:.1g}, and in an "
+                    f"accurate run the error is still {left:.1g}: the hypergradient is biased."
+                )
+        if again is not None:
+            faults += _start_faults(again, kind, center.settled, state_value=float(run.out.value))
+        own = getattr(solver, "evaluate", None) is not None
+        if center.calm and kind in ("optimum", "path", "unknown"):
+            faults += _value_faults(run, center, rows, allowed, problem.key) if own and not from_there else []
+            if not own:
+                faults += [
+                    f"unused: the outer loss stays the same to the last digit whatever {what} is: the solver reads "
+                    "other data than those that it is given, or none."
+                    for what in _probes.unused_data(reference.solve, reference.problem, at, center)
+                ]
+        evidence = Evidence(
+            ok=agrees,
             tol=allowed,
             error=error,
             doubt=doubt,
             settled_error=settled_error,
             one_call_error=one_call_error,
             info=info,
-            status=status,
+            status=run.status,
             value=float(run.out.value),
             center=center,
             trains_on=run.trains_on,
@@ -195,11 +255,29 @@ def check(
             given=given,
             eps=_tree.eps(problem.hparams),
             silent=silent,
-            slopes=[row.settled for row in [*rows, *(row for _, group in groups for row in group)]],
-            products=[(_product(row, run.grad), row.settled.value) for row in rows],
+            slopes=[row.settled for row in [*rows, *checked]],
+            products=[(_product(row, grad), row.settled.value) for row in rows],
             metasmoothness=run.metasmoothness,
         )
-    )
+        causes = list(find_causes(evidence))
+        finite = bool(np.isfinite(evidence.value) and np.isfinite(center.settled)) and run.status not in _NONFINITE
+        if not finite:  # nothing else that was measured means anything
+            causes = [cause for cause in causes if cause.split(":")[0] in _OF_NONFINITE]
+        unexplained = {cause.split(":")[0] for cause in causes} <= _NO_EXPLANATION
+        if unexplained and not faults and (off or (not agrees and doubt <= allowed)):
+            loud = [(members, row) for members, row in leaf_rows if members[0].path not in silent]
+            faults += locate(loud, scales, grad, compare, is_off, rng)
+        if off and agrees and not faults and not silent:
+            faults += [f"off: hparams{row.name}, along which the hypergradient is not the slope." for row in off[:3]]
+    if agrees and finite and not faults and kind != "response" and not run.trains_on and not off:
+        near = unflatten(at + _NEAR * scales * (2.0 * rng.integers(0, 2, at.size) - 1))
+        if _probes.is_stale(run.compiled, problem, near, run.used, run.drift, allowed):
+            faults.append(
+                "stale: after a call at other hyperparameters the solver gives another result than a fresh one does "
+                "at the same point: something of the earlier call (hyperparameters, parameters, the adjoint) is used "
+                "where the new one belongs."
+            )
+    ok = agrees and finite and not faults and not off
     return Report(
         ok=ok,
         relative_error=error,
@@ -207,17 +285,17 @@ def check(
         settled_error=settled_error,
         one_call_error=one_call_error,
         error_estimate=float(info.error_estimate),
-        status=status,
-        causes=causes,
-        directions=tuple(_comparison(row, run.grad) for row in rows),
+        status=run.status,
+        causes=(*faults, *causes),
+        directions=tuple(_comparison(row, grad) for row in rows),
         leaves=tuple(
             Leaf(
                 part.path,
-                int(np.prod(part.shape)),
-                _errors(group, run.grad, floor)[0],
-                tuple(_comparison(row, run.grad) for row in group),
+                part.size,
+                _errors(group, grad, floor)[0],
+                tuple(_comparison(row, grad) for row in group),
             )
-            for part, group in groups
+            for part, group in by_leaf
         ),
         metasmoothness=run.metasmoothness,
         key_spread=run.key_spread,
@@ -226,6 +304,33 @@ def check(
         precision=precision,
         info=info,
     )
+
+
+class _Reference(NamedTuple):
+    """The problem of which differences are taken, and how it is solved.
+
+    Attributes:
+        context: within which to solve it.
+        problem: in the precision of the differences.
+        solve: `(vector, calls=None, tight=True, **changed) -> (Solution, state)`.
+        precision: `"float64"` or `"float32"`.
+    """
+
+    context: Callable[[], Any]
+    problem: Problem
+    solve: Callable[..., tuple[Solution, Any]]
+    precision: str
+
+    def unflatten(self, vector: np.ndarray) -> PyTree:
+        return flatten(self.problem.hparams)[1](vector)
+
+
+def _kind(solver: Solver, info: Info) -> str:
+    """What the hypergradient is a derivative of, as `About.differentiates` has it."""
+    declared = getattr(solver, "about", About()).differentiates
+    if declared != "unknown":
+        return declared
+    return "path" if is_unrolled(info) else "response" if is_learned(info) else "unknown"
 
 
 def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
@@ -238,43 +343,123 @@ def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
         state = solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
         return state, lambda state: compiled(state, hparams, problem.train, problem.valid, key=call_key)
 
+    def vector_of(out: Hypergradient) -> np.ndarray:
+        return np.full_like(at, np.nan) if _misshapen(out.grad, problem.hparams) else flatten(out.grad)[0]
+
     def first_grad(vector: np.ndarray, key: Array | None) -> np.ndarray:
         state, call = start(vector, key)
-        return flatten(call(state)[0].grad)[0]
+        return vector_of(call(state)[0])
 
     state, call = start(at, problem.key)
     check_solver_labels(solver, state, problem.hparams, problem.train, problem.valid, problem.key)
     out, state = call(state)
+    used = (state, out)
     last, values = out, [float(out.value)]
     eps = float(np.finfo(np.asarray(out.value).dtype).eps)
     while len(values) < _CALLS and np.isfinite(values[-1]) and not settled(values, eps):
         last, state = call(state)
         values.append(float(last.value))
-    grad = flatten(out.grad)[0]
+    grad = vector_of(out)
     spread, smooth = np.nan, None
     with np.errstate(all="ignore"):
         if problem.key is not None:
             others = [first_grad(at, jax.random.fold_in(problem.key, 1 + i)) for i in range(_KEYS)]
-            size, change = _rms(scales * grad), _rms(np.asarray([_rms(scales * (other - grad)) for other in others]))
+            size, change = rms(scales * grad), rms(np.asarray([rms(scales * (other - grad)) for other in others]))
             spread = change / size if size > 0 else float(change > 0)
         if is_unrolled(out.info):
             relative = scales * grad / max(float(np.max(np.abs(scales * grad), initial=0)), 1e-300)
             smooth = _metasmoothness(scales * grad, scales * first_grad(at - _STEP * scales * relative, problem.key))
-    trains_on = is_unrolled(out.info) and len(values) > 1 and abs(values[1] - values[0]) > 100 * eps * abs(values[0])
-    return _Run(compiled, out, grad, flatten(last.grad)[0], trains_on, float(spread), smooth)
+    drift = abs(values[1] - values[0]) if len(values) > 1 else np.nan
+    trains_on = is_unrolled(out.info) and drift > 100 * eps * abs(values[0])
+    code = int(out.info.status)
+    return _Run(
+        compiled,
+        out,
+        used,
+        grad,
+        _misshapen(out.grad, problem.hparams),
+        drift,
+        Status(code) if code in set(Status) else code,
+        vector_of(last),
+        trains_on,
+        float(spread),
+        smooth,
+    )
 
 
-def _reference(problem: Problem, at: np.ndarray, run: _Run) -> tuple[Callable[[], Any], Callable[..., Solution], str]:
+def _misshapen(grad: PyTree, hparams: PyTree) -> str:
+    """What is wrong with the structure of a hypergradient, in words."""
+    if jax.tree.structure(grad) != jax.tree.structure(hparams):
+        return (
+            f"shape: the hypergradient has the structure {jax.tree.structure(grad)}, the hyperparameters "
+            f"{jax.tree.structure(hparams)}."
+        )
+    for (path, leaf), x in zip(jax.tree_util.tree_leaves_with_path(hparams), jax.tree.leaves(grad), strict=True):
+        if np.shape(leaf) != np.shape(x):
+            return (
+                f"shape: the hypergradient of hparams{_tree.keystr(path)} has shape {np.shape(x)}, the hyperparameter "
+                f"{np.shape(leaf)}."
+            )
+    return ""
+
+
+def _reference(problem: Problem, at: np.ndarray, run: _Run) -> _Reference:
     """The problem to take differences of: in float64, unless the losses fail there or draw other random numbers."""
     # The derivative of training costs more than to compile the training once more.
     compiled = None if is_unrolled(run.out.info) else run.compiled
     with contextlib.suppress(Exception), _float64():
-        resolve = make_resolve(in_float64(problem), compiled)
-        first, given = resolve(at, calls=1, tight=False).first, float(run.out.value)
-        same = abs(first - given) <= 1e-3 * abs(given) or not np.isfinite(first - given)
-        if problem.key is None or same:
-            return _float64, resolve, "float64"
-    return contextlib.nullcontext, make_resolve(problem, compiled), f"float{8 * _tree.dtype(problem.hparams).itemsize}"
+        same = in_float64(problem)
+        solve = make_solve(same, compiled)
+        first, given = solve(at, calls=1, tight=False)[0].first, float(run.out.value)
+        if problem.key is None or abs(first - given) <= 1e-3 * abs(given) or not np.isfinite(first - given):
+            return _Reference(_float64, same, solve, "float64")
+    precision = f"float{8 * _tree.dtype(problem.hparams).itemsize}"
+    return _Reference(contextlib.nullcontext, problem, make_solve(problem, compiled), precision)
+
+
+def _accurate(
+    reference: _Reference, compiled: Callable[..., tuple[Hypergradient, Any]], at: np.ndarray, calls: int
+) -> np.ndarray:
+    """The solver's hypergradient in the precision of the reference, with every tolerance near rounding level."""
+    problem = reference.problem
+    hparams = reference.unflatten(at)
+    init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
+    state = problem.solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
+    state, grad = tighten(state, linear=True), np.full_like(at, np.nan)
+    for _ in range(calls):
+        out, state = compiled(state, hparams, problem.train, problem.valid, key=call_key)
+        grad = flatten(out.grad)[0]
+    return grad
+
+
+def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: float) -> Iterator[str]:
+    """What the second start says against the first."""
+    if again.outcome == "untrained":
+        yield (
+            "untrained: the parameters stay where they are put, so nothing is trained: what is compared is the outer "
+            "loss at the start. Look for a learning rate or a number of steps of zero, or parameters that are "
+            "returned as they came."
+        )
+    elif again.outcome == "left" and kind != "path":
+        yield (
+            f"saddle: moved by a thousandth, the parameters go elsewhere, and the outer loss from {state_value:.6g} to "
+            f"{reached:.6g}: the first start leads to a saddle or a maximum of the training loss. The differences "
+            "are of the other solution. Start at random, not at zero."
+        )
+
+
+def _value_faults(
+    run: _Run, center: Solution, rows: Sequence[_Row], allowed: float, key: Array | None
+) -> Iterator[str]:
+    """Whether `hypergrad` reports another outer loss than `evaluate`."""
+    value = float(run.out.value)
+    size = abs(center.settled) + rms(np.asarray([row.settled.value for row in rows]))
+    gap = min(abs(value - center.first), abs(value - center.settled))
+    if gap > 10 * allowed * size and run.drift <= gap:
+        yield (
+            f"value: `hypergrad` reports an outer loss of {value:.6g}, the solver's `evaluate` one of "
+            f"{center.first:.6g}."
+        )
 
 
 @contextlib.contextmanager
@@ -292,58 +477,21 @@ def _metasmoothness(here: np.ndarray, there: np.ndarray) -> Metasmoothness:
     return Metasmoothness(float(cosine), float(signs), _STEP)
 
 
-def _parts(hparams: PyTree) -> list[_Part]:
-    parts, begin = [], 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(hparams):
-        parts.append(_Part(keystr(path), np.shape(leaf), slice(begin, begin + np.size(leaf))))
-        begin += np.size(leaf)
-    return [part for part in parts if part.where.start < part.where.stop]
-
-
-def _scales(at: np.ndarray, parts: Sequence[_Part]) -> np.ndarray:
-    """What a relative change of one is, for each entry: the root mean square of its leaf; 1 for a leaf of zeros."""
-    scales = np.ones_like(at)
-    for part in parts:
-        scales[part.where] = _rms(at[part.where]) or 1.0
-    return scales
-
-
-def _directions(
-    parts: Sequence[_Part], scales: np.ndarray, count: int, limit: int, rng: np.random.Generator
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Along each entry of these leaves if there are at most `limit`, else along `count` random sums of them."""
-    if sum(part.where.stop - part.where.start for part in parts) > limit:
-        for i in range(count):
-            yield f"random {i + 1}", _random(parts, scales, rng)
-        return
-    for part in parts:
-        for i, index in enumerate(np.ndindex(part.shape)):
-            direction = np.zeros_like(scales)
-            direction[part.where.start + i] = scales[part.where.start + i]
-            yield part.path + (str(list(index)) if index else "") or "hparams", direction
-
-
-def _random(parts: Sequence[_Part], scales: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    direction = np.zeros_like(scales)
-    for part in parts:
-        signs = rng.integers(0, 2, part.where.stop - part.where.start) * 2 - 1
-        direction[part.where] = signs * scales[part.where]
-    return direction
-
-
-def _generator(key: Array | None) -> np.random.Generator:
+def _generator(key: Array | None, at: np.ndarray) -> np.random.Generator:
+    """Directions that differ from problem to problem, and are the same in every run."""
+    point = zlib.crc32(at.tobytes())
     if key is None:
-        return np.random.default_rng(0)
+        return np.random.default_rng(point)
     data = jax.random.key_data(key) if _tree.is_key(key) else key
-    return np.random.default_rng([int(x) for x in np.asarray(data).ravel()])
+    return np.random.default_rng([point, *(int(x) for x in np.asarray(data).ravel())])
 
 
 def _errors(rows: Sequence[_Row], grad: np.ndarray, floor: float) -> tuple[float, float]:
     """Relative errors of the hypergradient and of the differences along these directions."""
     values = np.asarray([row.settled.value for row in rows])
-    wrong = _rms(np.asarray([_product(row, grad) for row in rows]) - values)
-    doubt = _rms(np.asarray([row.settled.error for row in rows]))
-    size = max(_rms(values), floor)
+    wrong = rms(np.asarray([_product(row, grad) for row in rows]) - values)
+    doubt = rms(np.asarray([row.settled.error for row in rows]))
+    size = max(rms(values), floor)
 
     def relative(x: float) -> float:
         error = x / size if size > 0 else 0.0 if x == 0 else np.inf
@@ -360,11 +508,34 @@ def _comparison(row: _Row, grad: np.ndarray) -> Comparison:
     )
 
 
+def _is_off(row: _Row, grad: np.ndarray, scales: np.ndarray, allowed: float) -> bool:
+    """Whether a hypergradient contradicts one difference, by more than either may err.
+
+    The size that an error is relative to is that of the terms of the product, not of their sum, which may cancel.
+    """
+    ours, theirs = _product(row, grad), row.settled.value
+    if not np.isfinite(theirs):
+        return False
+    if not np.isfinite(ours):
+        return True
+    with np.errstate(all="ignore"):
+        largest = float(np.max(np.abs(row.direction / scales)))
+        size = max(
+            abs(theirs),
+            float(np.linalg.norm(row.direction * grad)),
+            _LEAST * largest * float(np.linalg.norm(scales * np.nan_to_num(grad, posinf=0, neginf=0))),
+        )
+    return abs(ours - theirs) > allowed * size + _NOISE * row.settled.error
+
+
+def _gap(row: _Row, grad: np.ndarray) -> float:
+    return float(np.nan_to_num(abs(_product(row, grad) - row.settled.value), nan=np.inf))
+
+
+def _name(members: Sequence[Part]) -> str:
+    return members[0].path if len(members) == 1 else f"{len(members)} leaves"
+
+
 def _product(row: _Row, grad: np.ndarray) -> float:
     with np.errstate(all="ignore"):  # NaN and infinity are reported, not warned of
         return float(row.direction @ grad)
-
-
-def _rms(x: np.ndarray) -> float:
-    with np.errstate(all="ignore"):
-        return float(np.sqrt(np.mean(x**2))) if x.size else 0.0

@@ -225,7 +225,7 @@ def test_direct_is_named():
     report = run(hg.direct(hg.Problem(ridge_inner, ridge.outer_loss), inner=hg.inner.lbfgs()))
     assert not report.ok and words(report) == {"direct"}
     no_direct_part = hg.Problem(ridge_inner, lambda w, h, batch: jnp.sum(w) + h["shift"])
-    report = run(hg.direct(no_direct_part, inner=hg.inner.lbfgs()))
+    report = check(hg.direct(no_direct_part, inner=hg.inner.lbfgs()), W, H, TRAIN)
     assert words(report) == {"direct", "insensitive"} and "hg.direct leaves out" in " ".join(report.causes)
 
 

@@ -1,0 +1,185 @@
+"""What no finite difference shows: an outer loss and a hypergradient that agree, and are both of another problem.
+
+- It never trains, or ends at a saddle: solved again from parameters moved a little off the solution.
+- It does not read the data it is given: solved again with half of their rows replaced by the other half.
+- It works with the hyperparameters of the call before: called once more, at a neighbouring point.
+
+Cost: one or two solutions of the problem each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad._solver import Hypergradient, usable
+from hypergrad._tree import PyTree, is_float
+from hypergrad.diagnostics._differences import Problem, Solution
+
+_MOVE = 1e-3  # of the parameters' size, off the solution
+_LEFT = 10  # times the move: whoever goes further was not at a minimum
+_STALE = 0.1  # of the change between two points, of the value; and of the hypergradient
+
+
+class Again(NamedTuple):
+    """The solution found again from parameters moved a little off it.
+
+    Attributes:
+        outcome: `"back"`, `"left"` for another solution far away, `"untrained"` where the parameters stay where they
+            are put, both times, and `"unknown"`.
+        start: the moved parameters.
+        solution: found from there.
+    """
+
+    outcome: Literal["back", "left", "untrained", "unknown"]
+    start: PyTree
+    solution: Solution | None
+
+
+def solve_again(
+    solve: Callable[..., tuple[Solution, Any]],
+    problem: Problem,
+    hparams: PyTree,
+    at: np.ndarray,
+    center: Solution,
+    state: Any,
+    rng: np.random.Generator,
+) -> Again:
+    """Where training goes from parameters that are moved by a thousandth off the solution at λ.
+
+    Args:
+        solve: `(vector, params=...) -> (Solution, state)`.
+        problem: with the parameters of the first start.
+        hparams: λ.
+        at: λ as a vector.
+        center: the solution from the first start.
+        state: of the solver at that solution.
+        rng: for the move.
+    """
+    solver = problem.solver
+    with contextlib.suppress(Exception):  # a `response` that cannot be called so is not what is checked here
+        found = solver.response(state, hparams)
+        if jax.tree.structure(found) != jax.tree.structure(problem.params) or not np.isfinite(center.settled):
+            return Again("unknown", problem.params, None)
+        start = _moved(found, problem.params, rng)
+        solution, state = solve(at, params=start)
+        again = solver.response(state, hparams)
+        change = abs(solution.settled - center.settled)
+        noise = 1e3 * center.eps * abs(center.settled) + 10 * (center.drift + solution.drift)
+        if _same(found, problem.params) and _same(again, start) and change > noise:
+            return Again("untrained", start, solution)
+        far = _distance(again, found) > _LEFT * _distance(start, found)
+        # A minimum with a flat direction is left as well, but not by changing what is measured there.
+        significant = change > noise + 1e-6 * (abs(center.settled) + abs(solution.settled))
+        return Again("left" if far and significant else "back", start, solution)
+    return Again("unknown", problem.params, None)
+
+
+def unused_data(
+    solve: Callable[..., tuple[Solution, Any]], problem: Problem, at: np.ndarray, center: Solution
+) -> list[str]:
+    """What the outer loss does not depend on: `"train"`, `"half of the rows of valid"`.
+
+    Rows are replaced by other rows of the same data, so that labels, tokens and counts stay what they were.
+    """
+    found, read = [], []
+    for name in ("train", "valid"):
+        reads = [_reads(solve, name, getattr(problem, name), half, at, center) for half in (0, 1)]
+        read += [x for x in reads if x]
+        if False in reads:
+            found.append(name if reads == [False, False] else f"half of the rows of {name}")
+    # A loss that no data move at all is a constant, or one that closes over its data.
+    return found if read else []
+
+
+def is_stale(
+    compiled: Callable[..., tuple[Hypergradient, Any]],
+    problem: Problem,
+    hparams: PyTree,
+    used: tuple[Any, Hypergradient],
+    noise: float,
+    tol: float,
+) -> bool:
+    """Whether a state that comes from other hyperparameters gives another result than a fresh one.
+
+    Args:
+        compiled: the solver's `hypergrad`.
+        problem: the data and the first parameters.
+        hparams: a point near the one that `used` is of.
+        used: the state after a call, and what that call returned.
+        noise: by how much the outer loss changes in a second call at the same point.
+        tol: relative error allowed.
+    """
+    init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
+    state, before = used
+    fresh = problem.solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
+    right, _ = compiled(fresh, hparams, problem.train, problem.valid, key=call_key)
+    here, _ = compiled(state, hparams, problem.train, problem.valid, key=call_key)
+    if not (bool(usable(right.info.status)) and bool(usable(here.info.status))):
+        return False
+    change = abs(float(right.value) - float(before.value))
+    gap = abs(float(here.value) - float(right.value))
+    eps = float(jnp.finfo(right.value.dtype).eps)
+    if not change > 30 * noise + 100 * eps * abs(float(right.value)):
+        return False
+    sizes = [(_distance(a, b), _distance(b, None)) for a, b in ((here.grad, right.grad),)]
+    wrong = any(distance > max(_STALE, 10 * tol) * size for distance, size in sizes)
+    return bool(gap > _STALE * change) or wrong
+
+
+def _moved(found: PyTree, like: PyTree, rng: np.random.Generator) -> PyTree:
+    """Every floating leaf moved by a thousandth of its size, or of the size of all where it is zero."""
+    floats = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(found) if is_float(x)]
+    overall = float(np.sqrt(np.mean(np.concatenate(floats) ** 2))) if floats else 0.0
+
+    def move(x: Any, y: Any) -> Any:
+        if not is_float(x):
+            return y
+        values = np.asarray(x, np.float64)
+        size = float(np.sqrt(np.mean(values**2))) if values.size else 0.0
+        step = _MOVE * (size or overall or 1.0) * rng.normal(size=values.shape)
+        return jnp.asarray(values + step, jnp.result_type(y))
+
+    return jax.tree.map(move, found, like)
+
+
+def _distance(a: PyTree, b: PyTree | None) -> float:
+    """Euclidean distance; from zero, without `b`."""
+    left = [np.asarray(x, np.float64) for x in jax.tree.leaves(a) if is_float(x)]
+    right = [0.0] * len(left) if b is None else [np.asarray(x, np.float64) for x in jax.tree.leaves(b) if is_float(x)]
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(sum(float(np.sum((x - y) ** 2)) for x, y in zip(left, right, strict=True))))
+
+
+def _same(a: PyTree, b: PyTree) -> bool:
+    """The same numbers, to the bit, in the type of the second."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.shape(x) == np.shape(y) and np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def _reads(
+    solve: Callable[..., tuple[Solution, Any]], name: str, data: PyTree, half: int, at: np.ndarray, center: Solution
+) -> bool | None:
+    """Whether the outer loss changes when one half of the rows is replaced by the other; None where that is no test."""
+
+    def replace(x: Any) -> Any:
+        rows = np.shape(x)[0] if np.ndim(x) else 0
+        middle = (rows + half) // 2
+        count = min(middle, rows - middle)
+        if not count:
+            return x
+        first, second = x[:count], x[rows - count :]
+        return jnp.asarray(x).at[:count].set(second) if half == 0 else jnp.asarray(x).at[rows - count :].set(first)
+
+    try:
+        changed = jax.tree.map(replace, data)
+        if _same(changed, data) or not np.isfinite(center.settled):
+            return None
+        return solve(at, center.calls, **{name: changed})[0].settled != center.settled
+    except Exception:  # data of a kind of its own
+        return None
