@@ -142,7 +142,7 @@ def _block(
         theirs = row.settled.value / scales[begin]
         return (
             f"off: hparams{part.entry(begin - first)} alone in its leaf, with a hypergradient of {grad[begin]:.4g}, "
-            f"where the differences give {theirs:.4g}{_relation(grad[begin], theirs)}."
+            f"where the differences give {theirs:.4g}{_relation(float(grad[begin]), theirs)}."
         )
     if end - begin == part.size:
         return f"off: hparams{part.path}, in entries all over its {part.size}."
