@@ -11,7 +11,9 @@ PARTS = {
     "_demo": "_demo/test_demo.py",  # the folder: one command, tested as a user runs it
     "_jaxpr/dataflow.py": "_jaxpr/test_labels.py",
     "diagnostics/_causes.py": "diagnostics/test_check.py",
+    "diagnostics/_probes.py": "diagnostics/test_check.py",
     "diagnostics/_report.py": "diagnostics/test_check.py",
+    "diagnostics/_where.py": "diagnostics/test_check.py",
     "domains/_maps.py": "domains/test_domain.py",
     "inner/_inner.py": "inner/test_gradient.py",  # types
     "inner/_optimum.py": "solvers/test_implicit.py",

@@ -74,8 +74,10 @@ class Report(NamedTuple):
             `relative_error` for solvers that train on from call to call.
         error_estimate: `info.error_estimate`, the solver's own.
         status: of the first call; a plain integer for a code that is not in `hg.Status`.
-        causes: what could be seen that makes, or would explain, a difference; each begins with a word such as
-            `unconverged:`, `damped:`, `truncated:`, `stochastic:`, `kinked:`, `insensitive:`, `unreliable:`.
+        causes: what could be seen that makes, or would explain, a difference; each begins with a word. `off:` names the
+            leaf or entry; `untrained:`, `saddle:`, `unused:`, `stale:`, `value:`, `shape:` and `contradicted:` are
+            faults that no direction shows; `unconverged:`, `damped:`, `truncated:`, `stochastic:`, `kinked:`,
+            `insensitive:`, `unreliable:` and others explain an error.
         directions: one row a direction.
         leaves: one row a leaf, with `per_leaf=True`.
         metasmoothness: for unrolled runs, else None.

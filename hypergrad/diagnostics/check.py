@@ -59,6 +59,7 @@ _LEAST = 1e-5  # part of the hypergradient's size below which a leaf counts as z
 _NOISE = 10  # errors of a difference by which one leaf may be off
 _FINE = 1e-4  # relative, to which differences in float64 are taken
 _SHRINKS = 0.3  # what is left, of an error that comes from rounding or a loose tolerance, in an accurate run: less
+_VALUE = 1e-3  # relative, by which the outer losses of `hypergrad` and `evaluate` may differ
 _BOAST = 30  # times its estimate an error may be
 _NONFINITE = (Status.NONFINITE_LOSS, Status.NONFINITE_GRAD)
 _OF_NONFINITE = {"non-finite", "failed", "unreliable"}
@@ -120,6 +121,12 @@ def check(
 ) -> Report:
     """Compare a solver's hypergradient with central differences of the problem solved again.
 
+    The report's `ok` takes three things: the error along random directions is within `tol`; so is that of every leaf
+    on its own, as far as the differences can tell; and the solver is found to train, to end at a minimum, to read its
+    data and to use the hyperparameters that it is given. Those are looked for by solving again from other parameters,
+    with other rows, and from the state of another call. A solver's `evaluate` is taken as right; without one only
+    agreement of the solver with itself can be tested, and what these looks show.
+
     Args:
         solver: any solver.
         params: the model's parameters at the start.
@@ -128,7 +135,7 @@ def check(
         valid: validation data, in the same forms.
         key: for losses and data that draw; the same draw is used on both sides, and others to see what it matters.
         directions: number of random directions; hyperparameters of at most so many entries are checked along each.
-        per_leaf: also check each leaf by itself, and every entry of leaves of at most eight.
+        per_leaf: list each leaf in the report, with every entry of leaves of at most eight; `ok` listens to these too.
         model_state: as for `solver.init`.
         tol: relative error allowed (dimensionless). Default: 1e-4 for hyperparameters in float64, else 1e-2.
 
@@ -230,7 +237,7 @@ def check(
             faults += _start_faults(again, kind, center.settled, state_value=float(run.out.value))
         own = getattr(solver, "evaluate", None) is not None
         if center.calm and kind in ("optimum", "path", "unknown"):
-            faults += _value_faults(run, center, rows, allowed, problem.key) if own and not from_there else []
+            faults += _value_faults(run, center, rows) if own and not from_there else []
             if not own:
                 faults += [
                     f"unused: the outer loss stays the same to the last digit whatever {what} is: the solver reads "
@@ -448,14 +455,12 @@ def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: 
         )
 
 
-def _value_faults(
-    run: _Run, center: Solution, rows: Sequence[_Row], allowed: float, key: Array | None
-) -> Iterator[str]:
+def _value_faults(run: _Run, center: Solution, rows: Sequence[_Row]) -> Iterator[str]:
     """Whether `hypergrad` reports another outer loss than `evaluate`."""
     value = float(run.out.value)
     size = abs(center.settled) + rms(np.asarray([row.settled.value for row in rows]))
     gap = min(abs(value - center.first), abs(value - center.settled))
-    if gap > 10 * allowed * size and run.drift <= gap:
+    if gap > _VALUE * size and run.drift <= gap:
         yield (
             f"value: `hypergrad` reports an outer loss of {value:.6g}, the solver's `evaluate` one of "
             f"{center.first:.6g}."

@@ -152,6 +152,183 @@ def test_any_pytree_of_hyperparameters_can_be_checked():
         assert report.relative_error < tol(1e-7, 1e-4)
 
 
+# What no difference of one's own outer loss shows --------------------------------------------------------------------
+
+
+def test_a_leaf_whose_hypergradient_is_a_hundred_thousandth_of_the_others_counts():
+    def value(value, hparams, key):
+        return value + 1e-5 * jnp.sin(hparams["small"])
+
+    hparams = {**H, "small": jnp.asarray(0.4)}
+    assert run(ridge.solver(value=value), hparams).ok
+    for per_leaf in (False, True):
+        wrong = ridge.solver(lambda total, direct: {**total, "small": -total["small"]}, value=value)
+        report = run(wrong, hparams, per_leaf=per_leaf)
+        assert not report.ok and report.relative_error < 1e-4
+        (cause,) = report.causes
+        assert cause.startswith("off: hparams['small']") and "the sign is wrong" in cause
+
+
+@pytest.mark.parametrize("pair", [(i, j) for i in range(4) for j in range(i)])
+def test_two_entries_that_are_exchanged_are_named(pair):
+    i, j = pair
+
+    def swap(total, direct):
+        l2 = total["l2"]
+        return {**total, "l2": l2.at[i].set(l2[j]).at[j].set(l2[i])}
+
+    report = run(ridge.solver(swap))
+    assert not report.ok
+    assert any(f"['l2'][{j}], hparams['l2'][{i}] are exchanged" in cause for cause in report.causes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.at[17].set(0.0), "hparams[17] alone in its leaf"),
+        (lambda x: x.at[20:].multiply(-1.0), "hparams, from [20] to [39]"),
+        (lambda x: x[::-1], "in entries all over its 40"),
+        (lambda x: x.at[3].set(jnp.nan), "1 of 40 NaN or infinite, first at hparams[3]"),
+    ],
+)
+def test_what_is_off_in_a_large_leaf_is_named(change, words):
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        value, grad = jax.value_and_grad(lambda h: jnp.sum(jnp.sin(h)))(hparams)
+        return Hypergradient(value, change(grad), ridge.make_info(), {}), state
+
+    solver = Solver(lambda params, hparams, **kw: params, hypergrad, lambda state, hparams: state)
+    report = check(solver, W, jnp.linspace(-1.0, 1.2, 40))
+    assert not report.ok and any(words in cause for cause in report.causes), report
+
+
+def test_leaves_that_are_exchanged_and_shapes_that_do_not_fit_are_named():
+    def solver_of(change):
+        def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+            f = lambda h: jnp.sum(h["a"] ** 2) + 0.3 * jnp.sum(jnp.sin(h["b"]))
+            value, grad = jax.value_and_grad(f)(hparams)
+            return Hypergradient(value, change(grad), ridge.make_info(), {}), state
+
+        return Solver(lambda params, hparams, **kw: params, hypergrad, lambda state, hparams: state)
+
+    hparams = {"a": jnp.asarray([0.2, 0.9, 0.4]), "b": jnp.asarray([0.3, 1.1, -0.5])}
+    report = check(solver_of(lambda g: {"a": g["b"], "b": g["a"]}), W, hparams)
+    assert not report.ok and "hparams['a'] has the hypergradient of hparams['b']" in " ".join(report.causes)
+    for change, text in (
+        (lambda g: {**g, "a": g["a"][:2]}, "hparams['a'] has shape (2,), the hyperparameter (3,)"),
+        (lambda g: [g["a"], g["b"]], "the hypergradient has the structure"),
+    ):
+        report = check(solver_of(change), W, hparams)
+        assert not report.ok and text in report.causes[0]
+
+
+def test_a_solver_that_never_trains_is_refused():
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        value, grad = jax.value_and_grad(ridge.outer_loss, argnums=1)(state, hparams, valid)
+        return Hypergradient(value, grad, ridge.make_info(), {}), state
+
+    lazy = Solver(lambda params, hparams, **kw: params, hypergrad, lambda state, hparams: state)
+    report = check(lazy, W + 0.3, H, TRAIN, VALID)
+    assert not report.ok and report.relative_error < tol(1e-7, 1e-4)
+    assert words(report) == {"untrained", "unused"}
+    assert words(check(lazy, W + 0.3, H, None, VALID)) == {"untrained"}  # losses that close over their data
+    optimum = ridge.best_response(H, TRAIN)  # a start at the solution stays there, and is trained
+    assert check(hg.implicit(hg.Problem(ridge_inner, ridge.outer_loss)), optimum, H, TRAIN, VALID).ok
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 6)])
+def test_a_solver_that_does_not_read_its_data_is_refused(rows):
+    right = ridge.solver()
+
+    def hypergrad(state, hparams, train: Any = None, valid: Any = None, *, key=None):
+        train = valid if rows == slice(None) else jax.tree.map(lambda x: x[rows], train)
+        return right.hypergrad(state, hparams, train, valid, key=key)
+
+    report = run(right._replace(hypergrad=hypergrad))
+    assert not report.ok and words(report) == {"unused"}
+    assert ("half of the rows of train" in report.causes[0]) == (rows != slice(None))
+
+
+def test_a_solver_that_uses_the_hyperparameters_of_the_call_before_is_refused():
+    right = ridge.solver()
+
+    def init(params, hparams, **kw):
+        return hparams
+
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        out, _ = right.hypergrad(ridge.State(W, (), None, {}), state, train, valid)
+        return out, hparams
+
+    report = run(Solver(init, hypergrad, lambda state, hparams: W))
+    assert not report.ok and "stale" in words(report)
+
+
+@pytest.mark.parametrize("level", [0.3, 0.5])
+def test_a_saddle_is_refused_and_the_reference_is_that_of_the_minimum(level):
+    """½(w₀ − λ)² + ¼w₁⁴ − ½λw₁²: from zeros the second parameter never moves, and w₁² = λ at the minimum."""
+
+    def inner(w, h, batch):
+        return 0.5 * (w[0] - h) ** 2 + 0.25 * w[1] ** 4 - 0.5 * h * w[1] ** 2
+
+    def at_saddle(state, hparams, train=None, valid=None, *, key=None):
+        w = jnp.where(state[1] == 0, jnp.stack([hparams, 0 * hparams]), jnp.stack([hparams, jnp.sqrt(hparams)]))
+        value, grad = jax.value_and_grad(lambda h: h + jnp.where(w[1] == 0, 0, h))(hparams)
+        return Hypergradient(value, grad, ridge.make_info(), {}), w
+
+    h = jnp.asarray(level)
+    own = Solver(lambda params, hparams, **kw: params, at_saddle, lambda state, hparams: state)
+    report = check(own, jnp.zeros(2), h)
+    assert not report.ok and words(report) >= {"saddle"}
+    assert report.directions[0].reference == pytest.approx(2 * level, rel=1e-6)
+    assert check(own, jnp.full(2, 0.3), h).ok
+    report = check(hg.implicit(hg.Problem(inner, lambda w, h, batch: w[0] + w[1] ** 2)), jnp.zeros(2), h)
+    assert not report.ok or report.directions[0].solver == pytest.approx(2 * level, rel=tol(1e-6, 1e-3))
+
+
+def test_an_error_within_the_tolerance_of_float32_that_is_no_rounding_is_refused():
+    hparams, w = ridge.hparams(jnp.float32), jnp.zeros(4, jnp.float32)
+    data32 = ridge.data(jnp.float32), ridge.data(jnp.float32, seed=1)
+    report = check(ridge.solver(lambda total, direct: scale(total, 1.005)), w, hparams, *data32)
+    assert not report.ok and report.relative_error < report.tol and words(report) >= {"contradicted"}
+
+    def rounded(total, direct):  # as much, in float32 alone
+        factor = 1.005 if total["shift"].dtype == jnp.float32 else 1.0
+        return scale(total, factor)
+
+    assert check(ridge.solver(rounded), w, hparams, *data32).ok
+    assert check(ridge.solver(lambda total, direct: scale(total, 1.005)), w, hparams, *data32, tol=0.01).ok
+
+
+def test_an_outer_loss_that_is_not_that_of_evaluate_is_refused():
+    right = ridge.solver()
+
+    def evaluate(state, hparams, train=None, valid=None, *, key=None):
+        out, state = right.hypergrad(state, hparams, train, valid, key=key)
+        return out.value, out.info, state
+
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        out, state = right.hypergrad(state, hparams, train, valid, key=key)
+        return out._replace(value=2 * out.value), state
+
+    assert run(right._replace(evaluate=evaluate)).ok
+    report = run(right._replace(evaluate=evaluate, hypergrad=hypergrad))
+    assert not report.ok and words(report) == {"value"}
+
+
+def test_a_loss_that_is_nan_is_advised_on_nothing_else():
+    def loss(w, h, batch):
+        return jnp.sum(jnp.log(-(w**2) - 1.0) + h * w**2)
+
+    report = check(hg.implicit(hg.Problem(loss, lambda w, h, batch: jnp.sum(w))), jnp.ones(2), jnp.asarray(0.5))
+    assert not report.ok and words(report) <= {"non-finite", "unreliable"} and "non-finite" in words(report)
+
+
+def test_directions_differ_from_problem_to_problem_and_not_from_run_to_run():
+    first, again = run(ridge.solver()), run(ridge.solver())
+    other = run(ridge.solver(), scale(H, 1.0 + 1e-3))
+    assert [row.solver for row in first.directions] == [row.solver for row in again.directions]
+    assert abs(other.directions[0].solver - first.directions[0].solver) > 0.02 * abs(first.directions[0].solver)
+
+
 # Causes --------------------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +547,7 @@ def test_the_table_names_directions_leaves_and_causes():
 
 def test_mistakes_are_named_before_anything_is_compiled():
     solver = ridge.solver()
-    with pytest.raises(hg.InputTypeError, match=r"check: solver must be an hg.Solver, found str"):
+    with pytest.raises(hg.InputTypeError, match=r"check: solver must be an hg.Solver, found 'implicit'"):
         check("implicit", W, H)  # type: ignore
     with pytest.raises(hg.InputError, match=r"check: train must be arrays, found hg.stream"):
         check(solver, W, H, hg.stream(iter([]), 1))

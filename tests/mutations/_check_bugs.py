@@ -326,14 +326,14 @@ def error_of(case: Case, solver: Solver) -> float:
 # Problems ------------------------------------------------------------------------------------------------------------
 
 
-def _arrays(*xs: Any, dtype: Any) -> tuple[Any, ...]:
+def arrays(*xs: Any, dtype: Any) -> tuple[Any, ...]:
     return tuple(jnp.asarray(x, dtype) for x in xs)
 
 
-def _regression(rng: np.random.Generator, rows: int, d: int, dtype: Any) -> tuple[Any, Any]:
+def regression(rng: np.random.Generator, rows: int, d: int, dtype: Any) -> tuple[Any, Any]:
     w = rng.normal(size=d)
     x = [rng.normal(size=(rows, d)) * np.logspace(0, -0.5, d) for _ in range(2)]
-    train, valid = (_arrays(a, a @ w + 0.5 * rng.normal(size=rows), dtype=dtype) for a in x)
+    train, valid = (arrays(a, a @ w + 0.5 * rng.normal(size=rows), dtype=dtype) for a in x)
     return train, valid
 
 
@@ -349,7 +349,7 @@ def ridge_outer(w: Any, h: Any, batch: Any) -> Any:
 
 
 def ridge_hparams(rng: np.random.Generator, dtype: Any) -> PyTree:
-    l2, shift, small = _arrays(rng.uniform(-2, -0.3, 5), rng.uniform(0.4, 0.9), rng.uniform(0.2, 0.6), dtype=dtype)
+    l2, shift, small = arrays(rng.uniform(-2, -0.3, 5), rng.uniform(0.4, 0.9), rng.uniform(0.2, 0.6), dtype=dtype)
     return {"l2": l2, "shift": shift, "small": small}
 
 
@@ -367,16 +367,16 @@ def softmax_outer(w: Any, h: Any, batch: Any) -> Any:
     return _cross_entropy(jnp.exp(h["heat"]) * (x @ w), labels) + 0.01 * jnp.sum(jnp.cos(h["decay"]))
 
 
-def _labelled(rng: np.random.Generator, rows: int, d: int, classes: int, dtype: Any) -> tuple[Any, Any]:
+def labelled(rng: np.random.Generator, rows: int, d: int, classes: int, dtype: Any) -> tuple[Any, Any]:
     w = rng.normal(size=(d, classes))
     x = [rng.normal(size=(rows, d)) for _ in range(2)]
     labels = [np.eye(classes)[np.argmax(a @ w + rng.gumbel(size=(rows, classes)), -1)] for a in x]
-    train, valid = (_arrays(a, b, dtype=dtype) for a, b in zip(x, labels, strict=True))
+    train, valid = (arrays(a, b, dtype=dtype) for a, b in zip(x, labels, strict=True))
     return train, valid
 
 
 def softmax_hparams(rng: np.random.Generator, dtype: Any) -> PyTree:
-    decay, heat = _arrays(rng.uniform(-3, -1, (3, 3)), rng.uniform(0.2, 0.5), dtype=dtype)
+    decay, heat = arrays(rng.uniform(-3, -1, (3, 3)), rng.uniform(0.2, 0.5), dtype=dtype)
     return {"decay": decay, "heat": heat}
 
 
@@ -406,7 +406,7 @@ def schedule(h: Any) -> Any:
 
 
 def trained_hparams(rng: np.random.Generator, dtype: Any) -> PyTree:
-    rates, momentum, l2 = _arrays(rng.uniform(0.05, 0.15, 3), rng.uniform(0.3, 0.6), rng.uniform(-3, -1), dtype=dtype)
+    rates, momentum, l2 = arrays(rng.uniform(0.05, 0.15, 3), rng.uniform(0.3, 0.6), rng.uniform(-3, -1), dtype=dtype)
     return {"rates": rates, "momentum": momentum, "l2": l2}
 
 
@@ -422,7 +422,7 @@ def equilibrium_outer(w: Any, h: Any, batch: Any) -> Any:
 
 
 def equilibrium_hparams(rng: np.random.Generator, dtype: Any) -> PyTree:
-    bias, scale = _arrays(rng.uniform(0.1, 0.5, 4), rng.uniform(-0.5, -0.2), dtype=dtype)
+    bias, scale = arrays(rng.uniform(0.1, 0.5, 4), rng.uniform(-0.5, -0.2), dtype=dtype)
     return {"bias": bias, "scale": scale}
 
 
@@ -438,12 +438,12 @@ def network_outer(w: Any, h: Any, batch: Any) -> Any:
 
 
 def network_params(rng: np.random.Generator, dtype: Any) -> PyTree:
-    first, last = _arrays(rng.normal(size=(3, 4)), rng.normal(size=4), dtype=dtype)
+    first, last = arrays(rng.normal(size=(3, 4)), rng.normal(size=4), dtype=dtype)
     return {"in": first, "out": last}
 
 
 def network_hparams(rng: np.random.Generator, dtype: Any) -> PyTree:
-    return _arrays(rng.uniform(-4, -2.5, 3), rng.uniform(-4, -2.5), dtype=dtype)
+    return arrays(rng.uniform(-4, -2.5, 3), rng.uniform(-4, -2.5), dtype=dtype)
 
 
 RIDGE = hg.Problem(ridge_loss, ridge_outer)
@@ -470,21 +470,21 @@ def cases(seed: int = 0, dtype: Any = None) -> Iterator[Case]:
         rng = np.random.default_rng([seed, i])
         solver = SOLVERS[name]
         if name == "ridge":
-            data = _regression(rng, 20, 5, dtype)
+            data = regression(rng, 20, 5, dtype)
             yield Case(name, solver, RIDGE, _GRADS[ridge_loss], jnp.zeros(5, dtype), ridge_hparams(rng, dtype), *data)
         elif name == "softmax":
-            data = _labelled(rng, 20, 3, 3, dtype)
+            data = labelled(rng, 20, 3, 3, dtype)
             start, h = jnp.zeros((3, 3), dtype), softmax_hparams(rng, dtype)
             yield Case(name, solver, SOFTMAX, _GRADS[softmax_loss], start, h, *data)
         elif name == "trained":
-            data = _regression(rng, 20, 4, dtype)
+            data = regression(rng, 20, 4, dtype)
             start, h = jnp.zeros(4, dtype), trained_hparams(rng, dtype)
             yield Case(name, solver, TRAINED, _GRADS[trained_loss], start, h, *data)
         elif name == "equilibrium":
-            data = _regression(rng, 20, 4, dtype)
+            data = regression(rng, 20, 4, dtype)
             start, h = jnp.zeros(4, dtype), equilibrium_hparams(rng, dtype)
             yield Case(name, solver, EQUILIBRIUM, lambda w, h, b: w - equilibrium(w, h, b), start, h, *data)
         else:
-            data = _regression(rng, 20, 3, dtype)
+            data = regression(rng, 20, 3, dtype)
             start, h = network_params(rng, dtype), network_hparams(rng, dtype)
             yield Case(name, solver, NETWORK, _GRADS[network_loss], start, h, *data)
