@@ -20,7 +20,7 @@ def test_leaves_and_entries_have_their_paths_and_each_leaf_its_scale():
     np.testing.assert_allclose(SCALES, [2.5] * 4 + [1e-5] + [1.0] * 3)
 
 
-@pytest.mark.parametrize("make", [random, lambda *args: level(*args[:2], np.arange(8.0) + 1, args[2])])
+@pytest.mark.parametrize("make", [random, lambda parts, scales, rng: level(parts, scales, np.arange(8.0) + 1, rng)])
 def test_magnitudes_are_continuous_and_stay_inside_the_leaves(make):
     direction = make(PARTS[:1], SCALES, np.random.default_rng(0))
     assert not np.any(direction[4:])

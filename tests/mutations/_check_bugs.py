@@ -7,7 +7,7 @@ solver's own `evaluate`, and as a bare triple of functions, whose outer loss is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -198,7 +198,7 @@ class PlantedState(NamedTuple):
     """The right solver's state, with the number of the bug.
 
     Attributes:
-        bug: index in `BUGS`, or `RIGHT`.
+        bug: its number, or `RIGHT`.
         inner: of the right solver.
         options: of the right solver, where `hg.check` looks for them.
         start: the first parameters.
@@ -212,11 +212,12 @@ class PlantedState(NamedTuple):
     before: PyTree
 
 
-def planted(case: Case) -> Callable[..., Solver]:
-    """`(bug, bare=False) -> Solver`: one program for all bugs of a case."""
+def planted(case: Case, bugs: Sequence[str] = BUGS) -> Callable[..., Solver]:
+    """`(bug, bare=False) -> Solver`: one program for all these bugs of a case."""
     right, problem = case.solver, case.problem
     evaluate_right = evaluation(right)
-    names = list(BUGS)
+    changes = [name for name in bugs if name in GRADIENTS]
+    names = [*changes, *INPUTS]
 
     def inner_of(state: PlantedState) -> Any:
         return state.inner._replace(options=state.options)
@@ -273,7 +274,7 @@ def planted(case: Case) -> Callable[..., Solver]:
         w = right.response(inner, h)
         p = parts(w, state.start, h, train, valid, out.grad)
         unravel = ravel_pytree(h)[1]
-        branches = [lambda change=change: change(p).astype(p.total.dtype) for change in GRADIENTS.values()]
+        branches = [lambda name=name: GRADIENTS[name](p).astype(p.total.dtype) for name in changes]
         is_changed = (state.bug >= 0) & (state.bug < len(branches))
         grad = jax.lax.switch(jnp.where(is_changed, state.bug, len(branches)), [*branches, lambda: p.total])
         untrained = is_bug(state, UNTRAINED)

@@ -16,12 +16,12 @@ from tests.mutations import _check_bugs as table
 SEEDS = 20
 
 
-def _noisy_loss(w: Any, h: Any, batch: Any, key: Any) -> Any:
-    """Dropout of the features at a rate that is tuned."""
+def _loss_with_noise(w: Any, h: Any, batch: Any, key: Any) -> Any:
+    """Noise on the features, of a strength that is tuned."""
     x, y = batch
-    return jnp.mean((hg.augment.dropout(key, x, jax.nn.sigmoid(h["rate"])) @ w - y) ** 2) + jnp.exp(h["l2"]) * jnp.sum(
-        w**2
-    )
+    return jnp.mean((hg.augment.dropout(x, jax.nn.sigmoid(h["rate"]), key=key) @ w - y) ** 2) + jnp.exp(
+        h["l2"]
+    ) * jnp.sum(w**2)
 
 
 def _poisson_loss(w: Any, h: Any, batch: Any) -> Any:
@@ -49,8 +49,8 @@ def _decays(rng: np.random.Generator, dtype: Any) -> Any:
     return {"l2": jnp.asarray(rng.uniform(-3, 1, 5), dtype)}
 
 
-def _dropped(rng: np.random.Generator, dtype: Any) -> Any:
-    return {"rate": jnp.asarray(rng.uniform(-3, -1), dtype), "l2": jnp.asarray(rng.uniform(-4, -1), dtype)}
+def _noisy(rng: np.random.Generator, dtype: Any) -> Any:
+    return {"noise": jnp.asarray(rng.uniform(-3, -1), dtype), "l2": jnp.asarray(rng.uniform(-4, -1), dtype)}
 
 
 # name: (solver, hyperparameters, whether it draws, whether data come in minibatches)
@@ -58,7 +58,7 @@ _MORE: dict[str, tuple[hg.Solver, Callable[..., Any], bool, bool]] = {
     "ridge, L-BFGS": (hg.implicit(table.RIDGE, inner=hg.inner.lbfgs()), table.ridge_hparams, False, False),
     "Poisson": (hg.implicit(hg.Problem(_poisson_loss, _outer)), _decays, False, False),
     "weights of rows": (hg.implicit(hg.Problem(_weighted_loss, _outer)), _weights, False, False),
-    "dropout at the optimum": (hg.implicit(hg.Problem(_noisy_loss, _outer)), _dropped, True, False),
+    "noise at the optimum": (hg.implicit(hg.Problem(_loss_with_noise, _outer)), _noisy, True, False),
     "minibatches, Adam": (
         hg.unrolled(table.RIDGE, inner=hg.inner.gradient(optax.adam(0.05), steps=20)),
         table.ridge_hparams,

@@ -25,7 +25,7 @@ SHOWS = tol(1e-3, 1e-2)  # an error that a check in this precision promises to f
 @pytest.fixture(scope="module")
 def ridge():
     case = next(cases())
-    return case, planted(case)
+    return case, planted(case, EIGHT)
 
 
 def test_the_table_is_large_and_its_names_are_known():
