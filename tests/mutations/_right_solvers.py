@@ -19,9 +19,8 @@ SEEDS = 20
 def _loss_with_noise(w: Any, h: Any, batch: Any, key: Any) -> Any:
     """Noise on the features, of a strength that is tuned."""
     x, y = batch
-    return jnp.mean((hg.augment.dropout(x, jax.nn.sigmoid(h["rate"]), key=key) @ w - y) ** 2) + jnp.exp(
-        h["l2"]
-    ) * jnp.sum(w**2)
+    x = x + jnp.exp(h["noise"]) * jax.random.normal(key, x.shape, x.dtype)
+    return jnp.mean((x @ w - y) ** 2) + jnp.exp(h["l2"]) * jnp.sum(w**2)
 
 
 def _poisson_loss(w: Any, h: Any, batch: Any) -> Any:
