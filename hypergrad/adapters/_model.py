@@ -1,0 +1,50 @@
+"""What an adapter makes of a model: everything that two losses need, as plain functions of pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from hypergrad._solver import HypergradError, InputError
+from hypergrad._tree import PyTree
+
+
+class Model(NamedTuple):
+    """A model as its parameters, its state, and two pure functions.
+
+    Attributes:
+        params: pytree of the floating arrays that training moves; weights that layers share are one leaf.
+        model_state: pytree of what the model keeps beside them (running statistics of batch normalization). Empty for
+            a model without any: leave `hg.Problem(..., model_state=True)` out then.
+        train: `(params, model_state, x, key) -> (out, model_state)`: in training mode, with fresh noise from the key
+            and moved statistics. The key may be None for a model without noise.
+        evaluate: `(params, model_state, x) -> out`: in evaluation mode, without noise, the statistics frozen.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    train: Callable[[PyTree, PyTree, Any, Array | None], tuple[Any, PyTree]]
+    evaluate: Callable[[PyTree, PyTree, Any], Any]
+
+
+def need_key(adapter: str, key: Array | None) -> Array:
+    """The key, which a model that draws random numbers in training cannot do without.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if key is None:
+        raise InputError(
+            f"{adapter}: the model draws random numbers in training, but key is None: let inner_loss take a key, "
+            "f(params, hparams, batch, key, model_state), and pass it to train."
+        )
+    return key
+
+
+def missing(library: str, extra: str, error: ImportError) -> HypergradError:
+    """The error to raise where an adapter's library is not installed."""
+    found = HypergradError(f"adapters.{library} needs {library}: pip install 'hypergrad-jax[{extra}]'.")
+    found.__cause__ = error
+    return found

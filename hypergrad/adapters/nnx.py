@@ -1,0 +1,98 @@
+r"""A flax nnx module as parameters, model state and two functions.
+
+    model = hypergrad.adapters.nnx.split(net)
+    out, model_state = model.train(params, model_state, x, key)
+
+Differs from `nnx.split` by hand in: parameters and state are plain nested dicts; a fresh stream of random numbers comes
+from the key of each step, where a frozen state would repeat one dropout mask; modes are set on a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import _tree
+from hypergrad._solver import InputTypeError
+from hypergrad._tree import PyTree
+from hypergrad.adapters._model import Model, missing, need_key
+
+
+def split(model: Any) -> Model:
+    """Split a module into what `hg.Problem` and a solver take. The module itself is not changed.
+
+    Whatever is no `nnx.Param` and no random state (`nnx.BatchStat`, for example) is model state. For dropout whose rate
+    is a hyperparameter use `hg.augment.dropout` in the loss or in the module: flax's own needs a number.
+
+    Args:
+        model: a `flax.nnx.Module` that is called with one argument, `model(x)`.
+
+    Returns:
+        See `Model`.
+
+    Raises:
+        InputTypeError: for something that is no module, or a module class that was not called.
+        HypergradError: if flax is not installed.
+
+    >>> import hypergrad as hg, jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from hypergrad.adapters.nnx import split
+    >>> net = nnx.Sequential(nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
+    >>> model = split(net)
+    >>> out, state = model.train(model.params, model.model_state, jnp.ones((4, 3)), None)
+    >>> out.shape, model.evaluate(model.params, state, jnp.ones((4, 3))).shape
+    ((4, 8), (4, 8))
+    """
+    try:
+        from flax import nnx
+    except ImportError as error:
+        raise missing("nnx", "flax", error) from error
+    if not isinstance(model, nnx.Module):
+        hint = "call it first, as in split(Net(rngs=nnx.Rngs(0)))" if isinstance(model, type) else "pass an nnx.Module"
+        found = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise InputTypeError(f"adapters.nnx: model must be a flax.nnx.Module, found {found}: {hint}.")
+    graph, params, random, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    # Copies, since the module stays the caller's: a state that is donated must not delete its arrays.
+    params, random, rest = (_copied(nnx.to_pure_dict(part)) for part in (params, random, rest))
+
+    def merged(params: PyTree, model_state: PyTree, random: PyTree) -> Any:
+        return nnx.merge(graph, params, random, model_state)
+
+    def train(params: PyTree, model_state: PyTree, x: Any, key: Array | None) -> tuple[Any, PyTree]:
+        fresh = _reseeded(random, need_key("adapters.nnx", key)) if jax.tree.leaves(random) else random
+        module = merged(params, model_state, fresh)
+        module.train()
+        out = module(x)
+        after = nnx.to_pure_dict(nnx.split(module, nnx.Param, nnx.RngState, ...)[3])
+        return out, after
+
+    def evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
+        module = merged(params, model_state, random)
+        module.eval()
+        return module(x)
+
+    return Model(params, rest, train, evaluate)
+
+
+def _copied(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.array(x), tree)
+
+
+def _reseeded(random: PyTree, key: Array) -> PyTree:
+    """Streams of keys that start anew from `key`, each from another place."""
+    leaves, treedef = jax.tree.flatten(random)
+    fresh = [
+        jax.random.fold_in(key, i) if _tree.is_key(leaf) and leaf.shape == () else _spread(leaf, key, i)
+        for i, leaf in enumerate(leaves)
+    ]
+    return treedef.unflatten(fresh)
+
+
+def _spread(leaf: Array, key: Array, i: int) -> Array:
+    """Many keys for a stacked layer; counts of draws start at zero."""
+    if not _tree.is_key(leaf):
+        return jnp.zeros_like(leaf)
+    return jax.random.split(jax.random.fold_in(key, i), leaf.shape)
