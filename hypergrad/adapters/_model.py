@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from hypergrad._solver import HypergradError, InputError
-from hypergrad._tree import PyTree
+from hypergrad._tree import PyTree, dtype
 
 
 class Model(NamedTuple):
@@ -48,3 +50,16 @@ def missing(library: str, extra: str, error: ImportError) -> HypergradError:
     found = HypergradError(f"adapters.{library} needs {library}: pip install 'hypergrad-jax[{extra}]'.")
     found.__cause__ = error
     return found
+
+
+def narrowed(x: Any, params: PyTree) -> Any:
+    """Inputs in no wider floating type than the parameters: with x64 switched on, data in float64 would otherwise turn
+    the activations, but not the running statistics, of a float32 model into float64.
+    """
+    widest = dtype(params)
+
+    def cast(leaf: Any) -> Any:
+        wide = jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jnp.promote_types(leaf.dtype, widest) != widest
+        return leaf.astype(widest) if wide else leaf
+
+    return jax.tree.map(cast, jax.tree.map(jnp.asarray, x))

@@ -18,7 +18,7 @@ from jax import Array
 
 from hypergrad._solver import InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.adapters._model import Model, missing, need_key
+from hypergrad.adapters._model import Model, missing, narrowed, need_key
 
 
 def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: str = "batch") -> Model:
@@ -73,15 +73,15 @@ def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: s
             out, state = jax.vmap(call, (None, 0, None, 0), (0, None), axis_name=axis_name)(net, x, state, keys)
         return out, jax.tree.leaves(state)
 
+    draws = noisy and _draws(module)
+
     def train(params: PyTree, model_state: PyTree, x: Any, key: Array | None) -> tuple[Any, PyTree]:
-        return run(eqx.combine(params, static), x, model_state, key if noisy else None)
+        key = need_key("adapters.equinox", key) if draws else key
+        return run(eqx.combine(params, static), narrowed(x, params), model_state, key if noisy else None)
 
     def evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
-        return run(eqx.combine(params, fixed), x, model_state, None)[0]
+        return run(eqx.combine(params, fixed), narrowed(x, params), model_state, None)[0]
 
-    if noisy and _draws(module):
-        drawn = train
-        train = lambda params, state, x, key: drawn(params, state, x, need_key("adapters.equinox", key))
     return Model(params, leaves, train, evaluate)
 
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.adapters._model import Model, missing, need_key
+from hypergrad.adapters._model import Model, missing, narrowed, need_key
 
 # Arguments by which modules are told that they train, with the value that says so.
 _MODES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
@@ -67,8 +67,8 @@ def split(
     if (train is None) != (evaluate is None):
         raise InputError("adapters.linen: give both train= and evaluate=, the arguments of the call in each mode.")
     names = [name for name in inspect.signature(type(module).__call__).parameters if name in _MODES]
-    training = {name: _MODES[name] for name in names} if train is None else dict(train)
-    evaluating = {name: not _MODES[name] for name in names} if evaluate is None else dict(evaluate)
+    training: dict[str, Any] = {name: _MODES[name] for name in names} if train is None else dict(train)
+    evaluating: dict[str, Any] = {name: not _MODES[name] for name in names} if evaluate is None else dict(evaluate)
     keys = jax.random.split(key, 1 + len(streams))
     rngs = {"params": keys[0], **dict(zip(streams, keys[1:], strict=True))}
     variables = dict(module.init(rngs, sample, **evaluating))
@@ -83,10 +83,12 @@ def split(
             parts = jax.random.split(need_key("adapters.linen", key), len(streams))
             rngs = dict(zip(streams, parts, strict=True))
         mutable = list(model_state)
-        return module.apply({"params": params, **model_state}, x, rngs=rngs, mutable=mutable, **training)
+        return module.apply(
+            {"params": params, **model_state}, narrowed(x, params), rngs=rngs, mutable=mutable, **training
+        )
 
     def apply_evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
-        return module.apply({"params": params, **model_state}, x, **evaluating)
+        return module.apply({"params": params, **model_state}, narrowed(x, params), **evaluating)
 
     return Model(params, variables, apply_train, apply_evaluate)
 

@@ -18,7 +18,7 @@ from jax import Array
 from hypergrad import _tree
 from hypergrad._solver import InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.adapters._model import Model, missing, need_key
+from hypergrad.adapters._model import Model, missing, narrowed, need_key
 
 
 def split(model: Any) -> Model:
@@ -54,25 +54,26 @@ def split(model: Any) -> Model:
         hint = "call it first, as in split(Net(rngs=nnx.Rngs(0)))" if isinstance(model, type) else "pass an nnx.Module"
         found = model.__name__ if isinstance(model, type) else type(model).__name__
         raise InputTypeError(f"adapters.nnx: model must be a flax.nnx.Module, found {found}: {hint}.")
-    graph, params, random, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    library: Any = nnx  # whose types say that a split may return anything
+    graph, params, random, rest = library.split(model, nnx.Param, nnx.RngState, ...)
     # Copies, since the module stays the caller's: a state that is donated must not delete its arrays.
-    params, random, rest = (_copied(nnx.to_pure_dict(part)) for part in (params, random, rest))
+    params, random, rest = (_copied(library.to_pure_dict(part)) for part in (params, random, rest))
 
     def merged(params: PyTree, model_state: PyTree, random: PyTree) -> Any:
-        return nnx.merge(graph, params, random, model_state)
+        return library.merge(graph, params, random, model_state)
 
     def train(params: PyTree, model_state: PyTree, x: Any, key: Array | None) -> tuple[Any, PyTree]:
         fresh = _reseeded(random, need_key("adapters.nnx", key)) if jax.tree.leaves(random) else random
         module = merged(params, model_state, fresh)
         module.train()
-        out = module(x)
-        after = nnx.to_pure_dict(nnx.split(module, nnx.Param, nnx.RngState, ...)[3])
+        out = module(narrowed(x, params))
+        after = library.to_pure_dict(library.split(module, nnx.Param, nnx.RngState, ...)[3])
         return out, after
 
     def evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
         module = merged(params, model_state, random)
         module.eval()
-        return module(x)
+        return module(narrowed(x, params))
 
     return Model(params, rest, train, evaluate)
 
