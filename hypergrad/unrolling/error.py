@@ -31,7 +31,7 @@ from hypergrad._tree import PyTree
 _EVERY = 16  # calls from one twin to the next
 _MOST = 3  # twins at the first call
 _SURE = 1e-5  # spread below which one twin is enough
-_FACTOR = (80.0, 16.0, 8.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
+_FACTOR = (60.0, 12.0, 6.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
 _STALE = 2.0  # for calls between twins
 _ROUNDED = 2.0  # units of rounding in the result
 
