@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad._jaxpr.sensitivity import inner_jaxpr, scan_counts
+from hypergrad._jaxpr.walk import called, forward, scan_counts, while_counts
 from hypergrad._tree import is_key
 
 Recipe = Callable[[], np.ndarray]
@@ -129,17 +128,7 @@ def walk(closed: Any, ins: Sequence[Known | None], found: Found) -> list[Known |
     Returns:
         What is known of each output.
     """
-    jaxpr = inner_jaxpr(closed)
-    env: dict[Any, Known | None] = dict(zip(jaxpr.invars, ins, strict=True))
-    for var, const in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False):
-        env[var] = _constant(const)
-
-    def read(atom: Any) -> Known | None:
-        return _constant(atom.val) if isinstance(atom, jex.Literal) else env.get(atom)
-
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, _equation(eqn, [read(v) for v in eqn.invars], found), strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return forward(closed, ins, lambda eqn, ins: _equation(eqn, ins, found), _constant)
 
 
 def evaluate(node: Known) -> tuple[np.ndarray, np.ndarray]:
@@ -161,10 +150,8 @@ def _equation(eqn: Any, ins: list[Known | None], found: Found) -> Sequence[Known
     if name in ("scan", "while", "cond"):
         _enter(eqn, ins, found)
         return unknown
-    for value in eqn.params.values():
-        inner = inner_jaxpr(value)
-        if inner is not None and len(inner.invars) == len(ins) and len(inner.outvars) == len(eqn.outvars):
-            return walk(value, ins, found)
+    if called(eqn) is not None:
+        return walk(called(eqn), ins, found)
     if name == "gather":
         _check_gather(eqn, ins[1], found)
     elif name == "dynamic_slice":
@@ -190,7 +177,7 @@ def _enter(eqn: Any, ins: list[Known | None], found: Found) -> None:
         rows = [x and dataclasses.replace(x, axes=(*x.axes, axis)) for x in ins[consts + carries :]]
         walk(eqn.params["jaxpr"], [*ins[:consts], *[None] * carries, *rows], found)
     elif eqn.primitive.name == "while":
-        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        n_cond, n_body = while_counts(eqn)
         carry = [None] * (len(ins) - n_cond - n_body)
         walk(eqn.params["body_jaxpr"], [*ins[n_cond : n_cond + n_body], *carry], found)
     else:

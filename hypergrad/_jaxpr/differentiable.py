@@ -42,8 +42,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Literal
 
+from hypergrad._jaxpr.walk import evaluate
 from hypergrad._tree import PyTree, is_key
 
 
@@ -63,7 +63,7 @@ def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     def evaluated(*args: PyTree) -> PyTree:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         leaves = [x if is_key(x) else jnp.asarray(x) for x in jax.tree.leaves(args)]
-        return jax.tree.unflatten(jax.tree.structure(shapes), _evaluate(closed, leaves))
+        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, leaves, _replace))
 
     return evaluated
 
@@ -123,92 +123,16 @@ def _select(ok: Array, x: Array, y: Array) -> Array:
     return lax.select(ok, x, y) if ok.shape == x.shape else jnp.where(ok, x, y)
 
 
-def _evaluate(closed: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Run a closed jaxpr, as `jax.core.eval_jaxpr` does, with the replacements above."""
-    return _run(closed.jaxpr, closed.consts, inputs)
-
-
-def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        with eqn.ctx.manager:
-            env.update(zip(eqn.outvars, _apply(eqn, [read(atom) for atom in eqn.invars]), strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _apply(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    name, params = eqn.primitive.name, eqn.params
-    if name in _NESTED:
-        return _NESTED[name](eqn, inputs)
-    floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    if name in _EXTREMA and floating:
+def _replace(eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    name = eqn.primitive.name
+    if (name not in _EXTREMA and name not in _OK) or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return None
+    if name in _EXTREMA:
         return [_extremum(eqn, inputs)]
-    if name in _OK and floating and not _linear(name, inputs):
-        return [_guarded(eqn, inputs)]
-    bound = eqn.primitive.get_bind_params(params)
-    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # a pair before JAX 0.9
-    results = eqn.primitive.bind(*functions, *inputs, **bound)
-    return results if eqn.primitive.multiple_results else [results]
+    return None if _linear(name, inputs) else [_guarded(eqn, inputs)]
 
 
 def _linear(name: str, inputs: Sequence[Any]) -> bool:
     """Whether the operation only multiplies by a constant that was written in the code."""
     constant = [not isinstance(x, Array) for x in inputs]
     return (name == "mul" and any(constant)) or (name == "div" and constant[1])
-
-
-def _call(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    return _evaluate(eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"], inputs)
-
-
-def _remat(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    run = lambda *xs: _run(eqn.params["jaxpr"], (), xs)
-    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*inputs)
-
-
-def _cond(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    branches = [lambda *xs, branch=branch: _evaluate(branch, xs) for branch in eqn.params["branches"]]
-    return lax.switch(inputs[0], branches, *inputs[1:])
-
-
-def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    # Inputs are constants, carry, rows; outputs are carry, rows; rows have one axis more outside than inside. How the
-    # parameters say so differs between versions of JAX.
-    body_jaxpr = eqn.params["jaxpr"]
-    same = lambda outside, inside: sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
-    last, carried = same(eqn.invars, body_jaxpr.jaxpr.invars), same(eqn.outvars, body_jaxpr.jaxpr.outvars)
-    constants, carry, rows = inputs[: last - carried], inputs[last - carried : last], inputs[last:]
-
-    def body(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = _evaluate(body_jaxpr, [*constants, *carry, *row])
-        return results[:carried], results[carried:]
-
-    end, stacked = lax.scan(
-        body, carry, rows, length=eqn.params["length"], reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
-    )
-    return [*end, *stacked]
-
-
-def _while(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    first = eqn.params["cond_nconsts"]
-    last = first + eqn.params["body_nconsts"]
-    proceed = lambda carry: _evaluate(eqn.params["cond_jaxpr"], [*inputs[:first], *carry])[0]
-    body = lambda carry: _evaluate(eqn.params["body_jaxpr"], [*inputs[first:last], *carry])
-    return lax.while_loop(proceed, body, inputs[last:])
-
-
-_NESTED: dict[str, Callable[[Any, list[Any]], Sequence[Any]]] = {
-    "jit": _call,
-    "pjit": _call,
-    "closed_call": _call,
-    "core_call": _call,
-    "checkpoint": _remat,
-    "remat2": _remat,
-    "cond": _cond,
-    "scan": _scan,
-    "while": _while,
-}

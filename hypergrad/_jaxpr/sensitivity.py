@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from hypergrad._checks import caller_level
+from hypergrad._jaxpr.walk import called, forward, scan_counts, while_counts
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
 
@@ -232,31 +232,19 @@ def _union(reaches: Iterable[_Reach]) -> _Reach:
     return total
 
 
-def inner_jaxpr(value: Any) -> Any:
-    """The jaxpr inside a parameter of an operation, or None."""
-    if isinstance(value, jex.ClosedJaxpr):
-        return value.jaxpr
-    return value if isinstance(value, jex.Jaxpr) else None
+def _walk(program: Any, ins: Sequence[_Reach]) -> list[_Reach]:
+    """What reaches each output of a program, given what reaches its inputs."""
+    # What an operation with effects writes to a reference is read by later operations.
+    written = lambda eqn, ins: _union(ins)
+    return forward(program, ins, _operation, lambda value: _Reach(), written)
 
 
-def _walk(jaxpr: Any, ins: Sequence[_Reach]) -> list[_Reach]:
-    """What reaches each output of a jaxpr, given what reaches its inputs."""
-    jaxpr = inner_jaxpr(jaxpr)
-    reach: dict[Any, _Reach] = dict(zip(jaxpr.invars, ins, strict=True))
-
-    def read(atom: Any) -> _Reach:
-        return _Reach() if isinstance(atom, jex.Literal) else reach.get(atom, _Reach())
-
-    for eqn in jaxpr.eqns:
-        ins = [read(v) for v in eqn.invars]
-        for var, out in zip(eqn.outvars, _equation(eqn, ins), strict=True):
-            # Integers and booleans carry no derivative. (Tokens and references have no dtype.)
-            reach[var] = out if _smooth(getattr(var.aval, "dtype", None)) else _Reach(out.value, 0)
-        if eqn.effects:  # what it writes to a reference is read by later operations
-            for var in eqn.invars:
-                if not isinstance(var, jex.Literal):
-                    reach[var] = read(var) | _union(ins)
-    return [read(v) for v in jaxpr.outvars]
+def _operation(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
+    # Integers and booleans carry no derivative. (Tokens and references have no dtype.)
+    return [
+        out if _smooth(getattr(var.aval, "dtype", None)) else _Reach(out.value, 0)
+        for var, out in zip(eqn.outvars, _equation(eqn, ins), strict=True)
+    ]
 
 
 @functools.cache
@@ -280,19 +268,10 @@ def _equation(eqn: Any, ins: list[_Reach]) -> Sequence[_Reach]:
     if name == "cond":
         branches = [_walk(branch, ins[1:]) for branch in eqn.params["branches"]]
         return [_union(outs) | _Reach(ins[0].value, 0) for outs in zip(*branches, strict=True)]
-    inner = [j for j in map(inner_jaxpr, eqn.params.values()) if j is not None]
-    if len(inner) == 1 and len(inner[0].invars) == len(ins) and len(inner[0].outvars) == count:
-        outs = _walk(inner[0], ins)
+    if called(eqn) is not None:
+        outs = _walk(called(eqn), ins)
         return [_Reach(o.value | everything.slope, everything.slope) for o in outs] if name in _OWN_RULE else outs
     return [everything] * count
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's inputs are constants and how many are carried, in any version of JAX."""
-    if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()
-    return len(consts), len(carry)
 
 
 def _scan(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
@@ -308,7 +287,7 @@ def _scan(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
 
 def _while(eqn: Any, ins: list[_Reach]) -> list[_Reach]:
     """The number of turns depends on the condition: it carries a value, but no derivative."""
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    n_cond, n_body = while_counts(eqn)
     cond, body, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
     while True:
         stop = _union(_walk(eqn.params["cond_jaxpr"], [*cond, *carry])).value

@@ -14,14 +14,13 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from hypergrad._checks import nearest
 from hypergrad._data import Minibatches, Stream
-from hypergrad._jaxpr.sensitivity import inner_jaxpr
+from hypergrad._jaxpr.walk import constants
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, is_key, keystr
 from hypergrad.domains._domain import Domain
@@ -130,17 +129,7 @@ def program(traced: Any) -> str:
     """SHA-256 of a traced function: its jaxpr as text, without addresses, and the constants in it."""
     jaxpr = traced.jaxpr
     text = re.sub(r" at 0x[0-9a-f]+", "", str(jaxpr))
-    return _digest(text, *(part for value in _constants(jaxpr) for part in _bits(value)))
-
-
-def _constants(jaxpr: Any) -> Iterable[Any]:
-    yield from getattr(jaxpr, "consts", ())
-    for eqn in inner_jaxpr(jaxpr).eqns:
-        yield from (v.val for v in eqn.invars if isinstance(v, jex.Literal) and np.ndim(v.val))
-        for value in eqn.params.values():
-            for part in value if isinstance(value, (tuple, list)) else (value,):
-                if inner_jaxpr(part) is not None:
-                    yield from _constants(part)
+    return _digest(text, *(part for value in constants(jaxpr) for part in _bits(value)))
 
 
 def _bits(leaf: Any) -> list[Any]:

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Var
 
 from hypergrad import _tree
 from hypergrad._checks import check_same_structure
 from hypergrad._curvature import joint_product
+from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -171,7 +171,8 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
 
     # Pulling back SGD needs no gradient, Adam's does. Storing it spares its second evaluation.
     first = moving(start)
-    wanted = _depends_on_first(pull_update, start.params, hparams, start, first.params, first.floats)
+    seen = influence(pull_update, start.params, hparams, start, first.params, first.floats)
+    wanted = any(leaf.value for leaf in seen.values())
 
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         evaluate = jax.value_and_grad(loss_at(point, t), has_aux=True)
@@ -216,17 +217,6 @@ def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
 def moving(point: Point) -> Moving:
     """What derivatives flow through at a point."""
     return Moving(point.params, *(_tree.partition(part)[0] for part in (point.state, point.model_state)))
-
-
-def _depends_on_first(f: Callable[..., Any], first: PyTree, *rest: Any) -> bool:
-    """Whether an output of `f` depends on its first argument, as far as its program shows."""
-    program = jax.make_jaxpr(f)(first, *rest).jaxpr
-    reached = set(program.invars[: len(jax.tree.leaves(first))])
-    touched = lambda variables: any(isinstance(v, Var) and v in reached for v in variables)
-    for equation in program.eqns:
-        if touched(equation.invars):
-            reached.update(equation.outvars)
-    return touched(program.outvars)
 
 
 def like(new: PyTree, old: PyTree) -> PyTree:
