@@ -84,6 +84,11 @@ def influence(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[st
     return {path: Influence(bool(outs.value >> i & 1), bool(outs.slope >> i & 1)) for i, path in enumerate(paths)}
 
 
+def slopes(program: Any) -> int:
+    """The inputs of a program that a derivative of its outputs can flow back to, as bits."""
+    return _union(_walk(program, [_Reach(1 << i, 1 << i) for i in range(len(program.jaxpr.invars))])).slope
+
+
 def influences(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[str, bool]:
     """Whether the derivative of `fn(tree, *args)` with respect to each leaf of `tree` can be other than zero, by path.
 

@@ -130,8 +130,11 @@ def _apply(eqn: Any, inputs: list[Any], replace: Replace) -> Sequence[Any]:
     if eqn.primitive.name in _NESTED:
         return _NESTED[eqn.primitive.name](eqn, inputs, replace)
     replaced = replace(eqn, inputs)
-    if replaced is not None:
-        return replaced
+    return bind(eqn, inputs) if replaced is None else replaced
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Run one operation as it is, on other inputs."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # a pair before JAX 0.9
     results = eqn.primitive.bind(*functions, *inputs, **bound)

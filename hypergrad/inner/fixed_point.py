@@ -21,6 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._jaxpr.semigradient import released
 from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective, key_use
 from hypergrad._solver import InputError, InputTypeError, Status
@@ -86,6 +87,7 @@ def fixed_point(
             f"{type(map).__name__}."
         )
     use = key_use(map, "fixed_point: map", False)
+    differentiable_map = released(map)
 
     def apply(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
         if use == "required" and key is None:
@@ -94,7 +96,7 @@ def fixed_point(
                 "hypergrad or tune, or give the map's key a default."
             )
         keys = () if key is None or use == "none" else (key,)
-        result = map(params, hparams, batch, *keys)
+        result = differentiable_map(params, hparams, batch, *keys)
         check_like_params("fixed_point: the map's result", result, params)
         return result
 

@@ -18,6 +18,7 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._jaxpr.semigradient import check_gradient
 from hypergrad._options import as_options, options
 from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner
 from hypergrad._solver import InputError, Status
@@ -84,6 +85,8 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
         hparams, params0 = check_hparams(hparams), jax.lax.stop_gradient(check_params(params0))
         check_data("batch", batch)
         objective = bind_inner(problem, batch, key, None)
+        if solver.symmetric:
+            check_gradient(lambda w: objective.fixed(w, hparams), params0, "hg.best_response")
 
         def residual(params: PyTree) -> PyTree:
             return solver.residual(objective, params, hparams)

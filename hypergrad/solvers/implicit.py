@@ -27,6 +27,7 @@ from hypergrad import _tree
 from hypergrad._checks import check_hparams, check_params
 from hypergrad._curvature import System, damped, gauss_newton, rms_eigenvalue
 from hypergrad._data import warn_small_batch
+from hypergrad._jaxpr.semigradient import check_gradient
 from hypergrad._jaxpr.sensitivity import check_implicit_sensitivity
 from hypergrad._options import Choice, Number, as_options, options
 from hypergrad._problem import PROBLEM, Problem
@@ -204,6 +205,8 @@ def implicit(
     def check(state: ImplicitState, call: Call, train: PyTree) -> None:
         if method.claims:
             warn_small_batch(train, _tree.size(state.params))
+        if chosen.symmetric:
+            check_gradient(lambda w: call.objective.fixed(w, call.hparams), state.params, "hg.implicit")
         check_implicit_sensitivity(
             lambda w, h: chosen.residual(call.objective, w, h),
             call.outer(state.model_state),

@@ -24,6 +24,7 @@ from jax import Array
 from hypergrad import _tree
 from hypergrad._checks import check_same_structure
 from hypergrad._curvature import joint_product
+from hypergrad._jaxpr.semigradient import is_gradient, released
 from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
@@ -169,13 +170,17 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
         here = moving(point)
         return jax.vjp(moved, grads, here.params, here.floats, hparams)[1]((params, floats))
 
+    # Where the update is not the gradient of the loss, its Jacobian is not symmetric: each step is differentiated as it
+    # is, with what stop_gradient holds back let go.
+    symmetric = is_gradient(lambda w: loss_at(start, 0)(w, moving(start).model, hparams)[0], start.params)
     # Pulling back SGD needs no gradient, Adam's does. Storing it spares its second evaluation.
     first = moving(start)
     seen = influence(pull_update, start.params, hparams, start, first.params, first.floats)
-    wanted = any(leaf.value for leaf in seen.values())
+    wanted = symmetric and any(leaf.value for leaf in seen.values())
 
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         evaluate = jax.value_and_grad(loss_at(point, t), has_aux=True)
+        evaluate = evaluate if symmetric else released(evaluate)
         (loss, model_state), grads = evaluate(here.params, here.model, hparams)
         after = Point(*updated(grads, here.params, here.floats, hparams, point), model_state)
         return moving(after), Taken(after, loss, _tree.max_abs(grads), grads if wanted else None)
@@ -192,7 +197,7 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
             curved, mixed, cross = _tree.add((curved, mixed, cross), seen)
         return Moving(_tree.add(kept, curved), floats, mixed), _tree.add(contribution, cross)
 
-    return through, pull
+    return through, pull if symmetric else _plain(through)
 
 
 def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
@@ -207,11 +212,17 @@ def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
         after = Point(params, state, point.model_state)
         return moving(after)._replace(model=here.model), Taken(after, size, size, None)
 
+    return through, _plain(through)
+
+
+def _plain(through: Any) -> Any:
+    """A step pulled back in reverse mode, whatever it does."""
+
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         del grads
         return jax.vjp(lambda m, h: through(m, h, point, t)[0], moving(point), hparams)[1](cotangent)
 
-    return through, pull
+    return pull
 
 
 def moving(point: Point) -> Moving:
