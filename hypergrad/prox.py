@@ -19,13 +19,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from hypergrad._options import Number, options
 
+_STRENGTH = Number(least=0, every=True, advice="keep it there by tuning it with domain=hg.domains.positive()")
+
+
+@options(strength=_STRENGTH)
 def l1(v: ArrayLike, strength: ArrayLike) -> Array:
     """Soft threshold, the proximal operator of `strength · ‖x‖₁`.
 
     Args:
         v: any array.
         strength: at least 0, broadcast against `v`.
+
+    Raises:
+        InputError: for a concrete strength below 0.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> hg.prox.l1(jnp.array([-3.0, 0.5, 2.0]), 1.0).tolist()
@@ -35,6 +43,7 @@ def l1(v: ArrayLike, strength: ArrayLike) -> Array:
     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - strength, 0)
 
 
+@options(l1=_STRENGTH, l2=_STRENGTH)
 def elastic_net(v: ArrayLike, l1: ArrayLike, l2: ArrayLike) -> Array:
     """The proximal operator of `l1 · ‖x‖₁ + ½ l2 · ‖x‖²`.
 
@@ -42,6 +51,9 @@ def elastic_net(v: ArrayLike, l1: ArrayLike, l2: ArrayLike) -> Array:
         v: any array.
         l1: strength of the absolute values, at least 0, broadcast against `v`.
         l2: strength of the squares, at least 0, broadcast against `v`.
+
+    Raises:
+        InputError: for a concrete strength below 0.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> hg.prox.elastic_net(jnp.array([-3.0, 0.5, 2.0]), 1.0, 1.0).tolist()
@@ -51,6 +63,7 @@ def elastic_net(v: ArrayLike, l1: ArrayLike, l2: ArrayLike) -> Array:
     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - l1, 0) / (1 + jnp.asarray(l2))
 
 
+@options(strength=_STRENGTH)
 def group(v: ArrayLike, strength: ArrayLike, axis: int | tuple[int, ...] = -1) -> Array:
     """The proximal operator of `strength · Σ_g ‖x_g‖₂`: a group is zero as a whole, or shrunk as a whole.
 
@@ -58,6 +71,9 @@ def group(v: ArrayLike, strength: ArrayLike, axis: int | tuple[int, ...] = -1) -
         v: any array.
         strength: at least 0, broadcast against the norms of the groups, which keep the reduced axes.
         axis: the axes along which the entries of one group lie.
+
+    Raises:
+        InputError: for a concrete strength below 0.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> print(hg.prox.group(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0).round(2))
@@ -71,6 +87,7 @@ def group(v: ArrayLike, strength: ArrayLike, axis: int | tuple[int, ...] = -1) -
     return jnp.where(alive, v * (1 - strength / norm), 0)
 
 
+@options(strength=_STRENGTH)
 def nuclear(v: ArrayLike, strength: ArrayLike) -> Array:
     r"""The proximal operator of `strength · Σᵢ σᵢ(x)`, the nuclear norm: singular values are soft-thresholded.
 

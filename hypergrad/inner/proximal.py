@@ -24,6 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._jaxpr.semigradient import check_gradient, released
 from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective
 from hypergrad._solver import InputError, InputTypeError, Status
@@ -130,6 +131,7 @@ def proximal(
         scale: Array,
         options: Mapping[str, ArrayLike],
     ) -> InnerResult:
+        check_gradient(lambda w: objective.fixed(w, hparams), params, "hg.inner.proximal")
         target = default_tol(options["tol"], params) * scale
         most = jnp.asarray(options["max_steps"], jnp.int32)
         measure = lambda w: _tree.norm(residual(objective, w, hparams)).astype(target.dtype)
@@ -137,7 +139,7 @@ def proximal(
         return InnerResult(solution, state, model_state, found, taken, status)
 
     def move(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, step: Any) -> tuple[PyTree, PyTree]:
-        _, grad = jax.value_and_grad(lambda w: objective.stochastic(w, hparams, None, step)[0])(params)
+        grad = released(jax.grad(lambda w, h: objective.stochastic(w, h, None, step)[0]))(params, hparams)
         return forward(params, grad, hparams, jnp.asarray(step_size, _tree.dtype(params))), state
 
     traced: dict[str, Any] = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}

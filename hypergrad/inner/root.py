@@ -20,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._jaxpr.semigradient import released
 from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective, key_use
 from hypergrad._solver import InputError, InputTypeError, Status
@@ -86,6 +87,7 @@ def root(
             f"{type(equations).__name__}."
         )
     use = key_use(equations, "root: equations", False)
+    differentiable_equations = released(equations)
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
         return at(params, hparams, *objective.fixed_batch)
@@ -97,7 +99,7 @@ def root(
                 "give the key of equations a default."
             )
         keys = () if key is None or use == "none" else (key,)
-        found = equations(params, hparams, batch, *keys)
+        found = differentiable_equations(params, hparams, batch, *keys)
         check_like_params("root: the result of equations", found, params)
         return found
 

@@ -300,6 +300,16 @@ def test_fixed_point_is_right_however_the_update_is_written(update):
     np.testing.assert_allclose(out.grad, -1.6, rtol=1e-8 if DOUBLE else 1e-4)
 
 
+def test_root_is_right_and_proximal_refuses():
+    equations = lambda w, h, b: jax.grad(TARGET)(w, h, b)
+    solver = hg.implicit(hg.Problem(None, OUTER), inner=hg.inner.root(equations))
+    out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.zeros(1), 0.3), 0.3)
+    np.testing.assert_allclose(out.grad, -1.6, rtol=1e-6 if DOUBLE else 1e-3)
+    solver = hg.implicit(hg.Problem(TARGET, OUTER), inner=hg.inner.proximal(lambda w, h, step: w))
+    with pytest.raises(hg.InputError, match=r"hg\.inner\.proximal: .*stop_gradient.*hg\.inner\.fixed_point"):
+        solver.hypergrad(solver.init(jnp.zeros(1), 0.3), 0.3)
+
+
 def test_best_response_refuses_and_fixed_point_serves():
     with pytest.raises(hg.InputError, match=r"hg\.best_response: .*params: stop_gradient"):
         hg.best_response(hg.Problem(TARGET, OUTER))(0.3, jnp.zeros(1))
