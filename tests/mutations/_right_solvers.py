@@ -13,7 +13,7 @@ import optax
 import hypergrad as hg
 from tests.mutations import _check_bugs as table
 
-SEEDS = 20
+SEEDS = 22
 
 
 def _loss_with_noise(w: Any, h: Any, batch: Any, key: Any) -> Any:

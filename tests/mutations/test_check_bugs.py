@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hypergrad._solver import usable
 from tests._helpers import tol
 from tests.mutations._check_bugs import BUGS, INPUTS, SOLVERS, STALE, UNTRAINED, cases, error_of, planted
 from tests.mutations._right_solvers import right_solvers
@@ -64,6 +65,8 @@ def test_every_planted_bug_is_refused(name):
 @pytest.mark.experiment
 def test_right_solvers_are_confirmed():
     reports = [(name, call()) for name, call in right_solvers()]
+    # One that says itself that it did not get there is not right.
+    reports = [(name, report) for name, report in reports if usable(report.info.status)]
     alarms = [(name, report) for name, report in reports if not report.ok]
     assert len(reports) >= 200
     assert len(alarms) <= 1, alarms
