@@ -29,6 +29,7 @@ jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from jax.flatten_util import ravel_pytree  # noqa: E402
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment  # noqa: E402
@@ -178,7 +179,7 @@ def measure_family(family: Family, count: int, seed: int = 0, dtype: Any = jnp.f
         tuned = hparams if family.tuned == "all" else {family.tuned: hparams[family.tuned]}
         made = solver(family, hparams)
         out = made.hypergrad(made.init(start, tuned), tuned, train, valid)[0]
-        return jax.flatten_util.ravel_pytree(out.grad)[0], out.info.error_estimate, out.info.status
+        return ravel_pytree(out.grad)[0], out.info.error_estimate, out.info.status
 
     run = jax.jit(jax.vmap(one))
     cast = lambda tree, to: jax.tree.map(lambda x: jnp.asarray(x, to), tree)
