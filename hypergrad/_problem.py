@@ -69,8 +69,8 @@ class Problem:
 PROBLEM = Slot(Problem, "an hg.Problem", "hg.Problem(inner_loss, outer_loss)")
 
 
-def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optional", "required"]:
-    """Whether a loss takes a key, from the number of its positional arguments.
+def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optional", "required", "unknown"]:
+    """Whether a loss takes a key, from the number of its positional arguments; unknown where they are not counted.
 
     Raises:
         InputTypeError: if the number fits neither form.
@@ -83,9 +83,9 @@ def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optiona
     try:
         parameters = inspect.signature(loss).parameters.values()
     except (TypeError, ValueError):  # builtins and C functions have no signature
-        return "required"
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return "required"
+        return "unknown"
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # a decorator's g(*args)
+        return "unknown"
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
     without = 3 + bool(model_state)
@@ -255,7 +255,7 @@ def _call(
 ) -> Any:
     args: list[Any] = [params, hparams, batch]
     use = key_use(loss, name, problem.model_state)
-    if use == "required" or (use == "optional" and key is not None):
+    if use == "required" or (use in ("optional", "unknown") and key is not None):
         if key is None:
             raise InputError(
                 f"{name} takes a key, but none was given: pass key=jax.random.key(0) to init, hypergrad or tune."
@@ -264,7 +264,13 @@ def _call(
     if problem.model_state:
         args.append(model_state)
     try:
-        return loss(*args)
+        return _with_or_without(key, loss, args) if use == "unknown" else loss(*args)
+    except jax.errors.ConcretizationTypeError as error:
+        raise InputTypeError(
+            f"{name}: Python needs the value of something that is traced, as parameters, hyperparameters and batches "
+            "are: write jnp.where or jax.lax.cond instead of `if`. For a dropout rate that is a hyperparameter, "
+            f"hg.augment.dropout(x, rate, key=key) takes the place of the layer. ({str(error).splitlines()[0]})"
+        ) from error
     except Exception as error:
         if not getattr(error, "__notes__", None):
             shapes = ", ".join(
@@ -273,6 +279,20 @@ def _call(
             )
             error.add_note(f"hypergrad: raised while tracing {name}, which was given {shapes}.")
         raise
+
+
+def _with_or_without(key: Array | None, loss: Callable[..., Any], args: list[Any]) -> Any:
+    """The value of a loss whose arguments cannot be counted: with the key, or without if it does not take one."""
+    try:
+        return loss(*args)
+    except TypeError:
+        if key is None:
+            raise
+        try:
+            return loss(*(arg for arg in args if arg is not key))
+        except TypeError:
+            pass
+        raise  # what was wrong with the first call
 
 
 def _split(result: Any, name: str) -> tuple[Array, dict[str, Any]]:

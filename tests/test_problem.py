@@ -19,11 +19,39 @@ def test_whether_a_loss_takes_a_key_is_read_from_its_arguments():
     three, four = lambda w, h, b: w, lambda w, h, b, key: w
     assert key_use(three, "loss", False) == "none" and key_use(four, "loss", False) == "required"
     assert key_use(lambda w, h, b, key=None: w, "loss", False) == "optional"
-    assert key_use(lambda *args: args, "loss", False) == "required"
+    assert key_use(lambda *args: args, "loss", False) == "unknown"
     assert key_use(lambda w, h, b, state: w, "loss", True) == "none"
     assert key_use(lambda w, h, b, key, state: w, "loss", True) == "required"
     assert key_use(functools.partial(four, key=jax.random.key(0)), "loss", False) == "none"
     assert hg.Problem(three, four).needs_key and not hg.Problem(three, three).needs_key
+
+
+def test_a_loss_behind_a_decorator_gets_a_key_if_it_takes_one(key):
+    def decorated(loss):
+        return lambda *args: loss(*args)
+
+    three = decorated(lambda w, h, b: jnp.sum(w) * h)
+    four = decorated(lambda w, h, b, key: jnp.sum(w) * h + 0 * jax.random.normal(key))
+    for inner_loss, keys in ((three, (None, key)), (four, (key,))):
+        for used in keys:
+            value = bind_inner(hg.Problem(inner_loss, three), None, used, None).fixed(W, H)
+            np.testing.assert_allclose(value, jnp.sum(W) * H, rtol=1e-6)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'key'"):
+        bind_inner(hg.Problem(four, three), None, None, None).fixed(W, H)
+    with pytest.raises(TypeError, match="unexpected"):
+        bind_inner(hg.Problem(decorated(lambda w, h, b, key: jnp.sum(w, unexpected=1)), three), None, key, None).fixed(
+            W, H
+        )
+
+
+def test_a_traced_rate_in_a_python_condition_is_named_with_the_layer_that_takes_it(key):
+    def dropout(x, rate):  # as flax's: `if rate == 0: return x`
+        return x if rate == 0 else x * rate
+
+    problem = hg.Problem(lambda w, h, b: jnp.sum(dropout(w, h)), lambda w, h, b: jnp.sum(w))
+    solver = hg.implicit(problem)
+    with pytest.raises(hg.InputTypeError, match=r"inner_loss: .*traced.*hg\.augment\.dropout"):
+        jax.eval_shape(solver.hypergrad, solver.init(W, H), H)
 
 
 def test_the_fixed_loss_sees_one_draw_and_each_stochastic_step_its_own(key):

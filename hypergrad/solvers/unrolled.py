@@ -130,7 +130,7 @@ def unrolled(
         measured. Model state (batch-norm statistics) follows the steps, and the derivative goes through it.
 
     Raises:
-        InputError: for an unknown option, or an inner solver without a number of steps.
+        InputError: for an unknown option, an inner solver without a number of steps, or a truncation beyond them.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> problem = hg.Problem(lambda w, lr, batch: 0.5 * jnp.sum(w**2), lambda w, lr, batch: jnp.sum(w))
@@ -147,7 +147,12 @@ def unrolled(
             "or use hg.implicit."
         )
     steps = inner.steps
-    length = steps if truncate is None else min(int(truncate), steps)
+    length = steps if truncate is None else int(truncate)
+    if length > steps:
+        raise InputError(
+            f"unrolled: truncate must be at most the {steps} steps of inner, found {truncate}: leave it out to "
+            "differentiate all of them."
+        )
     skip = steps - length
 
     about = About(

@@ -244,10 +244,12 @@ def test_truncation_equals_the_explicit_sum_over_the_last_steps(kept):
         assert float(out.info.error_estimate) > 0.01
 
 
-def test_truncation_to_more_steps_than_there_are_is_none():
+def test_truncation_to_all_steps_is_none_and_to_more_is_refused():
     full, _ = hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])})
-    same, _ = hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])}, truncate=STEPS + 5)
+    same, _ = hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])}, truncate=STEPS)
     assert_trees_equal(full, same)
+    with pytest.raises(hg.InputError, match=f"truncate must be at most the {STEPS} steps of inner, found {STEPS + 5}"):
+        hypergradient(optax.sgd(0.2), {"l2": np.array([-1.3, 0.4, -0.7])}, truncate=STEPS + 5)
 
 
 def test_example_weights_through_a_long_run_equal_the_weighted_least_squares():
