@@ -73,7 +73,7 @@ class Stream:
                     f"hg.stream: batches must all have one shape, found {kinds[0]} and {found}: "
                     "drop or pad the last, smaller batch of an epoch."
                 )
-        return Stacked(jax.tree.map(_stack, *batches))
+        return Stacked(jax.tree.map(stack, *batches))
 
     def seek(self, position: int) -> None:
         """Go to where `position` batches have been handed out: put recent ones back, or pull and drop.
@@ -255,7 +255,7 @@ def rows(arrays: PyTree, name: str) -> int:
     return next(iter(lengths.values()))
 
 
-def _stack(*batches: Any) -> Any:
+def stack(*batches: Any) -> Any:
     """On the host where the batches are there, so that one transfer carries them all."""
     on_host = all(isinstance(b, np.ndarray) for b in batches)
     return np.stack(batches) if on_host else jnp.stack([jnp.asarray(b) for b in batches])

@@ -20,7 +20,6 @@ PARTS = {
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
-    "outer/_progress.py": "outer/test_result.py",
     "outer/_run.py": "reliability/test_resume.py",
     "outer/_step.py": "outer/test_tune.py",
     "solvers/_call.py": "test_contract.py",

@@ -4,6 +4,7 @@ r"""Checkpoints: a pytree on disk, whole or not at all, and never another one th
     folder/step-000000000120/
         leaves.npz                       the arrays, for `numpy.load`; or what Orbax writes, see `hg.outer.orbax`
         manifest.json                    treedef; path, shape, dtype and SHA-256 of each leaf; SHA-256 of each file
+    folder/rows/, folder/rows-copy/      of a table that grows all the time, all but the last rows: see `_log`
     folder/tmp-120-4711/                 being written; once complete and synced it is renamed to step-...
 
 Source: the order of operations is that of Pillai et al. 2014, "All file systems are not created equal"; see `_durable`.
@@ -30,7 +31,7 @@ from hypergrad._checks import caller_level
 from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints import _durable, _log
 from hypergrad.checkpoints._durable import CheckpointError, Damaged
 from hypergrad.checkpoints._leaves import as_arrays, check_like, leaf_damaged, read_npz, restore, treedef, write_npz
 
@@ -166,6 +167,8 @@ def write(
     notes: Mapping[str, Any] | None = None,
     keep: int = KEEP,
     damaged: Collection[Path] = (),
+    log: _log.Tables | None = None,
+    sealed: dict[tuple[int, int], _log.Segment] | None = None,
 ) -> Path:
     """`save`, for a caller that holds the lock.
 
@@ -177,10 +180,17 @@ def write(
         notes: anything else, as JSON.
         keep: how many checkpoints stay.
         damaged: checkpoints that were found damaged, to be deleted once this one is safe.
+        log: arrays of one length by name, which are those of the checkpoint before with more rows: what was written of
+            them is not written again. Their last rows join the tree, a dict, under `"rows"`.
+        sealed: what was written, as the caller keeps it from one call to the next; updated.
 
     Raises:
         OSError: if it cannot be written or read back: nothing was deleted.
     """
+    segments: list[_log.Segment] = []
+    if log is not None:
+        segments, tail = _log.seal(store.folder, log, {} if sealed is None else sealed)
+        tree = {**tree, "rows": dict(tail)}
     arrays, entries = as_arrays(tree)
     target = store.folder / f"step-{step:012d}"
     new = store.folder / f"tmp-{step}-{os.getpid()}"
@@ -198,6 +208,8 @@ def write(
             "leaves": [entry | {"sha256": sha256} for entry, sha256 in zip(entries, hashes, strict=True)],
             "files": files,
         }
+        if segments:
+            manifest["log"] = [list(segment) for segment in segments]
         text = _encode(manifest)
         with _durable.Sink(new / _MANIFEST) as file:
             file.write(text)
@@ -210,7 +222,18 @@ def write(
         raise OSError(f"{target / _MANIFEST} reads back as something else than was written")
     for path in {*damaged, *[path for _, path in _candidates(store.folder)[keep:]]} - {target}:
         _prune(path, new)
+    if log is not None:
+        _clear_log(store)
     return target
+
+
+def _clear_log(store: Store) -> None:
+    """Delete the segments of rows that no checkpoint needs any more; none, if a manifest cannot be read."""
+    needed = set()
+    with contextlib.suppress(Damaged, InputError):
+        for step, path in _candidates(store.folder):
+            needed |= {segment.name for segment in _log.parse(_read_manifest(path, store, step).get("log", []))}
+        _log.clear(store.folder, needed)
 
 
 class Found(NamedTuple):
@@ -220,11 +243,15 @@ class Found(NamedTuple):
         tree: what was saved.
         manifest: the rest.
         damaged: newer checkpoints that are not.
+        log: the tables that were saved with it, all rows; empty if there were none.
+        sealed: of `write`, for the checkpoints after this one.
     """
 
     tree: PyTree
     manifest: dict[str, Any]
     damaged: list[Path]
+    log: dict[str, Any]
+    sealed: dict[tuple[int, int], _log.Segment]
 
 
 def newest(
@@ -249,6 +276,7 @@ def newest(
             manifest = _read_manifest(path, store, step)
             check(manifest)
             found = _read(store, path, manifest, like(manifest))
+            log, sealed = _read_log(store, manifest, found)
         except Damaged as error:
             damaged[path] = str(error)
             continue
@@ -259,7 +287,7 @@ def newest(
                 UserWarning,
                 stacklevel=caller_level(),
             )
-        return Found(found, manifest, list(damaged))
+        return Found(found, manifest, list(damaged), log, sealed)
     if damaged:
         raise CheckpointError(
             f"checkpoints: none of the {len(damaged)} in {str(store.folder)!r} is whole: "
@@ -285,6 +313,14 @@ def _read(store: Store, path: Path, manifest: dict[str, Any], like: PyTree) -> P
             raise Damaged(f"{path / name} is not what was written{leaf_damaged(path / name, manifest['leaves'])}")
     leaves = check_like(manifest["leaves"], like, f"the checkpoint {path}")
     return restore(store.read(path, manifest["leaves"], leaves), like)
+
+
+def _read_log(
+    store: Store, manifest: dict[str, Any], tree: PyTree
+) -> tuple[dict[str, Any], dict[tuple[int, int], _log.Segment]]:
+    segments = _log.parse(manifest.get("log", []))
+    tail = tree.get("rows") if isinstance(tree, dict) else None
+    return _log.read(store.folder, segments, tail) if segments and isinstance(tail, dict) else (dict(tail or {}), {})
 
 
 def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:

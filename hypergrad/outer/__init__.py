@@ -6,9 +6,11 @@ from hypergrad.checkpoints.checkpoint import Store as Store
 from hypergrad.checkpoints.checkpoint import load as load
 from hypergrad.checkpoints.checkpoint import save as save
 from hypergrad.checkpoints.orbax import orbax as orbax
-from hypergrad.outer._progress import Callback as Callback
 from hypergrad.outer._result import Best as Best
 from hypergrad.outer._result import History as History
 from hypergrad.outer._result import Result as Result
 from hypergrad.outer._result import TuneStatus as TuneStatus
+from hypergrad.outer.callbacks import Callback as Callback
+from hypergrad.outer.controllers import Controller as Controller
+from hypergrad.outer.controllers import set_options as set_options
 from hypergrad.outer.tune import tune as tune

@@ -14,9 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hypergrad._checks import nearest
 from hypergrad._data import Minibatches, Stream
@@ -41,27 +39,29 @@ KEYS = (
     "domain",
     "outer",
     "max_failures",
+    "max_rejections",
     "patience",
+    "min_delta",
     "solver",
 )
 
 
-def config(traced: Any, state: PyTree, outer: Any, free: PyTree, domain: PyTree, **arguments: Any) -> dict[str, str]:
+def config(
+    traced: Any, state: PyTree, outer: Mapping[str, Any], moment: PyTree, domain: PyTree, **arguments: Any
+) -> dict[str, str]:
     """The configuration of a run.
 
     Args:
         traced: the step, traced.
         state: the solver's state at the start, which holds its options.
-        outer: optax optimizer.
-        free: unconstrained hyperparameters at the start.
+        outer: the functions of the outer optimizer or controller that the step calls, each with the shapes that it
+            calls it with.
+        moment: its state at the start.
         domain: pytree of domains.
         **arguments: those of `tune` by name; numbers as they are, anything else by fingerprint.
     """
     names = jax.tree.map(lambda d: d.name, domain, is_leaf=lambda d: isinstance(d, Domain))
-    moment = outer.init(free)
-    update = optax.with_extra_args_support(outer).update
-    value = jnp.zeros((), jnp.result_type(float))
-    step = jax.jit(lambda g, s, u, v: update(g, s, u, value=v, grad=g)).trace(free, moment, free, value)
+    steps = [program(jax.jit(function).trace(*shapes)) for function, shapes in outer.values()]
     return {
         "hypergrad": sys.modules["hypergrad"].__version__,  # an import of it would point up
         "jax": jax.__version__,
@@ -69,10 +69,17 @@ def config(traced: Any, state: PyTree, outer: Any, free: PyTree, domain: PyTree,
         "x64": "on" if jax.config.read("jax_enable_x64") else "off",
         "device": jax.devices()[0].device_kind,
         "domain": str(names),
-        "outer": _digest(program(step), fingerprint(moment)),
+        "outer": _digest(*steps, fingerprint(moment)),
         "solver": _digest(program(traced), fingerprint(state)),
-        **{name: str(v) if isinstance(v, int) or v is None else fingerprint(v) for name, v in arguments.items()},
+        **{
+            name: str(v) if isinstance(v, (int, float)) or v is None else fingerprint(v)
+            for name, v in arguments.items()
+        },
     }
+
+
+def _text(value: Any) -> str:
+    return str(value) if value is None or isinstance(value, (int, float)) else fingerprint(value)
 
 
 def check_config(saved: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str], what: str) -> None:

@@ -4,57 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad._data import Minibatches, Stream, kind, prepare
+from hypergrad._data import Minibatches, Stream, kind, prepare, stack
 from hypergrad._jaxpr.labels import check_concrete_data
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 
 
-def source(name: str, data: PyTree, key: Array | None) -> Callable[[], PyTree]:
-    """A function that gives the data of the next outer step, on the device."""
+def source(name: str, data: PyTree, key: Array | None, most: int) -> Callable[[int], PyTree]:
+    """A function that gives the data of the next outer steps, on the device.
+
+    Args:
+        name: of the argument.
+        data: arrays, minibatches, a stream or None.
+        key: of the run.
+        most: steps that one call takes: above 1, a stream gives a batch for each, on a new leading axis of this length,
+            whose last entries are copies where fewer steps are asked for.
+    """
     if isinstance(data, Minibatches) and key is None:
         raise InputError(
             f"tune: {name} is hg.minibatches, which draws rows at random, but key is None: pass key=jax.random.key(0)."
         )
     if isinstance(data, Stream):
-        return functools.partial(_pull, name, data, [])
+        return functools.partial(_pull, name, data, [], most)
     data = prepare(name, data)
     check_concrete_data(name, data)
     data = jax.tree.map(jnp.asarray, data)
-    return lambda: data
+    return lambda steps: data
 
 
 def pull(
-    streams: Mapping[str, Stream], train: Callable[[], PyTree], valid: Callable[[], PyTree]
+    streams: Mapping[str, Stream], train: Callable[[int], PyTree], valid: Callable[[int], PyTree], steps: int
 ) -> tuple[PyTree, PyTree]:
-    """The data of the next outer step. What the streams gave for the step before has been used."""
+    """The data of the next outer steps. What the streams gave for those before has been used."""
     for stream in streams.values():
         stream.forget()
-    return train(), valid()
+    return train(steps), valid(steps)
 
 
-def give_back(streams: Mapping[str, Stream], positions: Callable[[], Mapping[str, int]]) -> None:
+def of_one_step(streams: Collection[str], train: PyTree, valid: PyTree, most: int) -> tuple[PyTree, PyTree]:
+    """The data of the first of several steps."""
+    first = lambda name, data: jax.tree.map(lambda x: x[0], data) if most > 1 and name in streams else data
+    return first("train", train), first("valid", valid)
+
+
+def give_back(streams: Mapping[str, Stream], cursors: Callable[[], Mapping[str, Any]]) -> None:
     """Put what was pulled for a step that was not taken back into the streams, for the next run in this process."""
-    for name, position in positions().items():
+    for name, cursor in cursors().items():
         with contextlib.suppress(InputError):
-            streams[name].seek(position)
+            streams[name].seek(cursor.position)
 
 
-def _pull(name: str, data: Stream, first: list[Any]) -> PyTree:
-    batches = data.next()
-    found = kind(batches.batches)
-    if not first:
-        first.append(found)
-    if found != first[0]:
-        raise InputError(
-            f"tune: the batches of {name} changed from {first[0]} to {found} (first axis: their number): "
-            "every shape needs a compilation of its own: drop or pad the odd batch."
-        )
-    return batches
+def _pull(name: str, data: Stream, first: list[Any], most: int, steps: int) -> PyTree:
+    pulled = []
+    for _ in range(steps):
+        pulled.append(data.next())
+        found = kind(pulled[-1].batches)
+        if not first:
+            first.append(found)
+        if found != first[0]:
+            raise InputError(
+                f"tune: the batches of {name} changed from {first[0]} to {found} (first axis: their number): "
+                "every shape needs a compilation of its own: drop or pad the odd batch."
+            )
+    if most == 1:
+        return pulled[0]
+    return jax.tree.map(stack, *pulled, *[pulled[-1]] * (most - steps))

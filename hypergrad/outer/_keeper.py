@@ -15,6 +15,7 @@ from hypergrad._data import Stream
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints._log import Segment
 from hypergrad.checkpoints.checkpoint import Store, as_store, newest, write
 from hypergrad.outer._config import check_allowed, check_config
 from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
@@ -30,6 +31,7 @@ class Keeper:
         config: of this call; see `hypergrad.outer._config`.
         damaged: those that cannot be used, to be deleted once a new one is safe.
         saved: `(steps taken, steps answered)` of the last that was saved or read.
+        sealed: parts of the history that need not be written again.
         failing: whether the last attempt to save failed.
     """
 
@@ -38,6 +40,7 @@ class Keeper:
     config: dict[str, str] = dataclasses.field(default_factory=dict)
     damaged: list[Path] = dataclasses.field(default_factory=list)
     saved: tuple[int, int] = (0, 0)
+    sealed: dict[tuple[int, int], Segment] = dataclasses.field(default_factory=dict)
     failing: bool = False
 
 
@@ -63,9 +66,10 @@ def resume(
     config: dict[str, str],
     start: Run,
     notes: Notes,
-    params: PyTree,
+    templates: Mapping[str, PyTree],
     streams: Mapping[str, Stream],
     steps: int,
+    min_delta: float,
 ) -> Run:
     """The run as its newest whole checkpoint left it; `start` if there is none.
 
@@ -74,9 +78,10 @@ def resume(
         config: of this call.
         start: the run before its first step.
         notes: filled in.
-        params: shapes of what the solver's response returns.
+        templates: what callbacks may see, by name.
         streams: brought to where the run stands.
         steps: how many the call asks for.
+        min_delta: of the call.
 
     Raises:
         InputError: if the checkpoint was made with another configuration, is beyond `steps`, or if a stream cannot be
@@ -93,12 +98,12 @@ def resume(
                 f"tune: {what} is beyond steps={steps}: ask for at least as many, or begin anew in another folder."
             )
 
-    found = newest(keeper.store, functools.partial(like, start=start, params=params), check)
+    found = newest(keeper.store, functools.partial(like, start=start, templates=templates), check)
     if found is None:
         return start
-    run = unpack(found.tree, found.manifest, start, notes)
+    run = unpack(found.tree, found.log, found.manifest, start, notes, min_delta)
     rewind(streams, found.manifest)
-    keeper.damaged, keeper.saved = found.damaged, (run.count, run.answered)
+    keeper.damaged, keeper.sealed, keeper.saved = found.damaged, found.sealed, (run.count, run.answered)
     return run
 
 
@@ -110,9 +115,12 @@ def save(keeper: Keeper | None, run: Run, notes: Notes) -> None:
     """
     if keeper is None or keeper.saved == (run.count, run.answered):
         return
-    tree, rest = pack(run, notes)
+    tree, rows, rest = pack(run, notes)
     try:
-        write(keeper.store, run.count, tree, config=keeper.config, notes=rest, damaged=keeper.damaged)
+        write(
+            keeper.store, run.count, tree, config=keeper.config, notes=rest, damaged=keeper.damaged, log=rows,
+            sealed=keeper.sealed,
+        )  # fmt: skip
     except OSError as error:
         if not keeper.failing:
             last = f"that of step {keeper.saved[0]} stays the last" if keeper.saved[0] else "there is none before it"

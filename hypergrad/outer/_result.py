@@ -21,10 +21,12 @@ class TuneStatus(enum.StrEnum):
     Attributes:
         FINISHED: all steps were taken.
         STOPPED: a callback asked for it.
-        CONVERGED: `patience` steps went by without a new best.
+        CONVERGED: `patience` accepted steps went by without a new best, or `max_rejections` trials in a row were
+            rejected.
         FAILED: too many hypergradients in a row were unusable, or none was usable at all.
         INTERRUPTED: Ctrl-C or SIGTERM.
         RAISED: an exception came out of a callback or the data; the result is its attribute `result`.
+        OUT_OF_TIME: `max_seconds` went by.
 
     >>> import hypergrad as hg
     >>> hg.TuneStatus.FINISHED == "finished"
@@ -37,10 +39,12 @@ class TuneStatus(enum.StrEnum):
     FAILED = "failed"
     INTERRUPTED = "interrupted"
     RAISED = "stopped by an exception"
+    OUT_OF_TIME = "out of time"
 
 
 class Best(NamedTuple):
-    """The step with the lowest outer loss among those whose hypergradient was usable.
+    """The step with the lowest outer loss among those that were accepted: with an optax optimizer, those whose
+    hypergradient was usable. With a controller that compares values of different accuracy, the last accepted step.
 
     With minibatches the outer loss is a draw, and this is the luckiest one. For solvers that train as they tune
     (`hg.self_tuning`) it is the one to report: the last outer loss is often far above it, since training goes on.
@@ -72,7 +76,10 @@ class History(NamedTuple):
         error_estimate: see `hg.Info`.
         inner_steps: int, see `hg.Info`.
         linear_steps: int, see `hg.Info`.
-        seconds: wall time from the start of `tune` to the end of the step; the first entry holds the compilation.
+        seconds: wall time from the start of `tune` to the end of the call that took the step; the first entry holds the
+            compilation.
+        accepted: whether the run moved to this step's hyperparameters, boolean; with an optax optimizer, whether the
+            step was usable. Where a controller refused a trial by its value alone, what was not computed is NaN.
         hparams: pytree like the hyperparameters with leaves `[steps, ...]`, constrained; None above 1000 scalars.
         summary: `{"min": ..., "mean": ..., "max": ...}`, each a pytree like the hyperparameters with leaves `[steps]`.
         metrics: what `outer_loss` returned beside the loss, by name.
@@ -88,6 +95,7 @@ class History(NamedTuple):
     inner_steps: np.ndarray
     linear_steps: np.ndarray
     seconds: np.ndarray
+    accepted: np.ndarray
     hparams: PyTree
     summary: dict[str, PyTree]
     metrics: dict[str, np.ndarray]
@@ -95,7 +103,7 @@ class History(NamedTuple):
 
     @property
     def usable(self) -> np.ndarray:
-        """Whether each step was taken, a boolean array `[steps]`."""
+        """Whether each step's hypergradient could be trusted, a boolean array `[steps]`."""
         return self.status <= int(Status.INSENSITIVE)
 
     def to_pandas(self) -> Any:
@@ -112,6 +120,7 @@ class History(NamedTuple):
         except ImportError as error:
             raise HypergradError("to_pandas needs pandas: pip install 'hypergrad-jax[demo]'.") from error
         columns: dict[str, Any] = {name: getattr(self, name) for name in SCALARS} | {"seconds": self.seconds}
+        columns |= {"accepted": self.accepted}
         columns["status"] = [status_name(code) for code in self.status]
         columns |= self.metrics | self.extra
         for path, _ in jax.tree_util.tree_leaves_with_path(self.summary["mean"]):
@@ -148,7 +157,8 @@ class Result(NamedTuple):
     """What `hg.tune` returns. Final and best are kept apart; print it for a summary.
 
     Attributes:
-        hparams: the hyperparameters after the last update, constrained.
+        hparams: the hyperparameters after the last update, constrained; with a controller those of the last accepted
+            step, never of an untested trial.
         params: the solver's response at the end: for a solver that trains, the parameters of the last step, which is
             one update behind `hparams`. For a report, retrain from scratch at the hyperparameters chosen.
         best: see `Best`.
@@ -193,43 +203,74 @@ def status_name(code: Any) -> str:
         return f"code {int(code)}"
 
 
-class Row(NamedTuple):
-    """What one step reported.
+class Layout(NamedTuple):
+    """What stands where in the report of a step.
 
     Attributes:
-        scalars: by name, `seconds` among them.
+        kinds: name and kind (float, int, bool, uint) of each scalar.
+        metrics: names among them.
+        extra: names among them.
+    """
+
+    kinds: tuple[tuple[str, str], ...]
+    metrics: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    def names(self, *kinds: str) -> list[str]:
+        """Of the scalars of these kinds, in the order of their columns."""
+        return [name for kind in kinds for name, found in self.kinds if found == kind]
+
+
+class Rows(NamedTuple):
+    """What the steps reported, a row each.
+
+    Attributes:
+        scalars: float64 `[steps, ...]`, the wall time last.
+        integers: int64 `[steps, ...]`, booleans after the integers.
+        naturals: uint64 `[steps, ...]`.
         hparams: all entries in the order of the leaves; above `TRAJECTORY` entries, instead, the minimum, mean and
             maximum of each leaf.
     """
 
-    scalars: dict[str, float]
+    scalars: np.ndarray
+    integers: np.ndarray
+    naturals: np.ndarray
     hparams: np.ndarray
 
 
-def make_history(rows: list[Row], example: PyTree, metrics: tuple[str, ...], extra: tuple[str, ...]) -> History:
-    """Stack what the steps reported.
+def column(rows: Rows, layout: Layout, name: str) -> np.ndarray:
+    """One scalar over all steps, in the widest dtype of its kind."""
+    kind = "float" if name == "seconds" else dict(layout.kinds)[name]
+    if kind == "float":
+        return rows.scalars[:, [*layout.names("float"), "seconds"].index(name)].copy()
+    if kind == "uint":
+        return rows.naturals[:, layout.names("uint").index(name)].copy()
+    return rows.integers[:, layout.names("int", "bool").index(name)].astype(bool if kind == "bool" else np.int64)
+
+
+def make_history(rows: Rows, layout: Layout, example: PyTree) -> History:
+    """The arrays that a person sees.
 
     Args:
-        rows: one a step.
+        rows: what the steps reported.
+        layout: of their scalars.
         example: pytree like the hyperparameters.
-        metrics: names among the scalars.
-        extra: names among the scalars.
     """
+    fields = {name: column(rows, layout, name) for name in (*SCALARS, "seconds", "accepted")}
+    computed = column(rows, layout, "computed")
 
-    def column(name: str, dtype: Any = np.float64) -> np.ndarray:
-        return np.asarray([row.scalars[name] for row in rows], dtype)
+    def optional(name: str) -> np.ndarray:
+        found = column(rows, layout, name)
+        return found if computed.all() or found.dtype == np.float64 else np.where(computed, found, np.nan)
 
-    integers = ("status", "inner_steps", "linear_steps")
-    fields = {name: column(name, np.int64 if name in integers else np.float64) for name in (*SCALARS, "seconds")}
+    steps = len(rows.scalars)
     leaves, treedef = jax.tree.flatten(example)
     dtypes = [np.dtype(jax.numpy.result_type(leaf)) for leaf in leaves]
-    total = size(example)
-    table = np.stack([row.hparams for row in rows])
-    if total <= TRAJECTORY:
+    if size(example) <= TRAJECTORY:
         ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
         path = [
-            part.reshape(len(rows), *leaf.shape).astype(dtype)
-            for part, leaf, dtype in zip(np.split(table, ends, axis=1), leaves, dtypes, strict=True)
+            part.reshape(steps, *leaf.shape).astype(dtype)
+            for part, leaf, dtype in zip(np.split(rows.hparams, ends, axis=1), leaves, dtypes, strict=True)
         ]
         trajectory = treedef.unflatten(path)
         spread = [_spread(part) for part in path]
@@ -237,15 +278,15 @@ def make_history(rows: list[Row], example: PyTree, metrics: tuple[str, ...], ext
         trajectory = None
         spread = [
             [column.astype(dtype) for column in part.T]
-            for part, dtype in zip(table.reshape(len(rows), len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)
+            for part, dtype in zip(rows.hparams.reshape(steps, len(leaves), 3).transpose(1, 0, 2), dtypes, strict=True)
         ]
     summary = {name: treedef.unflatten([part[i] for part in spread]) for i, name in enumerate(("min", "mean", "max"))}
     return History(
         **fields,
         hparams=trajectory,
         summary=summary,
-        metrics={name: column(name) for name in metrics},
-        extra={name: column(name) for name in extra},
+        metrics={name: optional(name) for name in layout.metrics},
+        extra={name: optional(name) for name in layout.extra},
     )
 
 

@@ -1,89 +1,345 @@
-r"""One step of the outer loop, to be compiled once.
+r"""One step of the outer loop, to be compiled once, and K of them in one call.
 
     u ← u + optimizer(∂F/∂u),   ∂F/∂u = (∂T/∂u)ᵀ g
 
-with g from any solver. A step that is not usable leaves u and the optimizer as they were.
-Cost: the hypergradient. Its report is one vector, so that one transfer brings it to the host.
+with g from any solver. With optax, a step that is not usable leaves u and the optimizer as they were. With a
+controller,
+
+    s = prepare(outer, solver);   out, s' = hypergrad(s, T(u));   next, outer, ok = update(∂F/∂u, outer, u, out)
+
+and where `ok` does not hold, or `judge` refused the trial before, the solver and the last accepted u stay bit for bit.
+Cost: the hypergradient. What a step reports are three short vectors, so that one transfer each brings it to the host.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 from hypergrad import _tree
 from hypergrad._checks import check_same_structure
-from hypergrad._solver import Hypergradient, InputError, InputTypeError, Solver, Status
+from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, evaluation, usable
 from hypergrad._tree import PyTree, keystr
 from hypergrad.domains._domain import settle, to_constrained
-from hypergrad.outer._result import SCALARS, TRAJECTORY
+from hypergrad.outer._result import SCALARS, TRAJECTORY, Layout
+from hypergrad.outer.controllers import Controller
+
+
+class Kept(NamedTuple):
+    """The best point so far.
+
+    Attributes:
+        step: its number; -1 before the first accepted one.
+        value: outer loss; NaN before.
+        hparams: constrained.
+        params: what the solver's response returned there.
+    """
+
+    step: Array
+    value: Array
+    hparams: PyTree
+    params: PyTree
 
 
 class Loop(NamedTuple):
-    """Everything that the next step needs beside data and key: what a checkpoint has to hold."""
+    """Everything that the next step needs beside data and key: what a checkpoint has to hold.
+
+    Attributes:
+        step: number of the next step.
+        solver: state of the solver, at `accepted`.
+        accepted: unconstrained hyperparameters of the last accepted point; None with optax, where it is the trial.
+        trial: unconstrained hyperparameters of the next step.
+        outer: state of the outer optimizer or controller.
+        best: see `Kept`.
+    """
 
     step: Array
     solver: Any
-    free: PyTree  # unconstrained hyperparameters
+    accepted: PyTree
+    trial: PyTree
     outer: Any
+    best: Kept
+
+    @property
+    def point(self) -> PyTree:
+        """Where the run stands, unconstrained: never a trial that may be rejected."""
+        return self.trial if self.accepted is None else self.accepted
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one step sends to the host: one vector, so that one transfer brings it."""
+    """What one step sends to the host.
 
-    vector: Array  # SCALARS, metrics, extra, then hyperparameters or their summary
-    metrics: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    extra: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    Attributes:
+        floats: scalars, then hyperparameters or their summary.
+        integers: signed integers and booleans.
+        naturals: unsigned integers.
+        layout: what stands where.
+    """
+
+    floats: Array
+    integers: Array
+    naturals: Array
+    layout: Layout = dataclasses.field(metadata={"static": True})
 
 
-def make_step(solver: Solver, outer: Any, domain: PyTree) -> Callable[..., tuple[Loop, PyTree, Report]]:
-    """`(loop, train, valid, key) -> (loop, hparams used, report)`, to be compiled once."""
+class Taken(NamedTuple):
+    """What became of one trial: the parts of `Loop` after it, and what to report."""
+
+    solver: Any
+    accepted: PyTree
+    trial: PyTree
+    outer: Any
+    out: Hypergradient
+    status: Array
+    ok: Array
+    computed: Array  # whether there is a hypergradient, or the verdict fell before
+    visited: Any  # the solver's state at the trial, accepted or not
+
+
+def start(respond: Callable[..., PyTree], outer: Any, state: Any, hparams: PyTree, free: PyTree) -> Loop:
+    """The loop before its first step; `respond` is the solver's response, compiled."""
+    response = respond(state, hparams)
+    best = Kept(jnp.int32(-1), jnp.asarray(jnp.nan, jnp.result_type(float)), hparams, response)
+    accepted = free if isinstance(outer, Controller) else None
+    return Loop(*(strong(part) for part in (jnp.int32(0), state, accepted, free, outer.init(free), best)))
+
+
+def make_step(
+    solver: Solver, outer: Any, domain: PyTree, shows: Collection[str] = (), seen: dict[str, Any] | None = None
+) -> Callable[..., tuple[Loop, dict[str, PyTree], Report]]:
+    """`(loop, train, valid, key) -> (loop, shown, report)`, to be compiled once.
+
+    Args:
+        solver: of the run.
+        outer: optax optimizer or controller.
+        domain: pytree of domains.
+        shows: which of `params` and `state` the callbacks ask for beside the hyperparameters.
+        seen: filled, while the step is traced, with the functions that `outer` was called by and the shapes that they
+            were called with.
+    """
+    seen = {} if seen is None else seen
+    controlled = isinstance(outer, Controller)
+    take = _controlled(solver, outer, domain, seen) if controlled else _always(solver, outer, domain, seen)
+    compares = controlled and outer.compares
+
+    def advance(loop: Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Loop, dict[str, PyTree], Report]:
+        hparams, pull = jax.vjp(functools.partial(to_constrained, domain), loop.trial)
+        if not compares:
+            key = None if key is None else jax.random.fold_in(key, loop.step)
+        taken = take(loop, hparams, pull, train, valid, key)
+        _check_part("state of the solver", strong(taken.solver), loop.solver)
+        _check_part("state of outer", strong(taken.outer), loop.outer)
+        response = strong(solver.response(taken.visited, hparams))
+        _check_part("what the solver's response returns", response, loop.best.params)
+        value = jnp.asarray(taken.out.value, loop.best.value.dtype)
+        better = taken.ok if compares else taken.ok & ~(value >= loop.best.value)  # the first best value is NaN
+        best = _tree.where(better, Kept(loop.step, value, hparams, response), loop.best)
+        new = strong(Loop(loop.step + 1, taken.solver, taken.accepted, taken.trial, taken.outer, best))
+        shown = {"hparams": hparams, "params": response, "state": taken.visited}
+        shown = {name: tree for name, tree in shown.items() if name == "hparams" or name in shows}
+        return new, shown, _make_report(taken, hparams)
+
+    return advance
+
+
+def _always(solver: Solver, outer: Any, domain: PyTree, seen: dict[str, Any]) -> Callable[..., Taken]:
+    """With optax: a usable step is taken, and nothing is ever taken back."""
     update = optax.with_extra_args_support(outer).update
 
-    def advance(loop: Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Loop, PyTree, Report]:
-        hparams, pull = jax.vjp(functools.partial(to_constrained, domain), loop.free)
-        key = None if key is None else jax.random.fold_in(key, loop.step)
+    def take(loop: Loop, hparams: PyTree, pull: Any, train: PyTree, valid: PyTree, key: Array | None) -> Taken:
         out, state = solver.hypergrad(loop.solver, hparams, train, valid, key=key)
-        _check_output(out, hparams)
-        (grad,) = pull(jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams))
+        grad = _in_free(out, hparams, pull)
+        _note(seen, lambda g, s, u, v: update(g, s, u, value=v, grad=g), grad, loop.outer, loop.trial, out.value)
         try:
-            updates, outer_state = update(grad, loop.outer, loop.free, value=out.value, grad=grad)
+            updates, outer_state = update(grad, loop.outer, loop.trial, value=out.value, grad=grad)
         except TypeError as error:
             raise InputTypeError(
                 f"tune: outer cannot take a step from a gradient and a value alone ({error}): use "
                 "optax.adam or optax.sgd, and optax.lbfgs with linesearch=None."
             ) from error
-        free = settle(domain, optax.apply_updates(loop.free, updates), loop.free)
+        free = settle(domain, optax.apply_updates(loop.trial, updates), loop.trial)
         # An optimizer's state that overflows (a second moment of 1e60) would silently stop all later steps.
         sound = _tree.all_finite((out.grad, grad, free)) & (
             _tree.all_finite(outer_state) | ~_tree.all_finite(loop.outer)
         )
-        status = jnp.asarray(out.info.status, jnp.int32)
-        bad = jnp.where(jnp.isfinite(out.value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
-        status = jnp.where((status <= int(Status.INSENSITIVE)) & ~(sound & jnp.isfinite(out.value)), bad, status)
-        usable = status <= int(Status.INSENSITIVE)
-        new = strong(Loop(loop.step + 1, state, *_tree.where(usable, (free, outer_state), (loop.free, loop.outer))))
-        _check_stable(new, loop)
-        return new, hparams, _make_report(out, status, hparams)
+        status = _status(out.info.status, out.value, sound)
+        ok = usable(status)
+        free, outer_state = _tree.where(ok, (free, outer_state), (loop.trial, loop.outer))
+        return Taken(state, None, free, outer_state, out, status, ok, jnp.bool_(True), state)
 
-    return advance
+    return take
 
 
-def _make_report(out: Hypergradient, status: Array, hparams: PyTree) -> Report:
-    info = out.info
-    scalars = {"value": out.value, "grad_norm": _tree.norm(jax.tree.map(jnp.asarray, out.grad)), "status": status}
+def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[str, Any]) -> Callable[..., Taken]:
+    """With a controller: a trial is accepted, or everything but the controller goes back."""
+
+    def differentiate(loop: Loop, solver_state: Any, outer_state: Any, hparams: PyTree, pull: Any, *data: Any) -> Taken:
+        train, valid, key = data
+        out, after = solver.hypergrad(solver_state, hparams, train, valid, key=key)
+        grad = _in_free(out, hparams, pull)
+        _check_part("state of the solver", after := strong(after), loop.solver)
+        status = _status(out.info.status, out.value, _tree.all_finite((out.grad, grad)))
+        good = usable(status)
+        told = out._replace(
+            value=jnp.where(good, out.value, jnp.inf), grad=_tree.where(good, out.grad, _tree.zeros_like(out.grad))
+        )
+        grad = _tree.where(good, grad, _tree.zeros_like(grad))
+        _note(seen, outer.update, grad, outer_state, loop.trial, told)
+        proposed, moved, wants = _verdict("update", outer.update(grad, outer_state, loop.trial, told), loop)
+        finite = _tree.all_finite(proposed)
+        status = jnp.where(good & ~finite, int(Status.NONFINITE_GRAD), status)
+        ok = usable(status) & (wants | (loop.best.step < 0))
+        kept, point = _tree.where(ok, (after, loop.trial), (loop.solver, loop.accepted))
+        trial = settle(domain, _tree.where(finite, proposed, point), point)
+        moved = _tree.where(finite, moved, outer_state)
+        return Taken(kept, point, trial, moved, out, status, ok, jnp.bool_(True), after)
+
+    def take(loop: Loop, hparams: PyTree, pull: Any, train: PyTree, valid: PyTree, key: Array | None) -> Taken:
+        prepared = outer.prepare(loop.outer, loop.solver)
+        if outer.judge is None:
+            return strong(differentiate(loop, prepared, loop.outer, hparams, pull, train, valid, key))
+        value, info, after = evaluation(solver)(prepared, hparams, train, valid, key=key)
+        _check_part("state of the solver", after := strong(after), loop.solver)
+        status = _status(info.status, value, jnp.bool_(True))
+        good = usable(status)
+        told = jnp.where(good, value, jnp.inf)
+        _note(seen, outer.judge, told, loop.outer, loop.trial, info)
+        proposed, moved, wants = _verdict("judge", outer.judge(told, loop.outer, loop.trial, info), loop)
+        run = lambda: strong(differentiate(loop, after, moved, hparams, pull, train, valid, key))
+        nothing = jax.tree.map(_nothing, jax.eval_shape(run).out)
+
+        def refuse() -> Taken:
+            finite = _tree.all_finite(proposed)
+            trial = settle(domain, _tree.where(finite, proposed, loop.accepted), loop.accepted)
+            out = nothing._replace(
+                value=jnp.asarray(value, nothing.value.dtype), info=_without_hypergradient(info, nothing.info)
+            )
+            kept = _tree.where(finite, moved, loop.outer)
+            no = jnp.bool_(False)
+            return strong(Taken(loop.solver, loop.accepted, trial, kept, out, status, no, no, after))
+
+        return lax.cond(good & (wants | (loop.best.step < 0)), run, refuse)
+
+    return take
+
+
+def make_block(
+    advance: Callable[..., tuple[Loop, dict[str, PyTree], Report]], most: int, streams: Collection[str], *, show: bool
+) -> Callable[..., tuple[Loop, dict[str, PyTree], Report]]:
+    """`(loop, count, train, valid, key) -> (loop, shown, report)`: `count` steps, at most `most`, in one call.
+
+    How many is a traced number: one program serves the last, shorter call as well, and a run that goes on with another
+    `most`. What each step shows and reports stands in its row of buffers of `most` rows.
+
+    Args:
+        advance: the step.
+        most: steps in one call.
+        streams: arguments (`train`, `valid`) that hold a batch for each step, on a new leading axis.
+        show: whether anybody looks at what is shown.
+    """
+
+    def batch(name: str, data: PyTree, step: Any) -> PyTree:
+        return jax.tree.map(lambda x: x[step], data) if name in streams else data
+
+    def block(
+        loop: Loop, count: Array, train: PyTree, valid: PyTree, key: Array | None
+    ) -> tuple[Loop, dict[str, PyTree], Report]:
+        def one(loop: Loop, step: Any) -> tuple[Loop, tuple[dict[str, PyTree], Report]]:
+            loop, shown, report = advance(loop, batch("train", train, step), batch("valid", valid, step), key)
+            return loop, (words(shown) if show else {}, report)
+
+        def body(carry: Any) -> Any:
+            step, loop, rows = carry
+            loop, row = one(loop, step)
+            put = lambda rows, row: lax.dynamic_update_index_in_dim(rows, row, step, 0)
+            return step + 1, loop, jax.tree.map(put, rows, row)
+
+        row = jax.eval_shape(one, loop, jnp.int32(0))[1]
+        rows = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), row)
+        _, loop, (shown, report) = lax.while_loop(lambda carry: carry[0] < count, body, (jnp.int32(0), loop, rows))
+        return loop, shown, report
+
+    return block
+
+
+def words(tree: PyTree) -> PyTree:
+    """The tree with typed keys as plain integers, which can stand in a buffer."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _tree.is_key(x) else x, tree)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Arrays without weak types, so that the second call has the types of the first."""
+    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def _in_free(out: Hypergradient, hparams: PyTree, pull: Any) -> PyTree:
+    """The derivative with respect to the unconstrained hyperparameters."""
+    _check_output(out, hparams)
+    (grad,) = pull(jax.tree.map(lambda g, h: jnp.asarray(g).astype(h.dtype), out.grad, hparams))
+    return grad
+
+
+def _note(seen: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> None:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arguments)
+    seen[f"{len(seen)}"] = (function, shapes)
+
+
+def _status(code: Any, value: Array, sound: Array) -> Array:
+    """The solver's status, unless it is usable and the numbers are not."""
+    status = jnp.asarray(code, jnp.int32)
+    bad = jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
+    return jnp.where(usable(status) & ~(sound & jnp.isfinite(value)), bad, status)
+
+
+def _verdict(name: str, returned: Any, loop: Loop) -> tuple[PyTree, Any, Array]:
+    if not isinstance(returned, tuple) or len(returned) != 3:
+        raise InputTypeError(f"tune: outer.{name} must return (next, outer, accepted), found {returned!r}.")
+    free, outer, ok = returned
+    check_same_structure(f"the trial that outer.{name} proposes", free, loop.trial, "return a pytree like `free`.")
+    outer = strong(outer)
+    _check_part("state of outer", outer, loop.outer)
+    if jnp.shape(ok) != ():
+        raise InputError(f"tune: outer.{name} must accept or reject by one boolean, found shape {jnp.shape(ok)}.")
+    free = jax.tree.map(lambda x, like: jnp.asarray(x).astype(like.dtype), free, loop.trial)
+    return free, outer, jnp.asarray(ok, bool)
+
+
+def _nothing(shape: Any) -> Array:
+    floating = jnp.issubdtype(shape.dtype, jnp.inexact)
+    return jnp.full(shape.shape, jnp.nan if floating else 0, shape.dtype)
+
+
+def _without_hypergradient(info: Info, nothing: Info) -> Info:
+    """What an evaluation reports, in the dtypes of a hypergradient's report; NaN for what it cannot know."""
+    known = {"status": info.status, "inner_residual": info.inner_residual, "inner_steps": info.inner_steps}
+    known["linear_steps"] = info.linear_steps
+    cast = lambda name, like: jnp.asarray(known[name], like.dtype) if name in known else like
+    extra = {n: jnp.asarray(info.extra[n], x.dtype) if n in info.extra else x for n, x in nothing.extra.items()}
+    fields = {name: cast(name, getattr(nothing, name)) for name in Info._fields if name != "extra"}
+    return Info(**fields, extra=extra)
+
+
+def _make_report(taken: Taken, hparams: PyTree) -> Report:
+    out, info = taken.out, taken.out.info
+    scalars: dict[str, Any] = {
+        "value": out.value,
+        "grad_norm": _tree.norm(jax.tree.map(jnp.asarray, out.grad)),
+        "status": taken.status,
+    }
     scalars |= {name: getattr(info, name) for name in SCALARS if name not in scalars}
     scalars |= {name: jnp.asarray(scalars[name]).astype(jnp.int32) for name in ("inner_steps", "linear_steps")}
-    values = [*scalars.values(), *out.metrics.values(), *info.extra.values()]
+    scalars |= {"accepted": taken.ok, "computed": taken.computed, **out.metrics, **info.extra}
+    scalars = {name: jnp.asarray(value) for name, value in scalars.items()}
+    kinds = {name: _kind(value.dtype) for name, value in scalars.items()}
     leaves = jax.tree.leaves(hparams)
     if _tree.size(hparams) <= TRAJECTORY:
         parts = [leaf.ravel() for leaf in leaves]
@@ -92,16 +348,23 @@ def _make_report(out: Hypergradient, status: Array, hparams: PyTree) -> Report:
             jnp.stack([leaf.min(), leaf.mean(), leaf.max()]) if leaf.size else jnp.full(3, jnp.nan, leaf.dtype)
             for leaf in leaves
         ]
-    dtype = _tree.dtype([jnp.asarray(value) for value in (*values, *leaves)])
-    vector = jnp.concatenate(
-        [jnp.stack([jnp.asarray(value).astype(dtype) for value in values]), *(part.astype(dtype) for part in parts)]
+    of = lambda kind: [scalars[name] for name in scalars if kind == kinds[name]]
+    dtype = _tree.dtype([*of("float"), *leaves])
+    floats = jnp.concatenate(
+        [jnp.stack([x.astype(dtype) for x in of("float")]), *(part.astype(dtype) for part in parts)]
     )
-    return Report(vector, tuple(out.metrics), tuple(info.extra))
+    integers = jnp.stack([x.astype(jnp.result_type(int)) for kind in ("int", "bool") for x in of(kind)])
+    naturals = [x.astype(jnp.result_type(jnp.uint32, *of("uint"))) for x in of("uint")]
+    layout = Layout(tuple(kinds.items()), tuple(out.metrics), tuple(info.extra))
+    return Report(floats, integers, jnp.stack(naturals) if naturals else jnp.zeros(0, jnp.uint32), layout)
 
 
-def strong(tree: PyTree) -> PyTree:
-    """Arrays without weak types, so that the second call has the types of the first."""
-    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
+def _kind(dtype: Any) -> str:
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return "bool"
+    if jnp.issubdtype(dtype, jnp.unsignedinteger):
+        return "uint"
+    return "int" if jnp.issubdtype(dtype, jnp.integer) else "float"
 
 
 def _check_output(out: Any, hparams: PyTree) -> None:
@@ -117,18 +380,15 @@ def _check_output(out: Any, hparams: PyTree) -> None:
     for name, value in reported.items():
         if jnp.shape(value) != ():
             raise InputError(f"tune: the solver reports {name} of shape {jnp.shape(value)}, not a scalar: reduce it.")
-    taken = [name for name in out.metrics if name in (*SCALARS, "seconds", "hparams", *out.info.extra)]
+    names = (*SCALARS, "seconds", "hparams", "params", "state", "accepted", "computed")
+    taken = [name for name in out.metrics if name in (*names, *out.info.extra)]
     if taken:
         raise InputError(f"tune: outer_loss returned a metric named {taken[0]!r}, a name that is taken: rename it.")
 
 
-def _check_stable(new: Loop, old: Loop) -> None:
+def _check_part(part: str, found: PyTree, expected: PyTree) -> None:
     remedy = "a step must return the state with which it can be called again."
-    for part, found, expected in (
-        ("state of the solver", new.solver, old.solver),
-        ("state of outer", new.outer, old.outer),
-    ):
-        check_same_structure(part, found, expected, remedy)
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-            if x.dtype != y.dtype:
-                raise InputTypeError(f"tune: {part}{keystr(path)} changed from {y.dtype} to {x.dtype}: {remedy}")
+    check_same_structure(part, found, expected, remedy)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        if x.dtype != y.dtype:
+            raise InputTypeError(f"tune: {part}{keystr(path)} changed from {y.dtype} to {x.dtype}: {remedy}")

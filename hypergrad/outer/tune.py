@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -27,29 +27,35 @@ from jax import Array
 from jax.core import Tracer
 
 from hypergrad import _tree
-from hypergrad._checks import caller_level, check_finite, check_hparams
+from hypergrad._checks import check_finite, check_hparams
 from hypergrad._data import Stream
 from hypergrad._jaxpr.labels import check_solver_labels
 from hypergrad._options import SOLVER, Number, options
-from hypergrad._solver import InputTypeError, Solver, Status
+from hypergrad._solver import InputError, InputTypeError, Solver
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints.checkpoint import Store
-from hypergrad.domains._domain import to_constrained, to_unconstrained
+from hypergrad.domains._domain import to_unconstrained
 from hypergrad.outer._config import config
-from hypergrad.outer._feed import give_back, pull, source
+from hypergrad.outer._feed import give_back, of_one_step, pull, source
 from hypergrad.outer._keeper import open_keeper, resume, save
-from hypergrad.outer._progress import Callback, progress_bar
-from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
-from hypergrad.outer._run import Cursor, Notes, Run, note, usable
-from hypergrad.outer._signals import Interrupts, interruptible
-from hypergrad.outer._step import Loop, make_step, strong
+from hypergrad.outer._loop import Driver, Limits, next_steps, several
+from hypergrad.outer._result import Result, TuneStatus
+from hypergrad.outer._run import Cursor, Notes, Run, Tally
+from hypergrad.outer._signals import interruptible
+from hypergrad.outer._step import make_step, start
+from hypergrad.outer.callbacks import Callback, check_callbacks, progress_bar, shows
+from hypergrad.outer.controllers import Controller, check_controller
 
 
 @options(
     solver=SOLVER,
     steps=Number(least=1, integer=True, static=True, advice="write how many outer steps to take"),
     max_failures=Number(least=1, integer=True, static=True),
+    max_rejections=Number(least=1, integer=True, static=True),
     patience=Number(least=1, integer=True, static=True),
+    min_delta=Number(least=0, static=True),
+    max_seconds=Number(above=0, static=True),
+    steps_per_call=Number(least=1, integer=True, static=True),
     every=Number(least=1, integer=True, static=True),
 )
 def tune(
@@ -59,17 +65,21 @@ def tune(
     train: PyTree = None,
     valid: PyTree = None,
     *,
-    outer: optax.GradientTransformation | Any,
+    outer: optax.GradientTransformation | Controller | Any,
     steps: int,
     key: Array | None = None,
     domain: PyTree = None,
     model_state: PyTree = None,
     callbacks: Callback | Iterable[Callback] = (),
     max_failures: int = 5,
+    max_rejections: int = 50,
     patience: int | None = None,
+    min_delta: float = 0.0,
+    max_seconds: float | None = None,
+    steps_per_call: int = 1,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Store | None = None,
-    every: int = 10,
+    every: int | None = None,
     allow_changed: str | Collection[str] = (),
 ) -> Result:
     """Tune hyperparameters by gradient descent on the outer loss.
@@ -94,8 +104,9 @@ def tune(
         hparams: hyperparameters at the start: a pytree of floats or floating arrays, each inside its domain.
         train: training data: a pytree of arrays, `hg.minibatches(...)`, `hg.stream(...)`, or None.
         valid: validation data, in the same forms.
-        outer: optax optimizer of the hyperparameters, such as `optax.adam(3e-2)`.
-        steps: number of outer steps.
+        outer: optax optimizer of the hyperparameters, such as `optax.adam(3e-2)`, or an `hg.outer.Controller`, which
+            may reject steps and set the solver's accuracies.
+        steps: number of outer steps; with a controller every trial counts, accepted or not.
         key: PRNG key. Step t uses `fold_in` of it with t, so that a run is repeatable; needed by minibatches and by
             losses that take a key.
         domain: pytree prefix of `hparams` with `hg.domains` as leaves. `hparams` is given and returned in its domain;
@@ -104,15 +115,23 @@ def tune(
         callbacks: one function or several, `fn(step, metrics)`, called after each step; a true return value stops the
             run. See `hg.outer.Callback`.
         max_failures: unusable steps in a row after which to stop.
-        patience: steps without a new best after which to stop; None for no such limit.
+        max_rejections: usable trials that a controller rejected in a row, after which the run counts as converged.
+        patience: accepted steps without a new best after which to stop; None for no such limit.
+        min_delta: by how much the outer loss must fall to count as a new best for `patience`, in its unit.
+        max_seconds: wall time of this call, compilation included, after which to stop, with the status OUT_OF_TIME. The
+            same call made again with a checkpoint goes on for as long.
+        steps_per_call: steps that one call of the compiled program takes, for steps that take less than a millisecond.
+            Callbacks see all of them afterwards; stopping, patience, failures, interrupts and checkpoints act after
+            each call. The steps are the same to the bit, and a run may go on with another number.
         progress: whether to show a live progress line (where tqdm is installed and stderr is a terminal or a notebook).
         checkpoint: folder of this run's checkpoints, made if it is not there; None to keep none. Or
             `hg.outer.orbax(folder)`, for state that is sharded over devices.
-        every: steps between checkpoints. The last step, an interrupt and an exception make one as well.
+        every: steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple. The last
+            step, an interrupt and an exception make one as well.
         allow_changed: names of what may differ from the call that the run was begun with: arguments of `tune`, `"x64"`,
             `"device"`, `"jax"`, `"jaxlib"`, `"hypergrad"`. `"solver"` stands for the whole compiled step (losses,
-            method, options), which depends on the others, and is compared where none of them differs. `steps`, `every`
-            and `callbacks` may always differ.
+            method, options), which depends on the others, and is compared where none of them differs. `steps`,
+            `steps_per_call`, `max_seconds`, `every` and `callbacks` may always differ.
 
     Returns:
         See `hg.outer.Result`: `hparams`, `params`, `best`, `history`, `status`, `state`. Print it for a summary.
@@ -136,132 +155,94 @@ def tune(
     >>> round(float(result.hparams), 2)
     1.0
     """
-    notes = Notes()
-    functions = _check_arguments(solver, params, outer, steps, max_failures, patience, callbacks, key)
+    began, notes = time.perf_counter(), Notes()
+    limits = _limits(
+        steps, steps_per_call, every, max_failures=max_failures, max_rejections=max_rejections, patience=patience,
+        min_delta=float(min_delta), max_seconds=max_seconds,
+    )  # fmt: skip
+    functions = _check_arguments(params, outer, callbacks, key)
     hparams = check_hparams(hparams)
     check_finite("hparams", hparams)
     free = to_unconstrained(domain, hparams)
-    next_train, next_valid = source("train", train, key), source("valid", valid, key)
+    sources = source("train", train, key, limits.per_call), source("valid", valid, key, limits.per_call)
     streams = {name: data for name, data in (("train", train), ("valid", valid)) if isinstance(data, Stream)}
     with contextlib.ExitStack() as stack:
         keeper = open_keeper(stack, checkpoint, allow_changed)
         init_key, step_key = (None, None) if key is None else jax.random.split(key)
         state = solver.init(params, hparams, key=init_key, model_state=model_state)
-        loop = Loop(*(strong(part) for part in (jnp.int32(0), state, free, outer.init(free))))
+        if isinstance(outer, Controller):
+            check_controller(outer, solver, state, outer.init(free), {"train": train, "valid": valid})
+        respond, seen, driver = jax.jit(solver.response), {}, None
+        loop = start(respond, outer, state, hparams, free)
         cursors = {name: Cursor(stream.position, None) for name, stream in streams.items()}
-        run = Run(loop, 0, Best(-1, float("nan"), hparams, params), hparams, 0, 0, 0, cursors)
-        stack.callback(give_back, streams, lambda: {name: cursor.position for name, cursor in run.cursors.items()})
-        batches = pull(streams, next_train, next_valid)
-        advance, respond = jax.jit(make_step(solver, outer, domain)), jax.jit(solver.response)
-        trace = functools.partial(advance.trace, loop, *batches, step_key)  # kept by JAX for the first step
-        check_solver_labels(solver, state, hparams, *batches, step_key, traced=lambda: trace().jaxpr)
+        run = Run(loop, 0, Tally(), 0, (), 0, cursors)
+        stack.callback(give_back, streams, lambda: (driver.run if driver else run).cursors)
+        batches = pull(streams, *sources, next_steps(0, limits))
+        first = of_one_step(tuple(streams), *batches, limits.per_call)
+        unit = jax.jit(make_step(solver, outer, domain, shows(functions), seen))
+        trace = functools.partial(unit.trace, loop, *first, step_key)  # kept by JAX for the first step
+        check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
+        templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
+            plain = jax.jit(make_step(solver, outer, domain)) if shows(functions) else unit
             made = config(
-                trace(), state, outer, free, domain, key=key, params=params,
+                plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,
-                patience=patience,
+                max_rejections=max_rejections, patience=patience, min_delta=float(min_delta),
             )  # fmt: skip
-            run = resume(keeper, made, run, notes, jax.eval_shape(respond, loop.solver, hparams), streams, steps)
-            batches = batches if run.count == 0 else None
-
-        def finish(status: TuneStatus) -> Result:
-            final = to_constrained(domain, run.loop.free)
-            history = make_history(notes.rows[: run.count], final, *notes.names)
-            response = respond(run.loop.solver, final)
-            return Result(final, response, run.best, history, status, run.loop.solver, run.loop.outer)
-
-        def ask() -> TuneStatus | None:
-            """Whether the run is over, and why."""
-            nonlocal run
-            if run.answered < run.count:
-                metrics = notes.rows[run.count - 1].scalars | {"hparams": run.used}
-                answers = [function(run.count - 1, metrics) for function in functions]
-                if any(answers):
-                    return TuneStatus.STOPPED
-                run = run._replace(answered=run.count)
-            return _verdict(run, steps, max_failures, patience)
-
-        def follow(interrupts: Interrupts, show: Callable[[dict[str, Any], int], None]) -> TuneStatus:
-            """Step after step until the run is over. No `try` around the loop itself: see below."""
-            nonlocal run, batches
-            status = ask() if run.count else None  # a resumed run may have ended, or been stopped by a callback
-            while status is None:
-                batches = batches or pull(streams, next_train, next_valid)
-                loop, used, report = advance(run.loop, *batches, step_key)
-                metrics = note(notes, run.count, report)
-                run, batches = _next_run(run, loop, used, metrics, respond, streams), None
-                interrupts.check()
-                show(metrics, run.skipped)
-                if run.count == 1 and metrics["status"] == Status.INSENSITIVE:
-                    _warn(f"tune: {Status.INSENSITIVE.advice}")
-                status = ask()
-                if run.count % every == 0:
-                    with interrupts.held():
-                        save(keeper, run, notes)
-            return status
-
+            run = resume(keeper, made, run, notes, templates, streams, limits.steps, limits.min_delta)
+        driver = Driver(
+            call=several(unit, trace, streams, limits.per_call, show=bool(functions)),
+            respond=respond,
+            domain=domain,
+            key=step_key,
+            sources=sources,
+            streams=streams,
+            batches=batches if run.count == 0 else None,
+            callbacks=functions,
+            templates=templates,
+            always=not isinstance(outer, Controller),
+            limits=limits,
+            keeper=keeper,
+            notes=notes,
+            run=run,
+            start=(hparams, params),
+            began=began,
+        )
         try:
             # CPython leaves the jump back to a loop's head out of the `try` around it (seen in 3.12 and 3.13), and runs
             # signal handlers on that jump: one interrupt in some two hundred went past `except`.
-            with interruptible() as interrupts, progress_bar(steps, run.count, show=progress) as show:
-                status = follow(interrupts, show)
+            with interruptible() as interrupts, progress_bar(limits.steps, run.count, show=progress) as show:
+                status = driver.follow(interrupts, show)
         except KeyboardInterrupt:
-            if not run.count:
+            if not driver.run.count:
                 raise
             status = TuneStatus.INTERRUPTED
         except BaseException as error:
-            if run.count:
-                save(keeper, run, notes)
-                _attach(error, functools.partial(finish, TuneStatus.RAISED))
+            if driver.run.count:
+                driver.raised(error)
             raise
-        save(keeper, run, notes)
-        if status is TuneStatus.FAILED:
-            _warn_failed(run, notes)
-        return finish(status)
+        save(keeper, driver.run, notes)
+        return driver.end(status)
 
 
-def _next_run(
-    run: Run,
-    loop: Loop,
-    used: PyTree,
-    metrics: dict[str, Any],
-    respond: Callable[[Any, PyTree], PyTree],
-    streams: Mapping[str, Stream],
-) -> Run:
-    good = usable(metrics)
-    best = run.best
-    if good and not metrics["value"] >= best.value:  # the first best value is NaN
-        best = Best(run.count, metrics["value"], used, respond(loop.solver, used))
-    return Run(
-        loop=loop,
-        count=run.count + 1,
-        best=best,
-        used=used,
-        skipped=run.skipped + (not good),
-        in_a_row=0 if good else run.in_a_row + 1,
-        answered=run.answered,
-        cursors={name: Cursor(stream.position, stream.recent[-1]) for name, stream in streams.items()},
-    )
+def _limits(steps: int, steps_per_call: int, every: int | None, **others: Any) -> Limits:
+    if every is None:
+        every = -(-10 // steps_per_call) * steps_per_call
+    if every % steps_per_call:
+        raise InputError(
+            f"tune: every must be a multiple of steps_per_call, found {every} and {steps_per_call}: "
+            f"write every={-(-every // steps_per_call) * steps_per_call}."
+        )
+    return Limits(steps=int(steps), per_call=int(steps_per_call), every=int(every), **others)
 
 
-def _verdict(run: Run, steps: int, max_failures: int, patience: int | None) -> TuneStatus | None:
-    """Why the run ends here; None if it goes on."""
-    if run.in_a_row >= max_failures:
-        return TuneStatus.FAILED
-    if patience is not None and run.best.step >= 0 and run.count - 1 - run.best.step >= patience:
-        return TuneStatus.CONVERGED
-    if run.count >= steps:
-        return TuneStatus.FINISHED if run.best.step >= 0 else TuneStatus.FAILED
-    return None
-
-
-def _check_arguments(
-    solver: Any, params: PyTree, outer: Any, steps: Any, max_failures: Any, patience: Any, callbacks: Any, key: Any
-) -> tuple[Callback, ...]:
+def _check_arguments(params: PyTree, outer: Any, callbacks: Any, key: Any) -> tuple[Callback, ...]:
     if not (callable(getattr(outer, "init", None)) and callable(getattr(outer, "update", None))):
         found = getattr(outer, "__name__", type(outer).__name__)
         raise InputTypeError(
-            f"tune: outer must be an optax GradientTransformation, found {found}: write optax.adam(3e-2), for example."
+            f"tune: outer must be an optax GradientTransformation or an hg.outer.Controller, found {found}: "
+            "write optax.adam(3e-2), for example."
         )
     old_key = getattr(key, "dtype", None) == jnp.uint32 and key.shape == (2,)
     if key is not None and not old_key and not (_tree.is_key(key) and key.shape == ()):
@@ -270,31 +251,4 @@ def _check_arguments(
         raise InputTypeError(
             "tune: params is traced, but tune is a loop on the host: call it outside jit, grad and vmap."
         )
-    functions = (callbacks,) if callable(callbacks) else callbacks
-    if isinstance(functions, Iterable) and all(map(callable, functions := tuple(functions))):
-        return functions
-    raise InputTypeError(
-        f"tune: callbacks must be functions fn(step, metrics), found {callbacks!r}: write a function, "
-        "or a list of them."
-    )
-
-
-def _attach(error: BaseException, finish: Callable[[], Result]) -> None:
-    with contextlib.suppress(Exception):  # the caller's own error matters more
-        setattr(error, "result", finish())  # noqa: B010, exceptions declare no such attribute
-        error.add_note("hypergrad: the run up to here is in this exception's attribute `result`.")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=caller_level())
-
-
-def _warn_failed(run: Run, notes: Notes) -> None:
-    last = notes.rows[run.count - 1].scalars["status"]
-    advice = f"{status_name(last)}: {Status(last).advice}" if last in set(Status) else status_name(last)
-    best = (
-        f"result.best holds the best step before, {run.best.step} with outer loss {run.best.value:.6g}."
-        if run.best.step >= 0
-        else "No step before it was usable: result.best is the start."
-    )
-    _warn(f"tune: stopped after {run.in_a_row} unusable hypergradients in a row. {best} The last was {advice}")
+    return check_callbacks(callbacks)

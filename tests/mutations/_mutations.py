@@ -284,15 +284,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "tune: a failed step is taken",
         "outer/_step.py",
-        "*_tree.where(usable, (free, outer_state), (loop.free, loop.outer))",
-        "free, outer_state",
+        "_tree.where(ok, (free, outer_state), (loop.trial, loop.outer))",
+        "(free, outer_state)",
         (TUNE,),
     ),
     Mutation(
         "tune: the worst step is the best",
-        "outer/tune.py",
-        'not metrics["value"] >= best.value',
-        'not metrics["value"] <= best.value',
+        "outer/_step.py",
+        "~(value >= loop.best.value)",
+        "~(value <= loop.best.value)",
         (TUNE,),
     ),
     Mutation(

@@ -112,7 +112,7 @@ def test_an_interrupt_on_the_jump_back_to_the_head_of_the_loop_is_not_lost():
     jumps = []
 
     def trace(frame, event, arg):
-        if Path(frame.f_code.co_filename).parts[-2:] != ("outer", "tune.py"):
+        if Path(frame.f_code.co_filename).parts[-2:] != ("outer", "_loop.py"):
             return None
         frame.f_trace_opcodes = True
         code = frame.f_code.co_code[frame.f_lasti :: 2]

@@ -1,0 +1,272 @@
+"""The loop on the host: one call of the compiled step after the other, and what happens between two of them.
+
+Everything that a run has to keep is in `Run` and `Notes`; here it moves on, asks the callbacks, stops and saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from hypergrad._checks import caller_level
+from hypergrad._data import Stream
+from hypergrad._jaxpr.walk import inner_jaxpr, parts
+from hypergrad._solver import Status
+from hypergrad._tree import PyTree
+from hypergrad.domains._domain import to_constrained
+from hypergrad.outer._feed import pull
+from hypergrad.outer._keeper import Keeper, save
+from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
+from hypergrad.outer._run import Cursor, Notes, Run, counted, metrics_of, note, shown_rows, with_keys
+from hypergrad.outer._signals import Interrupts
+from hypergrad.outer._step import Loop, make_block, words
+from hypergrad.outer.callbacks import Callback, end, shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a run ends, and how often that is asked; see `hg.tune`."""
+
+    steps: int
+    per_call: int
+    max_failures: int
+    max_rejections: int
+    patience: int | None
+    min_delta: float
+    max_seconds: float | None
+    every: int
+
+
+@dataclasses.dataclass
+class Driver:
+    """One run of `hg.tune`, from its first step to its result.
+
+    Attributes:
+        call: `(loop, count, train, valid, key) -> (loop, shown, report)`, compiled.
+        respond: the solver's response, compiled.
+        domain: pytree of domains.
+        key: of the steps.
+        sources: what gives the training and the validation data of the next steps.
+        streams: those of them that are read on the host.
+        batches: data that were pulled already for the next call.
+        callbacks: the caller's functions.
+        templates: what they may see, by name.
+        always: whether everything proposed is accepted at once, as with optax.
+        limits: see `Limits`.
+        keeper: of the checkpoints; None to keep none.
+        notes: what the steps reported.
+        run: where the run stands.
+        start: hyperparameters and parameters as the caller gave them.
+        began: the clock at the beginning of this call of `tune`.
+    """
+
+    call: Callable[..., Any]
+    respond: Callable[[Any, PyTree], PyTree]
+    domain: PyTree
+    key: Array | None
+    sources: tuple[Callable[[int], PyTree], Callable[[int], PyTree]]
+    streams: Mapping[str, Stream]
+    batches: tuple[PyTree, PyTree] | None
+    callbacks: tuple[Callback, ...]
+    templates: Mapping[str, PyTree]
+    always: bool
+    limits: Limits
+    keeper: Keeper | None
+    notes: Notes
+    run: Run
+    start: tuple[PyTree, PyTree]
+    began: float
+
+    def follow(self, interrupts: Interrupts, show: Callable[[dict[str, Any], int, int], None]) -> TuneStatus:
+        """Call after call until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
+        status = self.ask() if self.run.count else None  # a resumed run may have ended, or been stopped by a callback
+        while status is None:
+            steps = self.advance()
+            interrupts.check()
+            show(metrics_of(self.notes, self.run.count - 1), self.run.tally.skipped, steps)
+            status = self.ask()
+            if self.run.count % self.limits.every == 0:
+                with interrupts.held():
+                    save(self.keeper, self.run, self.notes)
+        return status
+
+    def advance(self) -> int:
+        """One call: as many steps as there are to the next multiple of `per_call`, or to the end."""
+        run, most = self.run, self.limits.per_call
+        steps = next_steps(run.count, self.limits)
+        train, valid = self.batches or pull(self.streams, *self.sources, steps)
+        loop, shown, report = self.call(run.loop, steps, train, valid, self.key)
+        note(self.notes, run.count, steps, report)
+        count = run.count + steps
+        self.run = Run(
+            loop=loop,
+            count=count,
+            tally=counted(run.tally, self.notes, run.count, count, self.limits.min_delta),
+            answered=run.answered if self.callbacks else count,
+            shown=(shown,) if most == 1 else shown_rows(shown, steps),
+            first=run.count,
+            cursors={name: Cursor(stream.position, stream.recent[-1]) for name, stream in self.streams.items()},
+        )
+        self.batches = None
+        if run.count == 0 and metrics_of(self.notes, 0)["status"] == Status.INSENSITIVE:
+            warn(f"tune: {Status.INSENSITIVE.advice}")
+        return steps
+
+    def ask(self) -> TuneStatus | None:
+        """Whether the run is over, and why: the callbacks first, about every step that they have not answered for."""
+        for step in range(self.run.answered, self.run.count):
+            metrics = self.metrics(step)
+            answers = [function(step, metrics) for function in self.callbacks]
+            if any(answers):
+                return TuneStatus.STOPPED
+            self.run = self.run._replace(answered=step + 1)
+        return self.verdict()
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """What callbacks see of one step."""
+        found = metrics_of(self.notes, step)
+        if self.always:
+            del found["accepted"]
+        place = step - self.run.first
+        if 0 <= place < len(self.run.shown):
+            found |= with_keys(self.run.shown[place], self.templates)
+        loop = self.run.loop
+        here = {"state": lambda: loop.solver}
+        here["params"] = lambda: self.respond(loop.solver, to_constrained(self.domain, loop.point))
+        # A resumed run may be asked for more than the one before had kept.
+        return found | {name: here[name]() for name in shows(self.callbacks) if name not in found}
+
+    def verdict(self) -> TuneStatus | None:
+        """Why the run ends here; None if it goes on."""
+        tally, limits = self.run.tally, self.limits
+        if tally.in_a_row >= limits.max_failures:
+            return TuneStatus.FAILED
+        if tally.rejected >= limits.max_rejections:
+            return TuneStatus.CONVERGED
+        if limits.patience is not None and tally.accepted and tally.waited >= limits.patience:
+            return TuneStatus.CONVERGED
+        if self.run.count >= limits.steps:
+            return TuneStatus.FINISHED if tally.accepted else TuneStatus.FAILED
+        if limits.max_seconds is not None and time.perf_counter() - self.began >= limits.max_seconds:
+            return TuneStatus.OUT_OF_TIME
+        return None
+
+    def finish(self, status: TuneStatus) -> Result:
+        """What the run has."""
+        loop = self.run.loop
+        final = to_constrained(self.domain, loop.point)
+        assert self.notes.layout is not None
+        history = make_history(self.notes.taken(0, self.run.count), self.notes.layout, final)
+        return Result(
+            hparams=final,
+            params=self.respond(loop.solver, final),
+            best=self.best(),
+            history=history,
+            status=status,
+            state=loop.solver,
+            outer_state=loop.outer,
+        )
+
+    def best(self) -> Best:
+        """The best step so far; the start, as the caller gave it, if none was accepted."""
+        kept = self.run.loop.best
+        if not self.run.tally.accepted:
+            return Best(-1, float("nan"), *self.start)
+        return Best(int(kept.step), float(kept.value), kept.hparams, kept.params)
+
+    def end(self, status: TuneStatus) -> Result:
+        """The result, once nothing more can happen, with what there is to say about it."""
+        if status is TuneStatus.FAILED:
+            self.warn_failed()
+        result = self.finish(status)
+        try:
+            end(self.callbacks, result)
+        except BaseException as error:
+            attach(error, lambda: result)
+            raise
+        return result
+
+    def raised(self, error: BaseException) -> None:
+        """Save, and attach the result to an exception that is on its way to the caller."""
+        save(self.keeper, self.run, self.notes)
+        attach(error, functools.partial(self.finish, TuneStatus.RAISED))
+        if (result := getattr(error, "result", None)) is not None:
+            with contextlib.suppress(Exception):  # the first error matters more
+                end(self.callbacks, result)
+
+    def warn_failed(self) -> None:
+        """Say why the run failed, and where what it has is."""
+        last, tally, best = metrics_of(self.notes, self.run.count - 1)["status"], self.run.tally, self.best()
+        advice = f"{status_name(last)}: {Status(last).advice}" if last in set(Status) else status_name(last)
+        where = (
+            f"result.best holds the best step before, {best.step} with outer loss {best.value:.6g}."
+            if tally.accepted
+            else "No step before it was usable: result.best is the start."
+        )
+        warn(f"tune: stopped after {tally.in_a_row} unusable hypergradients in a row. {where} The last was {advice}")
+
+
+def next_steps(count: int, limits: Limits) -> int:
+    """Steps of the next call."""
+    return min(limits.per_call - count % limits.per_call, limits.steps - count)
+
+
+def several(
+    unit: Any, trace: Callable[[], Any], streams: Mapping[str, Stream], most: int, *, show: bool
+) -> Callable[..., Any]:
+    """The compiled step as `Driver.call` has it: at most `most` steps in a call.
+
+    Args:
+        unit: one step, under `jax.jit`.
+        trace: traces it.
+        streams: by the name of the argument that they feed.
+        most: steps in one call.
+        show: whether there are callbacks.
+    """
+    if most == 1:
+        return lambda loop, steps, train, valid, key: unit(loop, train, valid, key)
+    # XLA on CPU convolves by another routine inside a loop: forty times slower, and with other last digits.
+    if jax.default_backend() == "cpu" and _has(trace().jaxpr, "conv_general_dilated"):
+        return functools.partial(_in_turn, unit, streams, show)
+    block = jax.jit(make_block(unit, most, tuple(streams), show=show))
+    return lambda loop, steps, train, valid, key: block(loop, np.int32(steps), train, valid, key)
+
+
+def _in_turn(
+    unit: Any, streams: Collection[str], show: bool, loop: Loop, steps: int, train: PyTree, valid: PyTree, key: Any
+) -> Any:
+    """Several steps as several calls, without waiting between them."""
+    pick = lambda name, data, i: jax.tree.map(lambda x: x[i], data) if name in streams else data
+    rows = []
+    for i in range(steps):
+        loop, shown, report = unit(loop, pick("train", train, i), pick("valid", valid, i), key)
+        rows.append((words(shown) if show else {}, report))
+    return loop, *jax.tree.map(lambda *row: np.stack([np.asarray(x) for x in row]), *rows)
+
+
+def _has(program: Any, primitive: str) -> bool:
+    return any(
+        eqn.primitive.name == primitive or any(_has(part, primitive) for part in parts(eqn))
+        for eqn in inner_jaxpr(program).eqns
+    )
+
+
+def attach(error: BaseException, finish: Callable[[], Result]) -> None:
+    """Give the result to an exception, if there can be one."""
+    with contextlib.suppress(Exception):  # the caller's own error matters more
+        setattr(error, "result", finish())  # noqa: B010, exceptions declare no such attribute
+        error.add_note("hypergrad: the run up to here is in this exception's attribute `result`.")
+
+
+def warn(message: str) -> None:
+    """A warning at the caller of `hg.tune`."""
+    warnings.warn(message, UserWarning, stacklevel=caller_level())

@@ -1,0 +1,113 @@
+"""What `hg.tune` shows while it runs: to the caller's functions, and on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from hypergrad._solver import InputError, InputTypeError
+from hypergrad.outer._result import status_name
+
+
+class Callback(Protocol):
+    """`fn(step, metrics)`, called after every step; a true return value stops the run.
+
+    `step` counts from 0. `metrics` holds Python numbers under `value`, `grad_norm`, `status`, `inner_residual`,
+    `linear_residual`, `error_estimate`, `inner_steps`, `linear_steps`, `seconds`, and under the names of the loss's
+    metrics and of the solver's extras; with an `hg.outer.Controller` also `accepted`; and under `hparams` the
+    (constrained) hyperparameters that they belong to, as arrays. With `steps_per_call=K`, the callbacks see the K steps
+    of a call one after the other when it is done.
+
+    An object may have two attributes beside:
+
+    - `wants = ("params", "state")`, either or both: `metrics` then holds the parameters of the step (what the solver's
+      response returns), and the solver's state after it. With `steps_per_call=K`, K of each are kept for this.
+    - `on_end(result)`, called once when the run is over, however it ended, with what `hg.tune` returns (or attaches to
+      an exception): the place to close files.
+    """
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> Any:
+        """Look, keep, print, plot; return a true value to stop."""
+
+
+WANTS = ("params", "state")
+
+
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """The callbacks as a tuple.
+
+    Raises:
+        InputTypeError: for what cannot be called.
+        InputError: for `wants` that do not exist.
+    """
+    functions = (callbacks,) if callable(callbacks) else callbacks
+    if not isinstance(functions, Iterable) or not all(map(callable, functions := tuple(functions))):
+        raise InputTypeError(
+            f"tune: callbacks must be functions fn(step, metrics), found {callbacks!r}: write a function, "
+            "or a list of them."
+        )
+    for function in functions:
+        wants = getattr(function, "wants", ())
+        for name in (wants,) if isinstance(wants, str) or not isinstance(wants, Iterable) else wants:
+            if name not in WANTS:
+                raise InputError(f"tune: a callback wants {name!r}; it may want {' and '.join(map(repr, WANTS))}.")
+    return functions
+
+
+def shows(callbacks: tuple[Callback, ...]) -> tuple[str, ...]:
+    """The parts of a step that the callbacks want to see beside the hyperparameters."""
+    wanted: set[str] = set()
+    for function in callbacks:
+        wants = getattr(function, "wants", ())
+        wanted |= {wants} if isinstance(wants, str) else set(wants)
+    return tuple(sorted(wanted))
+
+
+def end(callbacks: tuple[Callback, ...], result: Any) -> None:
+    """Tell those that want to know that the run is over."""
+    for function in callbacks:
+        if callable(on_end := getattr(function, "on_end", None)):
+            on_end(result)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Callable[[Mapping[str, Any], int, int], None]]:
+    """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status.
+
+    Nothing is shown where tqdm is not installed, or where stderr is no terminal.
+
+    Args:
+        total: steps of the run.
+        done: steps that a resumed run has behind it.
+        show: whether to show it.
+
+    Yields:
+        `update(metrics of the last step, skipped, steps since the last update)`.
+    """
+    bar = _tqdm(total, done) if show else None
+    if bar is None:
+        yield lambda metrics, skipped, steps: None
+        return
+
+    def update(metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
+        text = f"outer loss {metrics['value']:.5g}, hypergradient {metrics['grad_norm']:.3g}, "
+        text += status_name(metrics["status"]) + (f", {skipped} skipped" if skipped else "")
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(steps)
+
+    try:
+        yield update
+    finally:
+        bar.close()
+
+
+def _tqdm(steps: int, done: int) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in a notebook without ipywidgets it says so, and falls back to text
+            from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=steps, initial=done, desc="tune", disable=None, dynamic_ncols=True)
