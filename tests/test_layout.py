@@ -20,6 +20,7 @@ PARTS = {
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
+    "outer/_loop.py": "outer/test_steps_per_call.py",
     "outer/_run.py": "reliability/test_resume.py",
     "outer/_step.py": "outer/test_tune.py",
     "solvers/_call.py": "test_contract.py",

@@ -184,7 +184,8 @@ def tune(
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
-            plain = jax.jit(make_step(solver, outer, domain)) if shows(functions) else unit
+            # What callbacks want is no part of the run: it may differ when it goes on.
+            plain = jax.jit(make_step(solver, outer, domain, (), seen := {})) if shows(functions) else unit
             made = config(
                 plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,

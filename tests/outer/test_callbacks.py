@@ -1,0 +1,131 @@
+"""What callbacks see, what they may want beside, and that they are told of the end."""
+
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad._solver import InputError
+from hypergrad.outer import TuneStatus
+from tests._helpers import assert_trees_close, tol
+from tests.outer._controllers import every_second
+from tests.outer._ridge import TRAIN, ridge, run, weights
+from tests.reliability._runs import at, interrupt
+
+
+class Tracker:
+    """Keeps everything; an object, as a tracker's adapter is."""
+
+    def __init__(self, *wants):
+        self.wants, self.seen, self.ends = wants, [], []
+
+    def __call__(self, step, metrics):
+        self.seen.append((step, dict(metrics)))
+
+    def on_end(self, result):
+        self.ends.append(result)
+
+
+@pytest.mark.parametrize("several", [1, 4])
+def test_a_callback_gets_the_parameters_and_the_state_that_it_wants(several):
+    tracker, plain = Tracker("params", "state"), Tracker()
+    result = run(callbacks=[tracker, plain], steps=10, steps_per_call=several)
+    assert [step for step, _ in tracker.seen] == list(range(10))
+    for step, metrics in tracker.seen:
+        assert_trees_close(metrics["params"], weights(metrics["hparams"], TRAIN), tol(1e-12, 1e-4))
+        assert metrics["state"]["calls"] == step + 1
+    np.testing.assert_array_equal(tracker.seen[-1][1]["params"], result.params)
+
+
+def test_what_nobody_wants_is_not_there():
+    plain = Tracker()
+    run(callbacks=plain, steps=2)
+    assert not {"params", "state", "accepted", "computed"} & set(plain.seen[0][1])
+
+
+def test_a_rejected_trial_is_shown_with_its_own_parameters():
+    tracker = Tracker("params", "state")
+    run(callbacks=tracker, steps=4, outer=every_second())
+    assert [metrics["accepted"] for _, metrics in tracker.seen] == [True, False, True, False]
+    for _, metrics in tracker.seen:
+        assert_trees_close(metrics["params"], weights(metrics["hparams"], TRAIN), tol(1e-12, 1e-4))
+    assert [int(metrics["state"]["calls"]) for _, metrics in tracker.seen] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_typed_keys_in_a_state_arrive_as_keys(several):
+    solver = ridge()
+
+    def init(params, hparams, *, key=None, model_state=None):
+        return solver.init(params, hparams) | {"key": key}
+
+    def hypergrad(state, *args, key=None, **kwargs):
+        out, new = solver.hypergrad(state, *args, **kwargs)
+        return out, new | {"key": jax.random.split(state["key"])[0]}
+
+    tracker = Tracker("state")
+    result = run(solver._replace(init=init, hypergrad=hypergrad), callbacks=tracker, steps=3, steps_per_call=several,
+                 key=jax.random.key(0))  # fmt: skip
+    shown = tracker.seen[-1][1]["state"]["key"]
+    assert jnp.array_equal(jax.random.key_data(shown), jax.random.key_data(result.state["key"]))
+    jax.random.normal(shown)
+
+
+def test_the_end_is_told_once_however_a_run_ends():
+    def ended(**options):
+        tracker = Tracker()
+        try:
+            result = run(callbacks=[tracker, options.pop("callback", tracker)], **options)
+        except RuntimeError as error:
+            result = vars(error)["result"]
+        ends = {id(found) for found in tracker.ends}
+        assert ends == {id(result)}
+        return result.status
+
+    def fail():
+        raise RuntimeError("mine")
+
+    assert ended(callback=lambda *_: None) is TuneStatus.FINISHED
+    assert ended(callback=at(3, lambda: True)) is TuneStatus.STOPPED
+    assert ended(callback=at(3, interrupt)) is TuneStatus.INTERRUPTED
+    assert ended(callback=at(3, fail)) is TuneStatus.RAISED
+
+
+def test_an_exception_at_the_end_brings_the_result():
+    class Failing(Tracker):
+        def on_end(self, result):
+            raise RuntimeError("no network")
+
+    with pytest.raises(RuntimeError, match="no network") as error:
+        run(callbacks=Failing(), steps=3)
+    assert vars(error.value)["result"].status is TuneStatus.FINISHED
+
+
+def test_a_wish_that_does_not_exist_is_named():
+    with pytest.raises(InputError, match="a callback wants 'grads'; it may want 'params' and 'state'"):
+        run(callbacks=Tracker("grads"))
+
+
+def test_a_resumed_run_shows_what_the_one_before_had_not_kept(tmp_path):
+    def halt(step, metrics):
+        if step == 3:
+            raise RuntimeError
+
+    for several in (1, 3):
+        folder = tmp_path / str(several)
+        with pytest.raises(RuntimeError):
+            run(ridge(), callbacks=halt, checkpoint=folder, steps=9, steps_per_call=several)
+        tracker = Tracker("params", "state")
+        run(ridge(), callbacks=tracker, checkpoint=folder, steps=9, steps_per_call=several)
+        assert [step for step, _ in tracker.seen] == list(range(3, 9))
+        assert all(set(metrics) >= {"params", "state", "hparams"} for _, metrics in tracker.seen)
+
+
+def test_callbacks_with_wishes_change_nothing_that_a_resume_would_refuse(tmp_path):
+    first = run(callbacks=Tracker("state"), checkpoint=tmp_path, steps=4)
+    assert run(checkpoint=tmp_path, steps=4).status is first.status is hg.TuneStatus.FINISHED
