@@ -156,6 +156,13 @@ def _hash(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+def strong(x: PyTree) -> PyTree:
+    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's
+    trace.
+    """
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.asarray(leaf, jnp.result_type(leaf)), x)
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed PRNG key array."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

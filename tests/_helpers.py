@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import hypergrad as hg
+from hypergrad._solver import evaluation
 
 PyTree = Any
 
@@ -124,4 +125,8 @@ def keyed(solver: hg.Solver) -> hg.Solver:
     def hypergrad(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
         return solver.hypergrad(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
 
-    return hg.Solver(init, hypergrad, solver.response)
+    def evaluate(state: Any, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Any = None) -> Any:
+        evaluate = evaluation(solver)
+        return evaluate(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
+
+    return hg.Solver(init, hypergrad, solver.response, evaluate, solver.about)

@@ -5,6 +5,7 @@ A new method adds one line to `SOLVERS` and passes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.solvers._call import option_names
 from tests._helpers import assert_trees_close, assert_trees_equal, keyed, shard_rows, tol
 
 PyTree = Any
@@ -118,8 +120,10 @@ class Case(NamedTuple):
 
     solver: hg.Solver
     step: Any
+    evaluate: Any
     batched: Any
     traces: list[int]
+    evaluations: list[int]
     state: Any
     setting: tuple[PyTree, PyTree, PyTree, PyTree]
 
@@ -128,18 +132,24 @@ class Case(NamedTuple):
 def case(request: pytest.FixtureRequest) -> Case:
     solver = SOLVERS[request.param](PROBLEM)
     traces: list[int] = []
+    evaluations: list[int] = []
 
     # Named like the solver's own, so that the tests that compile that find it compiled (see conftest.py).
     def hypergrad(state: Any, hparams: PyTree, train: PyTree, valid: PyTree) -> Any:
         traces.append(1)
         return solver.hypergrad(state, hparams, train, valid)
 
+    def evaluate(state: Any, hparams: PyTree, train: PyTree, valid: PyTree) -> Any:
+        evaluations.append(1)
+        return solver.evaluate(state, hparams, train, valid)
+
     params, hparams, _, valid = _setting()
 
     def run(hparams: PyTree, train: PyTree) -> PyTree:
         return solver.hypergrad(solver.init(params, hparams), hparams, train, valid)[0]
 
-    return Case(solver, jax.jit(hypergrad), jax.jit(jax.vmap(run)), traces, solver.init(params, hparams), _setting())
+    functions = jax.jit(hypergrad), jax.jit(evaluate), jax.jit(jax.vmap(run))
+    return Case(solver, *functions, traces, evaluations, solver.init(params, hparams), _setting())
 
 
 def _stack(trees: list[PyTree]) -> PyTree:
@@ -189,6 +199,59 @@ def test_nan_in_the_loss_is_a_status_and_leaves_the_state_finite(case):
     assert hg.Status(int(recovered.info.status)).usable
     with pytest.raises(hg.FailedHypergradientError, match=status.name):
         hg.raise_if_failed(out)
+
+
+def test_an_evaluation_is_the_value_of_the_hypergradient_from_a_state_that_goes_on(case):
+    _, hparams, train, valid = case.setting
+    out, after = case.step(case.state, hparams, train, valid)
+    value, info, state = case.evaluate(case.state, hparams, train, valid)
+    assert_trees_close(value, out.value, tol(1e-12, 2e-6))
+    assert_trees_close(case.solver.response(state, hparams), case.solver.response(after, hparams), tol(1e-10, 1e-4))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, case.state)
+    assert hg.Status(int(info.status)) == hg.Status(int(out.info.status))
+    assert info.inner_steps == out.info.inner_steps and info.linear_steps == 0
+    assert np.isnan(info.linear_residual) and np.isposinf(info.error_estimate)
+    next_out, _ = case.step(state, hparams, train, valid)
+    hg.raise_if_failed(next_out)
+    assert len(case.traces) == 1
+
+
+def test_two_evaluations_trace_once(case):
+    _, hparams, train, valid = case.setting
+    _, _, state = case.evaluate(case.state, hparams, train, valid)
+    case.evaluate(state, jax.tree.map(lambda x: x + 0.1, hparams), train, valid)
+    assert len(case.evaluations) == 1
+
+
+def test_nan_in_an_evaluation_is_a_status_and_leaves_the_state_finite(case):
+    _, hparams, train, valid = case.setting
+    for data in (((train[0].at[0, 0].set(jnp.nan), train[1]), valid), (train, (valid[0], valid[1].at[0].set(jnp.nan)))):
+        _, info, state = case.evaluate(case.state, hparams, *data)
+        assert hg.Status(int(info.status)) in (hg.Status.NONFINITE_LOSS, hg.Status.NONFINITE_GRAD)
+        assert all(np.all(np.isfinite(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(state))
+
+
+def test_the_options_that_a_solver_names_are_those_of_its_state_and_take_new_values_without_a_new_trace(case):
+    _, *arguments = case.setting
+    assert sorted(case.solver.about.options) == sorted(option_names(case.state.options))
+    case.step(case.state, *arguments)
+    for name in case.solver.about.options:
+        *parts, last = name.split(".")
+        options = jax.tree.map(lambda x: x, case.state.options)  # a copy
+        holder = options[parts[0]] if parts else options
+        holder[last] = jnp.asarray(2 * holder[last], holder[last].dtype)
+        case.step(case.state._replace(options=options), *arguments)
+    assert len(case.traces) == 1
+
+
+def test_a_solver_says_its_name_and_whether_its_calls_train_on(case):
+    about, (_, hparams, train, valid) = case.solver.about, case.setting
+    name = re.fullmatch(r"(?:hg\.tasks\()?hg\.(\w+)\)?", about.name)
+    assert name and callable(getattr(hg, name[1])) and about.differentiates != "unknown"
+    first, after = case.step(case.state, hparams, train, valid)
+    second, _ = case.step(after, hparams, train, valid)
+    agree = abs(float(second.value - first.value)) <= tol(1e-8, 1e-4) * abs(float(first.value))
+    assert agree != about.trains_on
 
 
 def test_nan_in_the_validation_loss_is_a_status(case):
@@ -270,6 +333,41 @@ def test_jit_equals_eager(name):
     jitted, _ = jax.jit(solver.hypergrad)(state, *arguments)
     assert_trees_close(jitted.grad, eager.grad, tol(1e-8, 1e-3))
     assert_trees_close(jitted.value, eager.value, tol(1e-10, 1e-4))
+    assert_trees_close(solver.evaluate(state, *arguments)[0], eager.value, tol(1e-12, 1e-5))
+
+
+@pytest.mark.parametrize(
+    "name", ["implicit", "implicit, T1-T2", "unrolled", "unrolled, warm", "direct", "hypernetwork", "self-tuning"]
+)
+def test_vmap_of_evaluations_equals_a_loop(name):
+    solver, (params, _, train, valid) = SOLVERS[name](PROBLEM), _setting()
+
+    def run(hparams: PyTree) -> PyTree:
+        value, info, _ = solver.evaluate(solver.init(params, hparams), hparams, train, valid)
+        return value, info.status
+
+    grid = [_setting(seed)[1] for seed in range(3)]
+    one = jax.jit(run)
+    values, statuses = jax.jit(jax.vmap(run))(_stack(grid))
+    for i, hparams in enumerate(grid):
+        value, status = one(hparams)
+        assert_trees_close(values[i], value, tol(1e-9, 1e-4))
+        assert statuses[i] == status
+
+
+def test_what_depends_on_chance_is_declared():
+    """With another key another hypergradient, of a problem that draws nothing, exactly where `about.random` says so."""
+    solvers = {
+        "exact": hg.implicit(PROBLEM),
+        "sketched": hg.implicit(PROBLEM, linear=hg.linear.nystrom(2, damping=0.1)),
+        "drawn": hg.hypernetwork(PROBLEM, optimizer=optax.adam(0.01), steps=2, scale=0.3),
+    }
+    params, hparams, *data = _setting()
+    for solver in solvers.values():
+        step, state = jax.jit(solver.hypergrad), solver.init(params, hparams, key=jax.random.key(0))
+        one, other = (step(state, hparams, *data, key=jax.random.key(i))[0].grad for i in (1, 2))
+        moved = float(jnp.max(jnp.abs(one["l2"] - other["l2"]))) > tol(1e-6, 1e-3) * float(jnp.max(jnp.abs(one["l2"])))
+        assert moved == bool(solver.about.random)
 
 
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "direct"])

@@ -27,24 +27,13 @@ from hypergrad._checks import check_same_structure
 from hypergrad._jaxpr.differentiable import differentiable
 from hypergrad._options import Number, Slot, default_tol, options
 from hypergrad._problem import Objective
-from hypergrad._solver import HypergradError, InputError, InputTypeError, Status
+from hypergrad._solver import HypergradError, InputError, InputTypeError, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner, InnerResult, gradient_residual
-
-_GROWTH = 1e3  # a loss that grew by more than this was on its way to overflow
-_RISE = 10  # a loss that rose this many times further than it ever fell has diverged
-_ENOUGH = 16  # steps of a fixed budget before which a rise may be a matter of batches
+from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 _Step = Callable[[PyTree, PyTree, PyTree, PyTree, Array | None], tuple[PyTree, PyTree]]
-
-
-class _Losses(NamedTuple):
-    first: Array
-    last: Array
-    low: Array
-    early: Array  # largest of the first quarter
-    late: Array  # smallest of the last quarter
 
 
 class _Carry(NamedTuple):
@@ -52,10 +41,9 @@ class _Carry(NamedTuple):
     state: PyTree
     model_state: PyTree
     residual: Array
-    losses: _Losses
+    heights: Heights
     steps: Array
     met: Array  # whether the tolerance is met
-    status: Array
 
 
 OPTIMIZER = Slot(("init", "update"), "an optax optimizer", "optax.adam(1e-3)")
@@ -105,7 +93,7 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
     def init(params: PyTree, hparams: PyTree) -> PyTree:
         _check(optimizer, params, hparams)
         state = _build(optimizer, hparams).init(params)
-        return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), state)
+        return _tree.strong(state)
 
     def step(
         grads: PyTree, params: PyTree, state: PyTree, hparams: PyTree, value: Array | None
@@ -165,71 +153,39 @@ def _solve(
     max_steps: Array,
 ) -> InnerResult:
     dtype = _tree.dtype(params)
-    quarter = max_steps // 4
     loss = jax.value_and_grad(objective.stochastic, has_aux=True)
 
     def proceed(c: _Carry) -> Array:
         # With a tolerance, the point that the last step reached is looked at as well.
         more = c.steps < max_steps if target is None else (c.steps <= max_steps) & ~c.met
-        return more & (c.status == int(Status.OK))
+        return more & (c.heights.status == int(Status.OK))
 
     def body(c: _Carry) -> _Carry:
         (value, fresh), grads = loss(c.params, hparams, c.model_state, c.steps)
         residual = _tree.norm(grads).astype(dtype)
-        last = value.astype(dtype)
-        losses = _Losses(
-            jnp.where(c.steps == 0, last, c.losses.first),
-            last,
-            jnp.minimum(c.losses.low, last),
-            jnp.where(c.steps <= quarter, jnp.maximum(c.losses.early, last), c.losses.early),
-            jnp.where(c.steps >= max_steps - 1 - quarter, jnp.minimum(c.losses.late, last), c.losses.late),
-        )
-        status = _broken(last, residual, losses.first, c.losses.last, c.steps)
+        heights = enter(c.heights, value.astype(dtype), residual, c.steps, max_steps)
         moved, moved_state = step(grads, c.params, c.state, hparams, value)
         met = jnp.asarray(False) if target is None else residual <= target
         if target is not None:
             stay = met | (c.steps >= max_steps)
             kept = c.params, c.state, c.model_state
             moved, moved_state, fresh = _tree.where(stay, kept, (moved, moved_state, fresh))
-        return _Carry(moved, moved_state, fresh, residual, losses, c.steps + 1, met, status)
+        return _Carry(moved, moved_state, fresh, residual, heights, c.steps + 1, met)
 
-    zero = jnp.zeros((), dtype)
-    inf = jnp.full((), jnp.inf, dtype)
-    start = _Carry(
-        params,
-        state,
-        model_state,
-        zero,
-        _Losses(zero, zero, inf, -inf, inf),
-        jnp.int32(0),
-        jnp.asarray(False),
-        jnp.int32(Status.OK),
-    )
+    zero, no = jnp.zeros((), dtype), jnp.asarray(False)
+    start = _Carry(params, state, model_state, zero, new_heights(dtype), jnp.int32(0), no)
     c = jax.lax.while_loop(proceed, body, start)
-    rise = c.losses.late - c.losses.early
-    grown = ~c.met & (rise > jnp.abs(c.losses.early)) & (rise > _RISE * (c.losses.early - c.losses.low))
     if target is None:
-        steps, missed, grown = c.steps, Status.OK, grown & (max_steps >= _ENOUGH)
+        steps, missed, grown = c.steps, Status.OK, rose(c.heights) & (max_steps >= ENOUGH)
     else:  # the last look was no step
-        steps, missed = c.steps - 1, jnp.where(c.met, int(Status.OK), int(Status.INNER_MAX_STEPS))
-    ended = jnp.where(grown | ~_tree.all_finite(c.params), int(Status.INNER_DIVERGED), missed)
-    status = jnp.where(c.status == int(Status.OK), ended, c.status).astype(jnp.int32)
+        steps, missed, grown = c.steps - 1, code(~c.met, Status.INNER_MAX_STEPS), rose(c.heights) & ~c.met
+    diverged = code(grown | ~_tree.all_finite(c.params), Status.INNER_DIVERGED)
+    status = first_failure(c.heights.status, diverged, missed)
     failed = (status != int(Status.OK)) & (status != int(Status.INNER_MAX_STEPS))
     params, model_state = _tree.where(failed, (params, model_state), (c.params, c.model_state))
     overflown = ~_tree.all_finite(c.state) & _tree.all_finite(state)  # some optimizers start from infinity
     state = _tree.where(failed | overflown, state, c.state)
     return InnerResult(params, state, model_state, c.residual, steps, status)
-
-
-def _broken(value: Array, residual: Array, first: Array, last: Array, steps: Array) -> Array:
-    """What a number that is not finite means: a loss that had been growing overflowed, any other turned NaN."""
-    growing = (steps > 0) & ((last > _GROWTH * jnp.abs(first)) | (value == jnp.inf))
-    kind = jnp.where(
-        growing,
-        int(Status.INNER_DIVERGED),
-        jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)),
-    )
-    return jnp.where(jnp.isfinite(value) & jnp.isfinite(residual), int(Status.OK), kind).astype(jnp.int32)
 
 
 def _is_optimizer(found: Any) -> bool:

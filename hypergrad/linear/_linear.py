@@ -74,6 +74,7 @@ class Linear(NamedTuple):
         claims: whether a tolerance was asked for, so that a miss is a status.
         symmetric: whether the method needs a symmetric operator.
         preconditioner: see `Preconditioner`, or None.
+        random: what the solution depends on by chance, in words, as in `About`.
     """
 
     solve: SolveFn
@@ -81,6 +82,7 @@ class Linear(NamedTuple):
     claims: bool
     symmetric: bool
     preconditioner: Preconditioner | None = None
+    random: tuple[str, ...] = ()
 
 
 LINEAR = Slot(Linear, "a linear solver", "hg.linear.cg() or one of its siblings")

@@ -78,7 +78,13 @@ def neumann(
         options["tol"] = tol
     if step_size is not None:
         options["step_size"] = step_size
-    return Linear(partial(_solve, power_steps=int(power_steps)), options, claims=tol is not None, symmetric=False)
+    return Linear(
+        partial(_solve, power_steps=int(power_steps)),
+        options,
+        claims=tol is not None,
+        symmetric=False,
+        random=("the start of the power iteration",) if tol is None and step_size is None else (),
+    )
 
 
 def _solve(

@@ -56,7 +56,13 @@ def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linea
     >>> import hypergrad as hg
     >>> linear = hg.linear.nystrom(rank=20, damping=0.01)
     """
-    return Linear(partial(_solve, rank=int(rank), sketch=sketch), {"damping": damping}, claims=False, symmetric=True)
+    return Linear(
+        partial(_solve, rank=int(rank), sketch=sketch),
+        {"damping": damping},
+        claims=False,
+        symmetric=True,
+        random=("the sketch of the operator",),
+    )
 
 
 def _solve(

@@ -44,8 +44,8 @@ class Call(NamedTuple):
     hparams: PyTree
     objective: Objective
     outer: Callable[[PyTree], Outer]
-    outer_key: Array | None
-    keys: tuple[Array | None, ...]
+    outer_key: Any
+    keys: tuple[Any, ...]
 
     @property
     def probe_key(self) -> Array:
@@ -121,9 +121,12 @@ def bad_grad(*grads: PyTree) -> Array:
     return code(~_tree.all_finite(grads), Status.NONFINITE_GRAD)
 
 
-def no_influence(grad: PyTree, rhs: PyTree) -> Array:
-    """INSENSITIVE for a hypergradient of zero although the outer loss has a gradient `rhs`, else OK."""
-    return code((_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0), Status.INSENSITIVE)
+def no_influence(grad: PyTree, rhs: PyTree = None) -> Array:
+    """INSENSITIVE for a hypergradient of zero although the outer loss has a gradient `rhs` (if that is known), else
+    OK.
+    """
+    zero = _tree.max_abs(grad) == 0
+    return code(zero if rhs is None else zero & (_tree.max_abs(rhs) > 0), Status.INSENSITIVE)
 
 
 def report(
@@ -167,8 +170,13 @@ def go_on_from(state: State, optimum: Optimum) -> State:
         params=optimum.params,
         inner_state=optimum.inner_state,
         model_state=optimum.model_state,
-        scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
+        scale=finite_or(optimum.scale, state.scale),
     )
+
+
+def finite_or(new: PyTree, old: PyTree) -> PyTree:
+    """`new` if every entry is finite, else `old`."""
+    return _tree.where(_tree.all_finite(new), new, old)
 
 
 def current_params(state: Any, hparams: PyTree) -> PyTree:

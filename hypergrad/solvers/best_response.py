@@ -21,7 +21,7 @@ from hypergrad._checks import check_data, check_hparams, check_params
 from hypergrad._jaxpr.semigradient import check_gradient
 from hypergrad._options import as_options, options
 from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner
-from hypergrad._solver import InputError, Status
+from hypergrad._solver import InputError, usable
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import INNER, Inner
 from hypergrad.inner._optimum import POLISH_STEPS, find_optimum
@@ -98,8 +98,8 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
             return _solve_tangent(method, push, rhs, params0, hparams)
 
         params, status = jax.lax.custom_root(residual, params0, solve, tangent_solve, has_aux=True)
-        usable = jax.lax.stop_gradient(status) <= int(Status.INSENSITIVE)
-        return jax.tree.map(lambda leaf: _nan_derivative_unless(usable, leaf), params)
+        good = usable(jax.lax.stop_gradient(status))
+        return jax.tree.map(lambda leaf: _nan_derivative_unless(good, leaf), params)
 
     return w_star
 
@@ -130,7 +130,7 @@ def _solve_tangent(method: Linear, push: Matvec, rhs: PyTree, params: PyTree, hp
         key = jax.random.key(0)
         apply = None if method.preconditioner is None else method.preconditioner(matvec, params, hparams, key)
         result = solve_linear(method, matvec, b, precondition=apply, options=options, key=key)
-        good = jnp.where(result.status <= int(Status.INSENSITIVE), 1.0, jnp.nan)
+        good = jnp.where(usable(result.status), 1.0, jnp.nan)
         return _tree.scale(good, result.solution)
 
     return jax.lax.custom_linear_solve(push, _tied(rhs), run, transpose_solve=run, symmetric=method.symmetric)
@@ -145,14 +145,14 @@ def _tied(rhs: PyTree) -> PyTree:
 
 
 @jax.custom_jvp
-def _nan_derivative_unless(usable: Array, leaf: Array) -> Array:
+def _nan_derivative_unless(good: Array, leaf: Array) -> Array:
     """`leaf`, whose derivative is NaN where the solve failed."""
-    del usable
+    del good
     return leaf
 
 
 @_nan_derivative_unless.defjvp
 def _nan_derivative_unless_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Array]) -> tuple[Array, Array]:
-    usable, leaf = primals
-    factor = jnp.where(usable, 1.0, jnp.nan).astype(leaf.dtype)
-    return _nan_derivative_unless(usable, leaf), factor * tangents[1]
+    good, leaf = primals
+    factor = jnp.where(good, 1.0, jnp.nan).astype(leaf.dtype)
+    return _nan_derivative_unless(good, leaf), factor * tangents[1]

@@ -19,13 +19,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import _tree
-from hypergrad._checks import check_data, check_hparams, check_params
+from hypergrad._checks import check_hparams, check_params
 from hypergrad._options import as_options, options
-from hypergrad._problem import PROBLEM, Problem, bind_inner, bind_outer
-from hypergrad._solver import Hypergradient, Info, Solver, Status, code, first_failure
+from hypergrad._problem import PROBLEM, Problem
+from hypergrad._solver import About, Hypergradient, Info, Solver, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import INNER, Inner
-from hypergrad.inner._optimum import find_optimum
+from hypergrad.inner._optimum import Optimum, find_optimum
+from hypergrad.solvers._call import (
+    Call,
+    bad_grad,
+    bad_loss,
+    bind,
+    current_params,
+    differentiate_outer,
+    go_on_from,
+    no_influence,
+    option_names,
+    report,
+)
 
 
 class DirectState(NamedTuple):
@@ -70,6 +82,13 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
     >>> print(f"{out.grad:.4f}")  # w = 1/2, and the envelope theorem
     0.2500
     """
+    about = About(
+        "hg.direct",
+        "direct",
+        biases=("leaving out what the hyperparameters do through the parameters",),
+        options=option_names({"inner": inner.options}),
+        trains_on=not inner.claims,
+    )
 
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> DirectState:
         del key
@@ -82,58 +101,52 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
             {"inner": as_options(inner.options, params)},
         )
 
-    def hypergrad(
-        state: DirectState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
-    ) -> tuple[Hypergradient, DirectState]:
-        hparams = check_hparams(hparams)
-        check_data("train", train)
-        check_data("valid", valid)
-        inner_key, outer_key, probe_key = (None, None, None) if key is None else jax.random.split(key, 3)
-        objective = bind_inner(problem, train, inner_key, state.model_state)
+    def solve(state: DirectState, call: Call) -> Optimum:
         # What is wrong with the outer loss is said before the inner problem is solved.
-        jax.eval_shape(bind_outer(problem, valid, outer_key, state.model_state), state.params, hparams)
-        optimum = find_optimum(
+        jax.eval_shape(call.outer(state.model_state), state.params, call.hparams)
+        return find_optimum(
             inner,
-            objective,
+            call.objective,
             state.params,
             state.inner_state,
             state.model_state,
-            hparams,
+            call.hparams,
             scale=state.scale,
             options=state.options["inner"],
             polish_steps=0,
             preconditioner=None,
-            key=jax.random.key(0) if probe_key is None else probe_key,
+            key=call.probe_key,
         )
-        outer = bind_outer(problem, valid, outer_key, optimum.model_state)
-        differentiate = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)
-        (value, metrics), (rhs, grad) = differentiate(optimum.params, hparams)
+
+    def hypergrad(
+        state: DirectState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Hypergradient, DirectState]:
+        call = bind(problem, state.model_state, hparams, train, valid, key)
+
+        optimum = solve(state, call)
+        outer = call.outer(optimum.model_state)
+        value, metrics, rhs, grad = differentiate_outer(outer, optimum.params, call.hparams)
+
         left_out = _tree.norm(rhs)
-        status = first_failure(
-            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
-            optimum.status,
-            code(~(_tree.all_finite(grad) & _tree.all_finite(rhs)), Status.NONFINITE_GRAD),
-            code((_tree.max_abs(grad) == 0) & (left_out > 0), Status.INSENSITIVE),
-        )
-        info = Info(
-            status=status,
+        status = first_failure(bad_loss(value), optimum.status, bad_grad(grad, rhs), no_influence(grad, rhs))
+        info = report(
+            status,
+            optimum.steps,
+            like=left_out,
             inner_residual=optimum.residual,
-            linear_residual=jnp.full_like(left_out, jnp.nan),
-            inner_steps=optimum.steps,
-            linear_steps=jnp.int32(0),
             error_estimate=jnp.where(left_out > 0, jnp.inf, optimum.residual.astype(left_out.dtype)),
             extra={"outer_grad_norm": left_out},
         )
-        state = state._replace(
-            params=optimum.params,
-            inner_state=optimum.inner_state,
-            model_state=optimum.model_state,
-            scale=jnp.where(jnp.isfinite(optimum.scale), optimum.scale, state.scale),
-        )
-        return Hypergradient(value, grad, info, metrics), state
+        return Hypergradient(value, grad, info, metrics), go_on_from(state, optimum)
 
-    def response(state: DirectState, hparams: PyTree) -> PyTree:
-        del hparams
-        return state.params
+    def evaluate(
+        state: DirectState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, DirectState]:
+        call = bind(problem, state.model_state, hparams, train, valid, key)
+        optimum = solve(state, call)
+        value, _ = call.outer(optimum.model_state)(optimum.params, call.hparams)
+        status = first_failure(bad_loss(value), optimum.status)
+        info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
+        return value, info, go_on_from(state, optimum)
 
-    return Solver(init, hypergrad, response)
+    return Solver(init, hypergrad, current_params, evaluate, about)

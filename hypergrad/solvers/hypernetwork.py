@@ -32,16 +32,30 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import caller_level, check_data, check_hparams, check_params, check_same_structure
+from hypergrad._checks import caller_level, check_hparams, check_params, check_same_structure
 from hypergrad._jaxpr.sensitivity import check_amortised_sensitivity
 from hypergrad._options import Number, Slot, as_options, options
-from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner, bind_outer
-from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, code, first_failure
+from hypergrad._problem import PROBLEM, Objective, Problem
+from hypergrad._solver import About, Hypergradient, Info, InputError, InputTypeError, Solver, Status, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained, to_unconstrained
+from hypergrad.inner._inner import InnerResult
 from hypergrad.inner.gradient import OPTIMIZER, gradient
+from hypergrad.responses._draws import draw_around, draw_between
 from hypergrad.responses._response import Response, Weights, recentre
 from hypergrad.responses.linear import linear
+from hypergrad.solvers._call import (
+    Call,
+    bad_grad,
+    bad_loss,
+    bind,
+    differentiate_outer,
+    finite_or,
+    no_influence,
+    option_names,
+    report,
+    require_key,
+)
 
 _SAFETY = 3.0  # as for the other solvers whose residuals stand for errors
 _FORGET = 0.1  # a scale that is no longer seen loses a digit a call
@@ -146,6 +160,14 @@ def hypernetwork(
     constrained = functools.partial(to_constrained, domain)
     unconstrained = functools.partial(to_unconstrained, domain)
 
+    about = About(
+        "hg.hypernetwork",
+        "response",
+        random=("draws of hyperparameters",),
+        options=option_names({"inner": inner.options, "scale": scale}),
+        trains_on=True,
+    )
+
     def init(
         params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None
     ) -> HypernetworkState:
@@ -166,6 +188,46 @@ def hypernetwork(
             },
         )
 
+    def begin(
+        state: HypernetworkState, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None, function: str
+    ) -> tuple[Call, PyTree]:
+        key = require_key("hypernetwork", function, key)
+        call = bind(problem, state.model_state, hparams, train, valid, key)
+        remedy = "pass hyperparameters like those given to init."
+        check_same_structure("hparams", call.hparams, state.centre, remedy)
+        return call, unconstrained(call.hparams)
+
+    def fit(state: HypernetworkState, call: Call, u: PyTree) -> InnerResult:
+        (draw_key,) = call.keys
+
+        def drawn(key: Array) -> PyTree:
+            if distribution is None:
+                return draw_around(key, u, jax.tree.map(lambda _: state.options["scale"], u))
+            away = _tree.sub(_sample(distribution, unconstrained, key, u), u)
+            return _tree.axpy(state.options["scale"], away, u)
+
+        def loss(weights: Weights, u: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
+            def at(key: Array) -> tuple[Array, PyTree]:
+                ours = drawn(key)
+                params = chosen.apply(weights, ours, u)
+                return call.objective.stochastic(params, constrained(ours), model_state, step)
+
+            keys = jax.random.fold_in(draw_key, step)
+            if draws == 1:
+                return at(keys)
+            losses, states = jax.vmap(at)(jax.random.split(keys, draws))
+            return jnp.mean(losses), jax.tree.map(_average, states)
+
+        return inner.solve(
+            call.objective._replace(stochastic=loss),
+            recentre(chosen, state.weights, u, state.centre),
+            state.inner_state,
+            u,
+            state.model_state,
+            scale=jnp.ones(()),
+            options={"max_steps": state.options["inner"]["max_steps"] + state.warmup},
+        )
+
     def hypergrad(
         state: HypernetworkState,
         hparams: PyTree,
@@ -174,97 +236,70 @@ def hypernetwork(
         *,
         key: Array | None = None,
     ) -> tuple[Hypergradient, HypernetworkState]:
-        hparams = check_hparams(hparams)
-        check_same_structure("hparams", hparams, state.centre, "pass hyperparameters like those given to init.")
-        check_data("train", train)
-        check_data("valid", valid)
-        if key is None:
-            raise InputError(
-                "hypernetwork draws hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
-                "hypergrad or tune."
-            )
-        inner_key, outer_key, draw_key = jax.random.split(key, 3)
-        u = unconstrained(hparams)
-        objective = bind_inner(problem, train, inner_key, state.model_state)
+        call, u = begin(state, hparams, train, valid, key, "hypergrad")
+        hparams = call.hparams
         check_amortised_sensitivity(
-            lambda w, h: jax.grad(objective.fixed)(w, h),
-            bind_outer(problem, valid, outer_key, state.model_state),
+            lambda w, h: jax.grad(call.objective.fixed)(w, h),
+            call.outer(state.model_state),
             state.weights.base,
             hparams,
             "hg.hypernetwork",
         )
-        moved = recentre(chosen, state.weights, u, state.centre)
 
-        def drawn(key: Array) -> PyTree:
-            if distribution is None:
-                away = _normal(key, u)
-            else:
-                away = _tree.sub(_sample(distribution, unconstrained, key, u), u)
-            return _tree.axpy(state.options["scale"], away, u)
-
-        def loss(weights: Weights, u: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
-            def at(key: Array) -> tuple[Array, PyTree]:
-                ours = drawn(key)
-                return objective.stochastic(chosen.apply(weights, ours, u), constrained(ours), model_state, step)
-
-            keys = jax.random.fold_in(draw_key, step)
-            if draws == 1:
-                return at(keys)
-            losses, states = jax.vmap(at)(jax.random.split(keys, draws))
-            return jnp.mean(losses), jax.tree.map(_average, states)
-
-        result = inner.solve(
-            objective._replace(stochastic=loss),
-            moved,
-            state.inner_state,
-            u,
-            state.model_state,
-            scale=jnp.ones(()),
-            options={"max_steps": state.options["inner"]["max_steps"] + state.warmup},
-        )
-        weights = _tree.where(_tree.all_finite(result.params), result.params, state.weights)
-        params = chosen.apply(weights, u, u)
-
-        outer = bind_outer(problem, valid, outer_key, result.model_state)
-        (value, metrics), (rhs, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(params, hparams)
-        along = lambda h: chosen.apply(weights, unconstrained(h), u)
-        indirect = jax.vjp(along, hparams)[1](rhs)[0]
+        fitted = fit(state, call, u)
+        weights = finite_or(fitted.params, state.weights)
+        outer = call.outer(fitted.model_state)
+        value, metrics, rhs, direct = differentiate_outer(outer, chosen.apply(weights, u, u), hparams)
+        indirect = jax.vjp(lambda h: chosen.apply(weights, unconstrained(h), u), hparams)[1](rhs)[0]
         grad = jax.tree.map(lambda d, i: d + i.astype(d.dtype), direct, indirect)
-        residual, inner_residual, peak = _measure(
-            objective, chosen, weights, u, constrained, state.peak, draw_key, measure=measure
-        )
 
-        silent = (_tree.max_abs(grad) == 0) & (_tree.max_abs(rhs) > 0)
-        status = first_failure(
-            result.status,
-            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
-            code(~(_tree.all_finite(grad) & _tree.all_finite(rhs)), Status.NONFINITE_GRAD),
-            code(silent, Status.INSENSITIVE),
+        residual, inner_residual, peak = _measure(
+            call.objective, chosen, weights, u, constrained, state.peak, call.keys[0], measure=measure
         )
-        info = Info(
-            status=status,
+        status = first_failure(fitted.status, bad_loss(value), bad_grad(grad, rhs), no_influence(grad, rhs))
+        info = report(
+            status,
+            fitted.steps,
+            like=residual,
             inner_residual=inner_residual,
             linear_residual=residual,
-            inner_steps=result.steps,
-            linear_steps=jnp.int32(0),
             error_estimate=_error_estimate(grad, indirect, residual, inner_residual),
             extra={"response_residual": residual, "scale": state.options["scale"]},
         )
-        failed = result.status != int(Status.OK)
-        state = state._replace(
-            weights=_tree.where(failed, state.weights, weights),
-            inner_state=result.state,
-            model_state=result.model_state,
-            centre=_tree.where(failed, state.centre, u),
-            peak=jnp.where(jnp.isfinite(peak), peak, state.peak),
-            warmup=jnp.where(failed, state.warmup, 0),
-        )
-        return Hypergradient(value, grad, info, metrics), state
+        state = _go_on_from(state, fitted, weights, u)
+        return Hypergradient(value, grad, info, metrics), state._replace(peak=finite_or(peak, state.peak))
+
+    def evaluate(
+        state: HypernetworkState,
+        hparams: PyTree,
+        train: PyTree = None,
+        valid: PyTree = None,
+        *,
+        key: Array | None = None,
+    ) -> tuple[Array, Info, HypernetworkState]:
+        call, u = begin(state, hparams, train, valid, key, "evaluate")
+        fitted = fit(state, call, u)
+        weights = finite_or(fitted.params, state.weights)
+        value, _ = call.outer(fitted.model_state)(chosen.apply(weights, u, u), call.hparams)
+        status = first_failure(fitted.status, bad_loss(value))
+        return value, report(status, fitted.steps, like=state.peak), _go_on_from(state, fitted, weights, u)
 
     def respond(state: HypernetworkState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, unconstrained(check_hparams(hparams)), state.centre)
 
-    return Solver(init, hypergrad, respond)
+    return Solver(init, hypergrad, respond, evaluate, about)
+
+
+def _go_on_from(state: HypernetworkState, fitted: InnerResult, weights: Weights, u: PyTree) -> HypernetworkState:
+    """The response as it was fitted around u, or, if that failed, as it was."""
+    failed = fitted.status != int(Status.OK)
+    return state._replace(
+        weights=_tree.where(failed, state.weights, weights),
+        inner_state=fitted.state,
+        model_state=fitted.model_state,
+        centre=_tree.where(failed, state.centre, u),
+        warmup=jnp.where(failed, state.warmup, 0),
+    )
 
 
 def _measure(
@@ -288,11 +323,11 @@ def _measure(
     slope, push = jax.linearize(descent, params, u)
     whole, cross = push(tangent, signs), push(_tree.zeros_like(tangent), signs)
     size = _tree.norm(cross)
-    residual = jnp.where(size > 0, _tree.norm(whole) / jnp.where(size > 0, size, 1), jnp.nan)
+    residual = _tree.safe_divide(_tree.norm(whole), size, otherwise=jnp.nan)
     # ‖H w‖ is how much the gradient changes when the parameters are scaled from nothing to what they are.
     seen = jnp.maximum(_tree.norm(push(params, _tree.zeros_like(u))), _tree.norm(slope)).astype(peak.dtype)
     largest = jnp.maximum(seen, peak)
-    inner = _tree.norm(slope) / jnp.where(largest > 0, largest, 1)
+    inner = _tree.safe_divide(_tree.norm(slope), largest)
     return residual.astype(peak.dtype), inner.astype(peak.dtype), jnp.maximum(seen, _FORGET * peak)
 
 
@@ -300,19 +335,10 @@ def _error_estimate(grad: PyTree, indirect: PyTree, residual: Array, inner_resid
     """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless): a residual ρ of the slope hides at most ρ / (1 − ρ) of what it finds,
     as far as the Hessian treats all directions alike; inf where it explains nothing or was not measured.
     """
-    size = _tree.norm(grad)
-    through = _tree.norm(indirect) / jnp.where(size > 0, size, 1)
-    missing = jnp.where(residual < 1, residual / jnp.where(residual < 1, 1 - residual, 1), jnp.inf)
+    through = _tree.safe_divide(_tree.norm(indirect), _tree.norm(grad))
+    missing = _tree.safe_divide(residual, 1 - residual, where=residual < 1, otherwise=jnp.inf)
     estimate = _SAFETY * through * (missing + inner_residual)
     return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
-
-
-def _normal(key: Array, like: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(
-        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
 
 
 def _sample(distribution: Distribution, unconstrained: Callable[[PyTree], PyTree], key: Array, like: PyTree) -> PyTree:
@@ -325,10 +351,7 @@ def _sample(distribution: Distribution, unconstrained: Callable[[PyTree], PyTree
     for name, end in (("distribution[0]", lo), ("distribution[1]", hi)):
         check_same_structure(f"hypernetwork: {name}", end, like, remedy)
     lo, hi = unconstrained(lo), unconstrained(hi)
-    leaves, treedef = jax.tree.flatten(like)
-    keys = treedef.unflatten(list(jax.random.split(key, len(leaves))))
-    uniform = lambda k, x, a, b: a + (b - a) * jax.random.uniform(k, x.shape, x.dtype)
-    return jax.tree.map(uniform, keys, like, lo, hi)
+    return draw_between(key, lo, hi)
 
 
 def _average(states: Array) -> Array:

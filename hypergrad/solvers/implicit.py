@@ -179,8 +179,10 @@ def implicit(
     about = About(
         "hg.implicit",
         "optimum",
+        random=method.random + (() if damping is None else ("the probe that measures the size of the operator",)),
         biases=_biases(chosen, method, curvature, damping),
         options=option_names(given),
+        trains_on=warm_start and not chosen.claims,
     )
 
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> ImplicitState:

@@ -37,20 +37,33 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import caller_level, check_data, check_hparams, check_params, check_same_structure
+from hypergrad._checks import caller_level, check_hparams, check_params, check_same_structure
 from hypergrad._data import draw
 from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._options import Choice, Number, Slot, as_options, options
-from hypergrad._problem import PROBLEM, Composed, Problem, bind_inner, inner_value, outer_value
-from hypergrad._solver import Hypergradient, Info, InputError, Solver, Status, code, first_failure
+from hypergrad._problem import PROBLEM, Composed, Problem, inner_value, outer_value
+from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, first_failure
 from hypergrad._tree import PyTree, keystr
 from hypergrad.domains._domain import to_unconstrained
+from hypergrad.inner._inner import InnerResult
 from hypergrad.inner.gradient import OPTIMIZER, gradient
+from hypergrad.responses._draws import Around, check_perturb, draws, training_loss, validation_loss
 from hypergrad.responses._response import Response, recentre
 from hypergrad.responses.gated import Gated
 from hypergrad.responses.structured import structured
-from hypergrad.solvers._perturbed import Around, check_perturb, draws, training_loss, validation_loss
-from hypergrad.unrolling.step import strong
+from hypergrad.solvers._call import (
+    Call,
+    bad_grad,
+    bad_loss,
+    bind,
+    finite_or,
+    no_influence,
+    option_names,
+    report,
+    require_key,
+)
+
+Validation = Callable[[PyTree, PyTree, PyTree, Any], tuple[Array, dict[str, Any]]]
 
 _ENTRIES = 8  # entries of a leaf up to which each scale is reported
 
@@ -169,76 +182,92 @@ def self_tuning(
         raise InputError("self_tuning: training='linearized' does not carry model_state: write training='split'.")
     chosen: Any = structured() if response is None else response
     inner = gradient(optimizer, steps=steps)
+    about = About(
+        "hg.self_tuning",
+        "response",
+        random=("draws of hyperparameters",),
+        options=option_names({"inner": inner.options, "entropy": entropy}),
+        trains_on=True,
+    )
 
     def init(
         params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None
     ) -> SelfTuningState:
         params, hparams = check_params(params), check_hparams(hparams)
-        centre = strong(to_unconstrained(domain, hparams))
+        centre = _tree.strong(to_unconstrained(domain, hparams))
         _prefix("shared", shared, centre)
         start = jax.tree.map(_start, _prefix("scale", scale, centre), centre)
-        weights = strong(chosen.init(_needed("init", key), params, centre))
+        weights = _tree.strong(chosen.init(require_key("self_tuning", "init", key), params, centre))
         return SelfTuningState(
             weights,
-            strong(inner.init(weights, hparams)),
-            strong(model_state),
+            _tree.strong(inner.init(weights, hparams)),
+            _tree.strong(model_state),
             start,
-            None if scale_optimizer is None else strong(scale_optimizer.init(start)),
+            None if scale_optimizer is None else _tree.strong(scale_optimizer.init(start)),
             centre,
             {"inner": as_options(inner.options, centre), **as_options({"entropy": entropy}, centre)},
         )
 
+    def begin(
+        state: SelfTuningState, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None, function: str
+    ) -> tuple[Call, Around]:
+        key = require_key("self_tuning", function, key)
+        call = bind(problem, state.model_state, hparams, train, valid, key, own_keys=2)
+        remedy = "pass hyperparameters like those that init was given, or call init anew."
+        check_same_structure("hparams", call.hparams, state.centre, remedy)
+        centre = _tree.strong(to_unconstrained(domain, call.hparams))
+        return call, Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
+
+    def fit(state: SelfTuningState, call: Call, around: Around) -> InnerResult:
+        train_key, _ = call.keys
+        start = state.weights
+        if isinstance(chosen, Response):
+            start = recentre(chosen, state.weights, around.centre, state.centre)
+
+        def loss(weights: PyTree, _: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
+            noise_key = jax.random.fold_in(train_key, step)
+            batch, loss_key = call.objective.batch(step)
+            return training_loss(around, training, weights, state.scale, batch, loss_key, noise_key, model_state)
+
+        draws(perturb, call.objective.fixed_batch[0], "train")
+        return inner.solve(
+            call.objective._replace(stochastic=loss),
+            start,
+            state.inner_state,
+            call.hparams,
+            state.model_state,
+            scale=jnp.ones((), _tree.dtype(around.centre)),
+            options=state.options["inner"],
+        )
+
+    def validation(call: Call, around: Around, valid: PyTree, weights: Any, model_state: PyTree) -> Validation:
+        _, valid_key = call.keys
+
+        def outer_loss(through: PyTree, seen: PyTree, scale: PyTree, i: Any) -> tuple[Array, dict[str, Any]]:
+            data_key, loss_key = jax.random.split(jax.random.fold_in(call.outer_key, i))
+            batch, noise_key = draw(valid, data_key, i), jax.random.fold_in(valid_key, i)
+            return validation_loss(around, weights, through, seen, scale, batch, loss_key, noise_key, model_state)
+
+        return outer_loss
+
     def hypergrad(
         state: SelfTuningState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
     ) -> tuple[Hypergradient, SelfTuningState]:
-        hparams = check_hparams(hparams)
-        check_same_structure(
-            "hparams", hparams, state.centre, "pass hyperparameters like those that init was given, or call init anew."
-        )
-        check_data("train", train)
-        check_data("valid", valid)
-        centre = strong(to_unconstrained(domain, hparams))
-        inner_key, outer_key, train_key, valid_key = jax.random.split(_needed("hypergrad", key), 4)
-        objective = bind_inner(problem, train, inner_key, state.model_state)
-        around = Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
-        outer_keys = lambda i: jax.random.split(jax.random.fold_in(outer_key, i))
-        start = recentre(chosen, state.weights, centre, state.centre) if isinstance(chosen, Response) else state.weights
+        call, around = begin(state, hparams, train, valid, key, "hypergrad")
+        _check_use(around, state, call, valid)
+        u = around.centre
 
-        def train_loss(weights: PyTree, _: PyTree, model_state: PyTree, step: Any) -> tuple[Array, PyTree]:
-            noise_key = jax.random.fold_in(train_key, step)
-            batch, loss_key = objective.batch(step)
-            return training_loss(around, training, weights, state.scale, batch, loss_key, noise_key, model_state)
-
-        def outer_loss(through: PyTree, seen: PyTree, scale: PyTree, i: Any) -> tuple[Array, dict[str, Any]]:
-            data_key, loss_key = outer_keys(i)
-            batch, noise_key = draw(valid, data_key, i), jax.random.fold_in(valid_key, i)
-            return validation_loss(
-                around, weights, through, seen, scale, batch, loss_key, noise_key, trained.model_state
-            )
-
-        draws(perturb, objective.fixed_batch[0], "train")
-        _check_use(around, state, objective.fixed_batch, (draw(valid, outer_keys(0)[0], 0), outer_keys(0)[1]))
-        trained = inner.solve(
-            objective._replace(stochastic=train_loss),
-            start,
-            state.inner_state,
-            hparams,
-            state.model_state,
-            scale=jnp.ones((), _tree.dtype(centre)),
-            options=state.options["inner"],
-        )
-        weights = _tree.where(_tree.all_finite(trained.params), trained.params, state.weights)
+        fitted = fit(state, call, around)
+        weights = finite_or(fitted.params, state.weights)
+        outer_loss = validation(call, around, valid, weights, fitted.model_state)
 
         def still(i: Any) -> Any:
             if scale_optimizer is not None:
-                return outer_loss(centre, centre, None, i), None
-            return jax.value_and_grad(lambda u, v: outer_loss(u, v, None, i), argnums=(0, 1), has_aux=True)(
-                centre, centre
-            )
+                return outer_loss(u, u, None, i), None
+            return jax.value_and_grad(lambda v, w: outer_loss(v, w, None, i), argnums=(0, 1), has_aux=True)(u, u)
 
         def perturbed(i: Any) -> Any:
-            loss = lambda u, v, s: outer_loss(u, v, s, i)[0]
-            return jax.grad(loss, argnums=(0, 1, 2))(centre, centre, state.scale)
+            return jax.grad(lambda v, w, s: outer_loss(v, w, s, i)[0], argnums=(0, 1, 2))(u, u, state.scale)
 
         (value, metrics), parts = _mean(still, valid_steps)
         scale, scale_state = state.scale, state.scale_state
@@ -247,54 +276,47 @@ def self_tuning(
             bonus = jax.tree.map(lambda s: jax.nn.sigmoid(s) / jax.nn.softplus(s), scale)  # of Σ log softplus(s)
             descent = _tree.axpy(-state.options["entropy"], bonus, pull)
             updates, fresh = scale_optimizer.update(descent, scale_state, scale)
-            new = optax.apply_updates(scale, updates), fresh
-            scale, scale_state = strong(_tree.where(_tree.all_finite(new), new, (scale, scale_state)))
-        pull_out = jax.vjp(lambda h: to_unconstrained(domain, h), hparams)[1]
+            scale, scale_state = finite_or((optax.apply_updates(scale, updates), fresh), (scale, scale_state))
+        pull_out = jax.vjp(lambda h: to_unconstrained(domain, h), call.hparams)[1]
         through, direct = (pull_out(part)[0] for part in parts)
         grad = _tree.add(through, direct)
-        status = first_failure(
-            trained.status,
-            code(~jnp.isfinite(value), Status.NONFINITE_LOSS),
-            code(~_tree.all_finite(grad), Status.NONFINITE_GRAD),
-            code(_tree.max_abs(grad) == 0, Status.INSENSITIVE),
-        )
-        nan = jnp.full((), jnp.nan, _tree.dtype(centre))
-        info = Info(
-            status=status,
-            inner_residual=nan,
-            linear_residual=nan,
-            inner_steps=trained.steps,
-            linear_steps=jnp.int32(0),
-            error_estimate=jnp.full_like(nan, jnp.inf),
+
+        status = first_failure(fitted.status, bad_loss(value), bad_grad(grad), no_influence(grad))
+        info = report(
+            status,
+            fitted.steps,
+            like=jnp.zeros((), _tree.dtype(u)),
             extra={"indirect_norm": _tree.norm(through), "direct_norm": _tree.norm(direct), **_scales(scale)},
         )
-        failed = trained.status != int(Status.OK)
-        after = weights, trained.state, trained.model_state, centre
-        before = state.weights, state.inner_state, state.model_state, state.centre
-        weights, inner_state, model_state, centre = _tree.where(failed, before, after)
-        state = state._replace(
-            weights=weights,
-            inner_state=inner_state,
-            model_state=model_state,
-            scale=scale,
-            scale_state=scale_state,
-            centre=centre,
+        state = _go_on_from(state, fitted, weights, u)._replace(
+            scale=_tree.strong(scale), scale_state=_tree.strong(scale_state)
         )
         return Hypergradient(value, grad, info, metrics), state
+
+    def evaluate(
+        state: SelfTuningState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
+    ) -> tuple[Array, Info, SelfTuningState]:
+        call, around = begin(state, hparams, train, valid, key, "evaluate")
+        fitted = fit(state, call, around)
+        weights, u = finite_or(fitted.params, state.weights), around.centre
+        outer_loss = validation(call, around, valid, weights, fitted.model_state)
+        value = _mean(lambda i: outer_loss(u, u, None, i)[0], valid_steps)
+        info = report(first_failure(fitted.status, bad_loss(value)), fitted.steps, like=jnp.zeros((), _tree.dtype(u)))
+        return value, info, _go_on_from(state, fitted, weights, u)
 
     def respond(state: SelfTuningState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
 
-    return Solver(init, hypergrad, respond)
+    return Solver(init, hypergrad, respond, evaluate, about)
 
 
-def _needed(function: str, key: Array | None) -> Array:
-    if key is None:
-        raise InputError(
-            "self_tuning perturbs the hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
-            f"{function}, or to tune."
-        )
-    return key
+def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: PyTree) -> SelfTuningState:
+    """What training around u left behind, or, if that failed, what was there."""
+    failed = fitted.status != int(Status.OK)
+    after = weights, fitted.state, fitted.model_state, u
+    before = state.weights, state.inner_state, state.model_state, state.centre
+    weights, inner_state, model_state, centre = _tree.where(failed, before, after)
+    return state._replace(weights=weights, inner_state=inner_state, model_state=model_state, centre=centre)
 
 
 def _mean(function: Callable[[Any], PyTree], count: int) -> PyTree:
@@ -338,8 +360,9 @@ def _scales(scale: PyTree) -> dict[str, Array]:
     return found
 
 
-def _check_use(around: Around, state: SelfTuningState, train: tuple[Any, Any], valid: tuple[Any, Any]) -> None:
+def _check_use(around: Around, state: SelfTuningState, call: Call, valid: PyTree) -> None:
     """Warn of hyperparameters that neither loss uses: through the response they would seem to matter, and drift."""
+    data_key, loss_key = jax.random.split(jax.random.fold_in(call.outer_key, 0))
 
     def used(value: Any, data: tuple[Any, Any], name: str) -> dict[str, bool]:
         batch, key = data
@@ -350,7 +373,8 @@ def _check_use(around: Around, state: SelfTuningState, train: tuple[Any, Any], v
         )
         return {path: reach.value for path, reach in found.items()}
 
-    inner, outer = used(inner_value, train, "train"), used(outer_value, valid, "valid")
+    inner = used(inner_value, call.objective.fixed_batch, "train")
+    outer = used(outer_value, (draw(valid, data_key, 0), loss_key), "valid")
     keys = ", ".join(path or "one array" for path in inner)
     for path in inner:
         if not (inner[path] or outer[path]):

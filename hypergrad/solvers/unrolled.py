@@ -38,7 +38,7 @@ from hypergrad.solvers._call import Call, bad_grad, bad_loss, bind, current_para
 from hypergrad.unrolling import error as measured
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
-from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, strong, training_status
+from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, training_status
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
 
@@ -165,10 +165,10 @@ def unrolled(
     def init(params: PyTree, hparams: PyTree, *, key: Array | None = None, model_state: PyTree = None) -> UnrolledState:
         del key
         params, hparams = check_params(params), check_hparams(hparams)
-        model_state = strong(model_state)
+        model_state = _tree.strong(model_state)
         return UnrolledState(
             params,
-            strong(inner.init(params, hparams)),
+            _tree.strong(inner.init(params, hparams)),
             model_state,
             start=None if warm_start else (params, model_state),
             options={},
@@ -180,7 +180,7 @@ def unrolled(
     ) -> tuple[Call, Point, Callable[[PyTree], PyTree]]:
         params, model_state = (state.params, state.model_state) if state.start is None else state.start
         call = bind(problem, model_state, hparams, train, valid, key)
-        first_state = lambda h: state.inner_state if warm_start else strong(inner.init(params, h))
+        first_state = lambda h: state.inner_state if warm_start else _tree.strong(inner.init(params, h))
         return call, Point(params, first_state(call.hparams), model_state), first_state
 
     def check(call: Call, start: Point, first_state: Callable[[PyTree], PyTree]) -> None:

@@ -27,14 +27,12 @@ from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.semigradient import is_gradient, released
 from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._problem import Objective
-from hypergrad._solver import Status
+from hypergrad._solver import Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
+from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
-_RISE = 10  # a loss that rose this many times further than it ever fell has diverged
-_ENOUGH = 16  # steps before which a rise may be a matter of batches
 _ULPS = 1  # units of rounding by which the steps of a twin are off
-_OVERFLOW = 1e3  # a loss that grew by more than this was on its way to overflow
 
 
 class Point(NamedTuple):
@@ -54,21 +52,14 @@ class Moving(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What training looked like, in scalars. The height is the inner loss; for a map, how far a step moved.
+    """What training looked like, in scalars.
 
     Attributes:
-        status: what the first number that was not finite means, if there was one.
-        first, last, low: height at the first step, at the last one and at its lowest.
-        early, late: largest height of the first quarter of the steps, smallest of the last.
+        heights: the inner loss; for a map, how far a step moved.
         peak, residual: largest entry of the gradient (for a map, of the move) over the run, and at the last step.
     """
 
-    status: Array
-    first: Array
-    last: Array
-    low: Array
-    early: Array
-    late: Array
+    heights: Heights
     peak: Array
     residual: Array
 
@@ -235,38 +226,16 @@ def like(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a if _tree.is_key(b) else jnp.asarray(a).astype(b.dtype), new, old)
 
 
-def strong(tree: PyTree) -> PyTree:
-    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's
-    trace.
-    """
-    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x).astype(jnp.result_type(x)), tree)
-
-
 def new_record(params: PyTree) -> Record:
     """The record of a run of no steps."""
     zero = jnp.zeros((), _tree.dtype(params))
-    inf = jnp.full_like(zero, jnp.inf)
-    return Record(jnp.int32(Status.OK), zero, zero, inf, -inf, inf, zero, zero)
+    return Record(new_heights(_tree.dtype(params)), zero, zero)
 
 
 def _watch(record: Record, taken: Taken, t: Any, steps: int) -> Record:
-    dtype, quarter = record.first.dtype, steps // 4
-    height, residual = taken.height.astype(dtype), taken.residual.astype(dtype)
-    first = jnp.where(t == 0, height, record.first)
-    growing = (t > 0) & ((record.last > _OVERFLOW * jnp.abs(first)) | (height == jnp.inf))
-    kind = jnp.where(
-        growing,
-        int(Status.INNER_DIVERGED),
-        jnp.where(jnp.isfinite(height), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS)),
-    )
-    found = jnp.where(jnp.isfinite(height) & jnp.isfinite(residual), int(Status.OK), kind)
+    height, residual = (x.astype(record.peak.dtype) for x in (taken.height, taken.residual))
     return Record(
-        status=jnp.where(record.status == int(Status.OK), found, record.status).astype(jnp.int32),
-        first=first,
-        last=height,
-        low=jnp.minimum(record.low, height),
-        early=jnp.where(t <= quarter, jnp.maximum(record.early, height), record.early),
-        late=jnp.where(t >= steps - 1 - quarter, jnp.minimum(record.late, height), record.late),
+        heights=enter(record.heights, height, residual, t, steps),
         peak=jnp.fmax(record.peak, residual),
         residual=residual,
     )
@@ -278,11 +247,10 @@ def training_status(inner: Inner, record: Record, end: PyTree) -> Array:
     As in `hg.inner.gradient`, a loss diverged if every value of the last quarter of the run is far above every one of
     the first quarter. A map has no loss, and may wander; it diverged if it overflowed after its steps had grown.
     """
-    rise = record.late - record.early
-    grown = (rise > jnp.abs(record.early)) & (rise > _RISE * (record.early - record.low))
-    grown = grown & (inner.update is not None) & ((inner.steps or 0) >= _ENOUGH)
-    ended = jnp.where(grown | ~_tree.all_finite(end), int(Status.INNER_DIVERGED), int(Status.OK))
-    status = jnp.where(record.status == int(Status.OK), ended, record.status)
+    descends = inner.update is not None
+    grown = rose(record.heights) & descends & ((inner.steps or 0) >= ENOUGH)
+    status = first_failure(record.heights.status, code(grown | ~_tree.all_finite(end), Status.INNER_DIVERGED))
+    if descends:
+        return status
     # A map that is not finite has no loss to blame.
-    no_loss = (inner.update is None) & (status == int(Status.NONFINITE_LOSS))
-    return jnp.where(no_loss, int(Status.NONFINITE_GRAD), status).astype(jnp.int32)
+    return jnp.where(status == int(Status.NONFINITE_LOSS), int(Status.NONFINITE_GRAD), status).astype(jnp.int32)

@@ -57,8 +57,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "implicit: insensitivity never reported",
         "solvers/_call.py",
-        "code((_tree.max_abs(grad) == 0)",
-        "code((_tree.max_abs(grad) < 0)",
+        "zero = _tree.max_abs(grad) == 0",
+        "zero = _tree.max_abs(grad) < 0",
         (STATUSES,),
     ),
     Mutation(
@@ -326,8 +326,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "best response: no NaN after a failure",
         "solvers/best_response.py",
-        "factor = jnp.where(usable, 1.0, jnp.nan)",
-        "factor = jnp.where(usable, 1.0, 1.0)",
+        "factor = jnp.where(good, 1.0, jnp.nan)",
+        "factor = jnp.where(good, 1.0, 1.0)",
         ("tests/solvers/test_best_response.py", STATUSES),
     ),
     Mutation(

@@ -166,7 +166,7 @@ def test_scales_are_learned_and_reported_and_entropy_holds_them_up():
 
 def test_each_group_has_rows_and_hyperparameters_of_its_own():
     """The mean over groups is what a loop over them gives."""
-    from hypergrad.solvers._perturbed import Around, training_loss
+    from hypergrad.responses._draws import Around, training_loss
 
     centre = {"l2": jnp.zeros((), DTYPE)}
     response = hg.responses.structured()
@@ -191,7 +191,7 @@ def test_each_group_has_rows_and_hyperparameters_of_its_own():
 
 def test_linearized_training_is_a_tangent_in_the_hyperparameters():
     """Outputs f(u₀) + ∂f/∂u (u − u₀), and gradients that keep base and slope apart."""
-    from hypergrad.solvers._perturbed import Around, training_loss
+    from hypergrad.responses._draws import Around, training_loss
 
     centre = {"l2": jnp.zeros((), DTYPE)}
     response = hg.responses.structured()

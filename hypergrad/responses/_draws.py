@@ -1,6 +1,6 @@
-r"""Losses at hyperparameters drawn around the current ones.
+r"""Hyperparameters drawn around the current ones, and the losses there.
 
-    u_i = u₀ + softplus(s) ε_i,  ε_i ~ N(0, 1),   one for a batch, for each of G groups of its rows, or for each row
+    u_i = u₀ + σ ε_i,  ε_i ~ N(0, 1),   one for a batch, for each of G groups of its rows, or for each row
 
 A response that makes parameters makes them once a draw, and the losses are averaged over the draws; one that leaves the
 draws to the layers of the model (`hg.responses.gated`) gets all of them at once, as rows.
@@ -24,6 +24,40 @@ from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained
 from hypergrad.responses.gated import Gated
+
+
+def draw_around(key: Array, u: PyTree, sigma: PyTree, count: int | None = None, shared: PyTree = None) -> PyTree:
+    """Draw u + σ ε with independent standard normal ε.
+
+    Args:
+        key: split into one for each leaf.
+        u: pytree of arrays.
+        sigma: pytree like u, of scalars or arrays that fit the leaves.
+        count: number of draws, along a new leading axis; None for one, without an axis.
+        shared: pytree like u of bools: leaves of which all draws are the same; None for none.
+    """
+
+    def one(key: Array, x: Array, sigma: Array, together: bool) -> Array:
+        lead = () if count is None else (1,) if together else (count,)
+        epsilon = jax.random.normal(key, (*lead, *x.shape), x.dtype)
+        if count is None:
+            return x + sigma.astype(x.dtype) * epsilon
+        return jnp.broadcast_to(x[None] + sigma.astype(x.dtype)[None] * epsilon, (count, *x.shape))
+
+    return _by_leaf(key, one, u, sigma, jax.tree.map(lambda _: False, u) if shared is None else shared)
+
+
+def draw_between(key: Array, lo: PyTree, hi: PyTree) -> PyTree:
+    """Draw uniformly from the box between two pytrees of arrays; the key is split into one for each leaf."""
+    return _by_leaf(key, lambda k, a, b: a + (b - a) * jax.random.uniform(k, a.shape, a.dtype), lo, hi)
+
+
+def _by_leaf(key: Array, function: Callable[..., Array], like: PyTree, *rest: PyTree) -> PyTree:
+    """`function(key of the leaf, leaf, leaves of the rest)` on every leaf of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    parts = zip(keys, leaves, *(jax.tree.leaves(tree) for tree in rest), strict=True)
+    return treedef.unflatten([function(*part) for part in parts])
 
 
 class Around(NamedTuple):
@@ -66,23 +100,7 @@ class Around(NamedTuple):
 
     def draw(self, u: PyTree, scale: PyTree, count: int | None, key: Array) -> PyTree:
         """Draw u + softplus(scale) ε, with a leading axis of `count`; `shared` leaves repeat along it."""
-        leaves, treedef = jax.tree.flatten(u)
-        parts = zip(
-            leaves,
-            jax.tree.leaves(scale),
-            jax.tree.leaves(self.shared),
-            jax.random.split(key, len(leaves)),
-            strict=True,
-        )
-
-        def one(x: Array, s: Array, together: bool, key: Array) -> Array:
-            lead = () if count is None else (1,) if together else (count,)
-            epsilon = jax.random.normal(key, (*lead, *x.shape), x.dtype)
-            if count is None:
-                return x + jax.nn.softplus(s) * epsilon
-            return jnp.broadcast_to(x[None] + jax.nn.softplus(s)[None] * epsilon, (count, *x.shape))
-
-        return treedef.unflatten([one(*part) for part in parts])
+        return draw_around(key, u, jax.tree.map(jax.nn.softplus, scale), count, self.shared)
 
     def mean(
         self,
