@@ -27,6 +27,8 @@ class Status(enum.IntEnum):
     >>> import hypergrad as hg
     >>> hg.Status(0).usable, hg.Status.NEG_CURVATURE.usable
     (True, False)
+    >>> print(hg.Status(8))
+    NEG_CURVATURE
     """
 
     OK = 0
@@ -44,6 +46,12 @@ class Status(enum.IntEnum):
     LINEAR_MAX_STEPS = 12
     UNROLL_EXPLODED = 13
     INACCURATE = 14
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec) if spec.endswith("d") else format(self.name, spec)
 
     @property
     def usable(self) -> bool:
@@ -285,6 +293,11 @@ def evaluation(solver: Solver) -> EvaluateFn:
         return out.value, out.info, state
 
     return evaluate
+
+
+def about_of(solver: Any) -> About:
+    """What a solver says of itself; nothing, for one that says nothing."""
+    return getattr(solver, "about", None) or About()
 
 
 def usable(status: ArrayLike) -> Array:

@@ -18,14 +18,12 @@ PARTS = {
     "domains/_maps.py": "domains/test_domain.py",
     "inner/_inner.py": "inner/test_gradient.py",  # types
     "inner/_optimum.py": "solvers/test_implicit.py",
-    "inner/_watch.py": "inner/test_gradient.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
     "outer/_loop.py": "outer/test_steps_per_call.py",
     "outer/_run.py": "reliability/test_resume.py",
     "outer/_step.py": "outer/test_tune.py",
-    "responses/_draws.py": "solvers/test_self_tuning.py",
     "solvers/_call.py": "test_contract.py",
 }
 # Folders of tests that mirror no room: promises, seeded bugs, and what stands beside the package.

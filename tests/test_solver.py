@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad._solver import code, evaluation, first_failure, usable
+from hypergrad._solver import code, evaluation, failure, first_failure, usable
 
 
 def test_every_status_has_advice_and_the_codes_up_to_insensitive_are_usable():
@@ -16,6 +16,19 @@ def test_every_status_has_advice_and_the_codes_up_to_insensitive_are_usable():
     assert all(len(s.advice) > 40 for s in hg.Status) and len({s.advice for s in hg.Status}) == len(hg.Status)
     found = jax.jit(jax.vmap(usable))(jnp.asarray([int(s) for s in hg.Status]))
     np.testing.assert_array_equal(found, [s.usable for s in hg.Status])
+
+
+def test_a_status_is_written_by_its_name_and_counts_as_its_code():
+    status = hg.Status.SINGULAR
+    assert str(status) == f"{status}" == "SINGULAR" and f"{status:>9}|" == " SINGULAR|" and f"{status:d}" == "9"
+    assert status == 9 and int(jnp.int32(status)) == 9
+
+
+def test_a_failure_is_what_cannot_be_used():
+    codes = jnp.asarray([int(s) for s in hg.Status])
+    found = jax.jit(jax.vmap(failure))(codes)
+    np.testing.assert_array_equal(found, [0 if s.usable else s for s in hg.Status])
+    assert found.dtype == jnp.int32
 
 
 def test_the_first_failure_is_the_earliest_that_is_not_ok():

@@ -1,4 +1,7 @@
-"""Why a hypergradient differs from finite differences, as far as that can be seen from outside the solver."""
+"""Why a hypergradient differs from finite differences, as far as that can be seen from outside the solver.
+
+What a solver is, it says itself (`About`), and only what is true of every solver is said of one that says nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hypergrad._solver import Info, Status
+from hypergrad._solver import About, Info, Status, usable
 from hypergrad.diagnostics._differences import Slope, Solution
 from hypergrad.diagnostics._report import Metasmoothness
 
@@ -26,6 +29,7 @@ class Evidence(NamedTuple):
     """What was measured; the names of `Report`, and:
 
     Attributes:
+        about: what the solver says of itself.
         doubt: relative error of the finite differences.
         first, center: the solution at λ in one call, and in as many as it takes.
         trains_on: whether a solver that differentiates training goes on from call to call.
@@ -37,6 +41,7 @@ class Evidence(NamedTuple):
         silent: finite differences within the leaves whose hypergradient is exactly zero, by path.
     """
 
+    about: About
     ok: bool
     tol: float
     error: float
@@ -77,23 +82,19 @@ def find_causes(e: Evidence) -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_unrolled(info: Info) -> bool:
+def is_unrolled(about: About) -> bool:
     """Whether a hypergradient is that of training itself, not of its optimum."""
-    return "adjoint_growth" in info.extra
+    return about.differentiates == "path"
 
 
-def _is_direct(info: Info) -> bool:
-    return "outer_grad_norm" in info.extra
-
-
-def is_learned(info: Info) -> bool:
+def is_learned(about: About) -> bool:
     """Whether a hypergradient is that of a fitted response."""
-    return "response_residual" in info.extra or "direct_norm" in info.extra
+    return about.differentiates == "response"
 
 
 def _status(e: Evidence) -> Iterator[str]:
     if not isinstance(e.status, Status):
-        if e.status > Status.INSENSITIVE:
+        if not usable(e.status):
             yield f"failed: the solver reports status {e.status}."
     elif e.status == Status.PRECISION_LIMITED:
         yield f"precision: {e.status.advice}"
@@ -109,19 +110,20 @@ def _status(e: Evidence) -> Iterator[str]:
 
 
 def _unconverged(e: Evidence) -> Iterator[str]:
-    inner, linear = float(e.info.inner_residual), float(e.info.linear_residual)
-    if not (is_unrolled(e.info) or is_learned(e.info)) and not e.ok and e.status not in _UNCONVERGED:
+    inner, linear, optimum = float(e.info.inner_residual), float(e.info.linear_residual), _is(e, "optimum")
+    if _is(e, "optimum", "direct", "unknown") and not e.ok and e.status not in _UNCONVERGED:
         if inner > e.tol:
-            yield (
-                f"unconverged: the relative residual of the inner problem is {inner:.1g}; the solver claims "
-                "nothing about it. Take more inner steps, or solve to a tolerance."
+            yield f"unconverged: the relative residual of the inner problem is {inner:.1g}" + (
+                ", as the solver reports it."
+                if _is(e, "unknown")
+                else "; the solver claims nothing about it. Take more inner steps, or solve to a tolerance."
             )
         if linear > e.tol:
             yield (
                 f"unconverged: the relative residual of the adjoint system is {linear:.1g}, after "
-                f"{int(e.info.linear_steps)} products. Raise max_steps, or give the linear solver a tol."
-            )
-        elif math.isnan(linear) and math.isinf(float(e.info.error_estimate)) and not _is_direct(e.info):
+                f"{int(e.info.linear_steps)} products"
+            ) + (". Raise max_steps, or give the linear solver a tol." if optimum else ", as the solver reports it.")
+        elif math.isnan(linear) and math.isinf(float(e.info.error_estimate)) and optimum:
             yield (
                 "unconverged: the adjoint system was not solved, only replaced (error_estimate is inf). Use "
                 "hg.linear.cg for an exact hypergradient."
@@ -134,42 +136,37 @@ def _unconverged(e: Evidence) -> Iterator[str]:
 
 
 def _approximate(e: Evidence) -> Iterator[str]:
-    damping = float(e.info.extra.get("damping", 0))
-    if damping > 0:
-        yield (
-            f"damped: {damping:.2g} is added to the inner Hessian's diagonal, so the hypergradient is that of "
-            f"another problem; its error here is {e.error:.1g}."
-        )
-    if float(e.info.extra.get("gauss_newton", 0)) > 0:
-        yield (
-            "damped: the Gauss-Newton matrix stands in for the Hessian, which drops the curvature of the model; "
-            f"the error here is {e.error:.1g}."
-        )
+    if "damping" in e.about.biases:
+        size = e.info.extra.get("damping")
+        amount = "damping" if size is None else f"{float(size):.2g}"
+        if size is None or float(size) > 0:
+            yield (
+                f"damped: {amount} is added to the inner Hessian's diagonal, so the hypergradient is that of "
+                f"another problem; its error here is {e.error:.1g}."
+            )
     if e.trains_on:
         yield (
             "truncated: each call trains on from where the last one ended and differentiates its own steps alone. "
             f"As the derivative of those its error is {e.one_call_error:.1g}; against training on until nothing "
             f"moves it is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last."
         )
-    elif is_unrolled(e.info):
-        rounding = e.eps * math.sqrt(max(int(e.info.inner_steps), 1)) * float(e.info.extra["adjoint_growth"])
-        if float(e.info.error_estimate) > 100 * rounding:
-            yield (
-                "truncated: part of the run is not differentiated, by the solver's own estimate "
-                f"{float(e.info.error_estimate):.1g} of the hypergradient; it is {e.error:.1g}: raise truncate=."
-            )
-
-    if is_learned(e.info):
+    estimate = float(e.info.error_estimate)
+    if is_unrolled(e.about) and e.about.biases and not e.ok:
+        yield (
+            f"truncated: the hypergradient is biased by {' and '.join(e.about.biases)}. The solver estimates the error "
+            f"at {estimate:.1g} of the hypergradient; it is {e.error:.1g}. Differentiate more steps: raise truncate=."
+        )
+    if is_learned(e.about):
         gap = abs(e.value - e.center.settled) / max(abs(e.center.settled), 1e-300)
-        residual = e.info.extra.get("response_residual")  # self-tuning does not measure it
-        left = "" if residual is None else f"; its slope leaves {float(residual):.1g} of its equation"
+        residual = float(e.info.linear_residual)
+        left = "" if math.isnan(residual) else f"; its slope leaves {residual:.1g} of its equation"
         yield (
             f"learned: the best response is a fitted function. At the hyperparameters it gives an outer loss of "
             f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}){left}. "
             f"The hypergradient's error is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last of "
             "many: more steps lower both, another scale or response what remains."
         )
-    if _is_direct(e.info) and not e.ok:
+    if _is(e, "direct") and not e.ok:
         yield (
             "direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
             f"{e.error:.1g}. hg.implicit has both parts."
@@ -178,8 +175,9 @@ def _approximate(e: Evidence) -> Iterator[str]:
 
 def _stochastic(e: Evidence) -> Iterator[str]:
     if e.key_spread > e.tol or (math.isnan(e.key_spread) and e.batches):
-        others = "draws of hyperparameters" if is_learned(e.info) else "random numbers in the losses"
-        drawn = "minibatches" if e.batches else others
+        chance = [*(("minibatches",) if e.batches else ()), *e.about.random]
+        unknown = "random numbers in the losses" + (" or in the solver" if _is(e, "unknown") else "")
+        drawn = " and ".join(chance) or unknown
         yield (
             f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "
             "what is compared here is one draw, the same on both sides. Larger batches, or an average over keys, "
@@ -201,10 +199,17 @@ def _kinked(e: Evidence) -> Iterator[str]:
 def _insensitive(e: Evidence) -> Iterator[str]:
     for path, slope in e.silent.items():
         if abs(slope.value) > 10 * slope.error:
-            where = (
-                "through the parameters, which hg.direct leaves out"
-                if _is_direct(e.info)
-                else "on the path of training, which hg.unrolled sees, or through an operation without derivative"
+            where = {
+                "direct": "through the parameters, which hg.direct leaves out",
+                "optimum": (
+                    "on the path of training, which hg.unrolled sees, or through an operation without a derivative"
+                ),
+                "path": "through an operation without a derivative, or before the steps that are differentiated",
+                "response": "through an operation without a derivative, or where the response has not learned it",
+            }.get(
+                e.about.differentiates,
+                "where the solver takes no derivative: on the path of training, which hg.unrolled sees, through an "
+                "operation without a derivative, or in a part that it leaves out",
             )
             yield (
                 f"insensitive: hparams{path} has a hypergradient of exactly zero, but the outer loss moves with it "
@@ -243,7 +248,7 @@ def _precision(e: Evidence) -> Iterator[str]:
             "numbers there), so the differences are in float32, good to a few digits."
         )
     gap = abs(e.value - e.center.first)
-    if gap > 1e-3 * abs(e.center.first) and e.given != e.precision and is_unrolled(e.info):
+    if gap > 1e-3 * abs(e.center.first) and e.given != e.precision and is_unrolled(e.about):
         yield (
             f"precision: the outer loss is {e.value:.6g} in {e.given} and {e.center.first:.6g} in {e.precision}: "
             "training amplifies rounding, and no hypergradient can be trusted further than that."
@@ -268,9 +273,18 @@ def _wrong(e: Evidence) -> Iterator[str]:
             f"scaled: the hypergradient is {factor:.4g} times the reference in every direction: a constant factor, "
             "a sign, or a mean that should be a sum."
         )
-    else:
+    elif e.about.biases:
         yield (
-            "wrong: nothing that can be seen from outside explains the difference. Either the method approximates "
-            "on purpose (curvature='gauss_newton'), or there is a mistake in the solver, or in a derivative rule of "
-            "the losses (custom_jvp, custom_vjp, stop_gradient)."
+            f"biased: the method approximates on purpose: the hypergradient is biased by "
+            f"{' and '.join(e.about.biases)}; its error here is {e.error:.1g}."
         )
+    else:
+        there = "Either the method approximates on purpose, or there" if _is(e, "unknown") else "There"
+        yield (
+            f"wrong: nothing that can be seen from outside explains the difference. {there} is a mistake in the "
+            "solver, or in a derivative rule of the losses (custom_jvp, custom_vjp, stop_gradient)."
+        )
+
+
+def _is(e: Evidence, *kinds: str) -> bool:
+    return e.about.differentiates in kinds

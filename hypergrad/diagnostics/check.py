@@ -29,10 +29,10 @@ from hypergrad._checks import check_finite, check_hparams
 from hypergrad._data import Minibatches, Stream, prepare
 from hypergrad._jaxpr.labels import check_concrete_data, check_solver_labels
 from hypergrad._options import SOLVER, Number, options
-from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, usable
+from hypergrad._solver import Hypergradient, InputError, Solver, Status, about_of, usable
 from hypergrad._tree import PyTree
 from hypergrad.diagnostics import _probes
-from hypergrad.diagnostics._causes import Evidence, find_causes, is_learned, is_unrolled
+from hypergrad.diagnostics._causes import Evidence, find_causes, is_unrolled
 from hypergrad.diagnostics._differences import (
     Problem,
     Slope,
@@ -172,7 +172,7 @@ def check(
     scales = scales_of(at, parts)
     run = _run(problem, at, scales)
     info, grad = run.out.info, run.grad
-    kind = _kind(solver, info)
+    kind = about_of(solver).differentiates
     given = f"float{8 * _tree.dtype(problem.hparams).itemsize}"
     allowed = float(tol) if tol is not None else 1e-4 if given == "float64" else 1e-2
     reference = _reference(problem, at, run)
@@ -250,6 +250,7 @@ def check(
                     for what in _probes.unused_data(reference.solve, reference.problem, at, center)
                 ]
         evidence = Evidence(
+            about=about_of(solver),
             ok=agrees,
             tol=allowed,
             error=error,
@@ -337,16 +338,9 @@ class _Reference(NamedTuple):
         return flatten(self.problem.hparams)[1](vector)
 
 
-def _kind(solver: Solver, info: Info) -> str:
-    """What the hypergradient is a derivative of, as `About.differentiates` has it."""
-    declared = getattr(solver, "about", About()).differentiates
-    if declared != "unknown":
-        return declared
-    return "path" if is_unrolled(info) else "response" if is_learned(info) else "unknown"
-
-
 def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
     solver, (_, unflatten) = problem.solver, flatten(problem.hparams)
+    about = about_of(solver)
     compiled = jax.jit(solver.hypergrad)
 
     def start(vector: np.ndarray, key: Array | None) -> tuple[Any, Callable[[Any], tuple[Hypergradient, Any]]]:
@@ -378,11 +372,11 @@ def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
             others = [first_grad(at, jax.random.fold_in(problem.key, 1 + i)) for i in range(_KEYS)]
             size, change = rms(scales * grad), rms(np.asarray([rms(scales * (other - grad)) for other in others]))
             spread = change / size if size > 0 else float(change > 0)
-        if is_unrolled(out.info):
+        if is_unrolled(about):
             relative = scales * grad / max(float(np.max(np.abs(scales * grad), initial=0)), 1e-300)
             smooth = _metasmoothness(scales * grad, scales * first_grad(at - _STEP * scales * relative, problem.key))
     drift = abs(values[1] - values[0]) if len(values) > 1 else np.nan
-    trains_on = is_unrolled(out.info) and drift > 100 * eps * abs(values[0])
+    trains_on = is_unrolled(about) and drift > 100 * eps * abs(values[0])
     code = int(out.info.status)
     return _Run(
         compiled,
@@ -418,7 +412,7 @@ def _misshapen(grad: PyTree, hparams: PyTree) -> str:
 def _reference(problem: Problem, at: np.ndarray, run: _Run) -> _Reference:
     """The problem to take differences of: in float64, unless the losses fail there or draw other random numbers."""
     # The derivative of training costs more than to compile the training once more.
-    compiled = None if is_unrolled(run.out.info) else run.compiled
+    compiled = None if is_unrolled(about_of(problem.solver)) else run.compiled
     with contextlib.suppress(Exception), _float64():
         same = in_float64(problem)
         solve = make_solve(same, compiled)

@@ -42,7 +42,8 @@ def draw_around(key: Array, u: PyTree, sigma: PyTree, count: int | None = None, 
         epsilon = jax.random.normal(key, (*lead, *x.shape), x.dtype)
         if count is None:
             return x + sigma.astype(x.dtype) * epsilon
-        return jnp.broadcast_to(x[None] + sigma.astype(x.dtype)[None] * epsilon, (count, *x.shape))
+        spread = jnp.broadcast_to(sigma.astype(x.dtype), x.shape)
+        return jnp.broadcast_to(x[None] + spread[None] * epsilon, (count, *x.shape))
 
     return _by_leaf(key, one, u, sigma, jax.tree.map(lambda _: False, u) if shared is None else shared)
 

@@ -215,6 +215,7 @@ def self_tuning(
         call = bind(problem, state.model_state, hparams, train, valid, key, own_keys=2)
         remedy = "pass hyperparameters like those that init was given, or call init anew."
         check_same_structure("hparams", call.hparams, state.centre, remedy)
+        draws(perturb, call.objective.fixed_batch[0], "train")  # says what is wrong with the batch
         centre = _tree.strong(to_unconstrained(domain, call.hparams))
         return call, Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
 
@@ -229,7 +230,6 @@ def self_tuning(
             batch, loss_key = call.objective.batch(step)
             return training_loss(around, training, weights, state.scale, batch, loss_key, noise_key, model_state)
 
-        draws(perturb, call.objective.fixed_batch[0], "train")
         return inner.solve(
             call.objective._replace(stochastic=loss),
             start,

@@ -575,3 +575,56 @@ def test_nan_in_the_data_is_a_warning_and_a_report():
     with pytest.warns(UserWarning, match=r"valid\[0\] holds 1 NaN"):
         report = check(ridge.solver(), W, H, TRAIN, (VALID[0].at[2, 1].set(jnp.nan), VALID[1]))
     assert not report.ok and "unreliable" in words(report)
+
+
+def test_of_a_solver_that_says_nothing_only_what_is_true_of_it_is_said():
+    """Whatever it calls its numbers: that of a library's method, or what its residuals mean, is not guessed."""
+    theirs = {"adjoint_growth": 1.0, "direct_norm": 1.0, "response_residual": 1.0, "outer_grad_norm": 1.0, "damping": 1}
+    unknown = {"linear_residual": jnp.asarray(jnp.nan), "error_estimate": jnp.asarray(jnp.inf)}
+    info = lambda grad: ridge.make_info(extra={k: jnp.asarray(v, float) for k, v in theirs.items()}, **unknown)
+    right = run(ridge.solver(info=info), directions=5)
+    assert right.ok and not right.causes and right.metasmoothness is None
+    report = run(ridge.solver(lambda total, direct: {**total, "l2": total["l2"][::-1]}, info), directions=5)
+    assert not report.ok and words(report) == {"wrong"} and "approximates on purpose" in report.causes[0]
+
+
+def single_loop():
+    """A step of the parameters and one of the adjoint a call: right in the long run, and wrong at the first call."""
+
+    def init(params, hparams, *, key=None, model_state=None):
+        return ridge.State(params, jnp.zeros_like(params), model_state, {})
+
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        gradient = jax.grad(ridge_inner)
+        w = state.params - 0.1 * gradient(state.params, hparams, train)
+        value, (rhs, direct) = jax.value_and_grad(ridge.outer_loss, argnums=(0, 1))(w, hparams, valid)
+        pull = jax.vjp(lambda w, h: gradient(w, h, train), w, hparams)[1]
+        v = state.inner_state - 0.1 * (pull(state.inner_state)[0] - rhs)
+        grad = subtract(direct, pull(v)[1])
+        info = ridge.make_info(linear_residual=jnp.asarray(jnp.nan), error_estimate=jnp.asarray(jnp.inf))
+        return Hypergradient(value, grad, info, {}), state._replace(params=w, inner_state=v)
+
+    return Solver(init, hypergrad, lambda state, hparams: state.params)
+
+
+@pytest.mark.parametrize("about", [hg.About(), hg.About("mine", "optimum", trains_on=True)])
+def test_a_single_loop_is_told_that_its_error_falls_from_call_to_call(about):
+    report = run(single_loop()._replace(about=about), directions=5)
+    assert not report.ok and report.settled_error < 0.1 * report.relative_error
+    said = [cause for cause in report.causes if "more calls at the same hyperparameters" in cause]
+    assert len(said) == 1
+    if about.differentiates == "unknown":
+        assert words(report) <= {"unconverged", "unreliable"}
+        assert not any(name in cause for cause in report.causes for name in ("hg.", "max_steps", "truncate"))
+
+
+def test_an_approximation_that_a_solver_declares_is_named():
+    problem = hg.Problem(
+        hg.compose(
+            lambda w, h, b: jnp.tanh(b[0] @ w), lambda out, w, h, b: jnp.mean((out - b[1]) ** 2) + h["a"] * w @ w
+        ),
+        lambda w, h, b: jnp.mean((jnp.tanh(b[0] @ w) - b[1]) ** 2),
+    )
+    solver = hg.implicit(problem, curvature="gauss_newton")
+    report = check(solver, W, {"a": jnp.asarray(0.3)}, TRAIN, VALID)
+    assert not report.ok and words(report) == {"biased"} and "Gauss-Newton" in report.causes[0]
