@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad._solver import evaluation
 from hypergrad.solvers._call import option_names
 from tests._helpers import assert_trees_close, assert_trees_equal, keyed, shard_rows, tol
 
@@ -141,7 +142,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
     def evaluate(state: Any, hparams: PyTree, train: PyTree, valid: PyTree) -> Any:
         evaluations.append(1)
-        return solver.evaluate(state, hparams, train, valid)
+        return evaluation(solver)(state, hparams, train, valid)
 
     params, hparams, _, valid = _setting()
 
@@ -202,6 +203,7 @@ def test_nan_in_the_loss_is_a_status_and_leaves_the_state_finite(case):
 
 
 def test_an_evaluation_is_the_value_of_the_hypergradient_from_a_state_that_goes_on(case):
+    assert case.solver.evaluate is not None
     _, hparams, train, valid = case.setting
     out, after = case.step(case.state, hparams, train, valid)
     value, info, state = case.evaluate(case.state, hparams, train, valid)
@@ -333,7 +335,7 @@ def test_jit_equals_eager(name):
     jitted, _ = jax.jit(solver.hypergrad)(state, *arguments)
     assert_trees_close(jitted.grad, eager.grad, tol(1e-8, 1e-3))
     assert_trees_close(jitted.value, eager.value, tol(1e-10, 1e-4))
-    assert_trees_close(solver.evaluate(state, *arguments)[0], eager.value, tol(1e-12, 1e-5))
+    assert_trees_close(evaluation(solver)(state, *arguments)[0], eager.value, tol(1e-12, 1e-5))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_vmap_of_evaluations_equals_a_loop(name):
     solver, (params, _, train, valid) = SOLVERS[name](PROBLEM), _setting()
 
     def run(hparams: PyTree) -> PyTree:
-        value, info, _ = solver.evaluate(solver.init(params, hparams), hparams, train, valid)
+        value, info, _ = evaluation(solver)(solver.init(params, hparams), hparams, train, valid)
         return value, info.status
 
     grid = [_setting(seed)[1] for seed in range(3)]

@@ -228,7 +228,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "unrolled: explosion never reported",
-        "solvers/unrolled.py",
+        "unrolling/error.py",
         "_MEANINGLESS = 0.1",
         "_MEANINGLESS = 1e30",
         (UNROLLED,),
