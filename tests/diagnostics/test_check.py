@@ -585,7 +585,8 @@ def test_of_a_solver_that_says_nothing_only_what_is_true_of_it_is_said():
     right = run(ridge.solver(info=info), directions=5)
     assert right.ok and not right.causes and right.metasmoothness is None
     report = run(ridge.solver(lambda total, direct: {**total, "l2": total["l2"][::-1]}, info), directions=5)
-    assert not report.ok and words(report) == {"wrong"} and "approximates on purpose" in report.causes[0]
+    assert not report.ok and words(report) - {"off"} == {"wrong"}
+    assert any("the method approximates on purpose, or" in cause for cause in report.causes)
 
 
 def single_loop():
