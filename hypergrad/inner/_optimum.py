@@ -1,28 +1,41 @@
-"""Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
+r"""Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
 
-The natural size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · w‖: how much F changes when the
-parameters are scaled from nothing to what they are. It does not change when the loss or the parameters are rescaled,
-and on a quadratic it equals ‖∂_w h(0)‖. Where the optimum is near zero it vanishes; the largest size seen lately takes
-its place.
+    repeat   inner solve to √tol, later to tol   →   Newton steps to tol   →   measure F
+    until    ‖F‖ ≤ tol · size, or neither gets any further
+
+A Newton step squares the residual, so that the inner solver hands over early. Where Newton's method stalls (negative
+curvature, a singular Hessian, a network), the inner solver takes over again and goes on to the full tolerance itself.
+
+The size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · u‖ where the solve ended, with u = w or the
+way from the start, whichever is longer: how much F changes when the parameters go from nothing to what they are. It
+does not change when the loss or the parameters are rescaled, and on a quadratic it equals ‖∂_w h(0)‖. The gradient at
+the start would not do: a steep start would be satisfied anywhere. Where the optimum is near zero, and so was the start,
+the size vanishes; the largest one seen lately takes its place, and its floor follows from what rounding leaves of F,
+
+    eps · √(2 |h| ‖∂_w F u‖ / ‖u‖),
+
+since F is a sum of terms that cancel: in least squares, h = ½‖r‖² and F = Xᵀr, this is eps ‖X‖ ‖r‖.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._curvature import System, loss_system, map_system
+from hypergrad._loops import once
 from hypergrad._options import default_tol
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner
+from hypergrad.inner._inner import Inner, InnerResult
 from hypergrad.inner.newton import polish
 from hypergrad.linear._linear import Matvec, Preconditioner
 
@@ -30,6 +43,8 @@ POLISH_STEPS = 8  # at most: they end where the tolerance is met, as a rule afte
 _FORGET = 0.1  # a scale that is no longer seen loses a digit a call
 _NEAR = 1e-3  # the residual from which Newton's method is fast, as a rule
 _ROUNDING = 64  # residuals within this many units of rounding cannot be told from zero
+_TURNS = 10  # of the inner solver and the Newton steps; a solve that ends well takes one, a steep start a few
+_PROGRESS = 0.5  # factor by which Newton steps must reduce F for an inner solver that had stalled to be tried again
 
 
 class Optimum(NamedTuple):
@@ -56,6 +71,22 @@ class Optimum(NamedTuple):
     status: Array
 
 
+class _Progress(NamedTuple):
+    params: PyTree
+    inner_state: PyTree
+    model_state: PyTree
+    inverse: list[Array]  # what the preconditioner consists of
+    norm: Array  # ‖F‖
+    size: Array  # natural size of F, as far as it is known
+    noise: Array  # what rounding leaves of F
+    aim: Array  # tolerance of the inner solver's next turn
+    spent: Array  # steps of the inner solver
+    polished: Array  # Newton steps
+    turns: Array
+    status: Array  # of the inner solver's last turn
+    more: Array
+
+
 def linearize(inner: Inner, objective: Objective, params: PyTree, hparams: PyTree) -> System:
     """The inner solver's optimality condition at one point."""
     if inner.symmetric:
@@ -79,78 +110,174 @@ def find_optimum(
 ) -> Optimum:
     """Solve the inner problem from `params`, polish, and linearize where it ended.
 
-    With polish steps to come the inner solver only has to reach the square root of its tolerance, since a Newton step
-    squares the residual, but come near enough for that. `scale` is 0 at the very first call.
+    `scale` is 0 at the very first call. An inner solver that claims no tolerance is run once.
     """
-    if inner.claims:
-        natural = lambda: _natural_size(inner, objective, params, hparams).astype(scale.dtype)
-        scale = jax.lax.cond(scale > 0, lambda: scale, natural)
-    tol = default_tol(options.get("tol"), params)
-    handover = jnp.maximum(tol, jnp.minimum(jnp.sqrt(tol), _NEAR)) if polish_steps else tol
-    solve_options: dict[str, Any] = dict(options) | ({"tol": handover} if inner.claims else {})
-    result = inner.solve(
-        objective,
-        params,
-        inner_state,
-        hparams,
-        model_state,
-        scale=jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1),
-        options=solve_options,
-    )
-    solution, steps = result.params, result.steps
-    system = linearize(inner, objective, solution, hparams)
-    precondition = None if preconditioner is None else preconditioner(system.matvec, solution, hparams, key)
-    if polish_steps:
-        # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran out.
-        most = jnp.where(result.status == int(Status.OK), jnp.int32(polish_steps), jnp.int32(min(polish_steps, 2)))
-        solution, polished = polish(
-            objective.fixed, solution, hparams, system, precondition, target=tol * scale, max_steps=most
-        )
-        steps = steps + polished
-        system = linearize(inner, objective, solution, hparams)
+
+    def solve(params: PyTree, state: PyTree, model_state: PyTree, size: Array, **changed: Array) -> InnerResult:
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        return inner.solve(objective, params, state, hparams, model_state, scale=size, options=dict(options) | changed)
+
+    def condition(w: PyTree) -> Matvec:
+        if preconditioner is None:
+            return lambda v: v
+        return preconditioner(linearize(inner, objective, w, hparams).matvec, w, hparams, key)
+
     if not inner.claims:
-        size = jnp.maximum(scale, result.residual.astype(scale.dtype))
-        residual = result.residual / jnp.where(size > 0, size, 1)
+        found = solve(params, inner_state, model_state, scale)
+        system = linearize(inner, objective, found.params, hparams)
+        precondition = None if preconditioner is None else preconditioner(system.matvec, found.params, hparams, key)
+        size = jnp.maximum(scale, found.residual.astype(scale.dtype))
+        residual = found.residual / jnp.where(size > 0, size, 1)
         return Optimum(
-            solution, result.state, result.model_state, system, precondition, residual, size, steps, result.status
+            found.params,
+            found.state,
+            found.model_state,
+            system,
+            precondition,
+            residual,
+            size,
+            found.steps,
+            found.status,
         )
-    norm = _tree.norm(system.residual)
-    size = jnp.maximum(_tree.norm(system.matvec(solution)), norm).astype(scale.dtype)
-    largest = jnp.maximum(size, scale)
-    residual = norm / jnp.where(largest > 0, largest, 1)  # F may vanish at the start, with w = 0
-    status = _verdict(result.status, residual, tol, _tree.eps(params), polished=polish_steps > 0)
+
+    dtype = scale.dtype
+    tol = default_tol(options.get("tol"), params).astype(dtype)
+    handover = jnp.maximum(tol, jnp.minimum(jnp.sqrt(tol), _NEAR)) if polish_steps else tol
+    most = jnp.asarray(options["max_steps"], jnp.int32) if "max_steps" in options else None
+    build, rebuild, empty = _as_arrays(condition, params)
+
+    def measure(w: PyTree) -> tuple[Array, Array, Array]:
+        norm, size, noise = (x.astype(dtype) for x in _measure(inner, objective, w, hparams, params))
+        return norm, jnp.maximum(size, noise / jnp.sqrt(tol)), noise
+
+    def turn(c: _Progress) -> _Progress:
+        size = jnp.maximum(c.size, scale)
+        left = {} if most is None else {"max_steps": most - c.spent}
+        found = solve(c.params, c.inner_state, c.model_state, size, tol=c.aim, **left)
+        spent, able = c.spent + found.steps, found.status == int(Status.OK)
+        params, polished = found.params, jnp.int32(0)
+        before, inverse = found.residual.astype(dtype), build(params)
+        if polish_steps:
+            # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran
+            # out.
+            few = jnp.where(able, polish_steps, min(polish_steps, 2)).astype(jnp.int32)
+            precondition = None if preconditioner is None else rebuild(inverse)
+            params, polished = polish(
+                objective.fixed, params, hparams, precondition, residual=before, target=tol * size, max_steps=few
+            )
+        norm, natural, noise = measure(params)
+        if polish_steps:
+            able = able | (~_hard(found.status) & (norm < _PROGRESS * before))
+        short = norm > jnp.maximum(tol * jnp.maximum(natural, scale), noise)
+        more = short & able & (c.turns + 1 < _TURNS) & (jnp.asarray(False) if most is None else spent < most)
+        return _Progress(
+            params,
+            found.state,
+            found.model_state,
+            inverse,
+            norm,
+            natural,
+            noise,
+            tol,
+            spent,
+            c.polished + polished,
+            c.turns + 1,
+            found.status,
+            more,
+        )
+
+    none, zero = jnp.int32(0), jnp.zeros((), dtype)
+    begin = once(~(scale > 0), lambda _: measure(params)[1], scale)
+    start = _Progress(
+        params, inner_state, model_state, empty, zero, begin, zero, handover, none, none, none, none, jnp.asarray(True)
+    )
+    c = jax.lax.while_loop(lambda c: c.more, turn, start)
+    size = jnp.maximum(c.size, scale)
+    residual = c.norm / jnp.where(size > 0, size, 1)  # F may vanish at the start, with w = 0
     return Optimum(
-        solution,
-        result.state,
-        result.model_state,
-        system,
-        precondition,
+        c.params,
+        c.inner_state,
+        c.model_state,
+        linearize(inner, objective, c.params, hparams),
+        None if preconditioner is None else rebuild(c.inverse),
         residual,
-        jnp.maximum(size, _FORGET * scale),
-        steps,
-        status,
+        jnp.maximum(c.size, _FORGET * scale),
+        c.spent + c.polished,
+        _verdict(c, residual, tol, _tree.eps(params), polished=polish_steps > 0),
     )
 
 
-def _natural_size(inner: Inner, objective: Objective, params: PyTree, hparams: PyTree) -> Array:
-    """max(‖F‖, ‖∂_w F · w‖): a start at the solution is not asked for digits that nobody has."""
-    residual, change = jax.jvp(lambda w: inner.residual(objective, w, hparams), (params,), (params,))
-    return jnp.maximum(_tree.norm(residual), _tree.norm(change))
+def _measure(
+    inner: Inner, objective: Objective, params: PyTree, hparams: PyTree, start: PyTree
+) -> tuple[Array, Array, Array]:
+    """‖F‖, its natural size, and what rounding leaves of it; a start at the solution is not asked for digits that
+    nobody has.
+    """
+    moved = _tree.sub(params, start)
+    far, long = _tree.max_abs(moved), _tree.max_abs(params)
+    still = jnp.maximum(far, long) == 0
+    ones = jax.tree.map(jnp.ones_like, params)
+    along = _tree.where(still, ones, _tree.where(far > long, moved, params))
+    if inner.symmetric:
+        evaluate = jax.value_and_grad(lambda w: objective.fixed(w, hparams))
+        (value, residual), (_, change) = jax.jvp(evaluate, (params,), (along,))
+    else:
+        residual, change = jax.jvp(lambda w: inner.residual(objective, w, hparams), (params,), (along,))
+        value = jnp.zeros(())
+    norm, stretch = _tree.norm(residual), _tree.norm(change)
+    noise = _tree.eps(params) * jnp.sqrt(2 * jnp.abs(value)) * jnp.sqrt(stretch / _tree.norm(along))
+    return norm, jnp.maximum(norm, jnp.where(still, 0, stretch)), noise
 
 
-def _verdict(status: Array, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:
-    """What the residual at the end says: meeting the tolerance settles it, whatever the solver thought on the way."""
-    # A solver that handed over as agreed did its part: too few polish steps are too few steps.
-    short = Status.INNER_MAX_STEPS if polished else Status.INNER_STALLED
-    met = residual <= tol
-    hard = (
+def _as_arrays(
+    condition: Callable[[PyTree], Matvec], params: PyTree
+) -> tuple[Callable[[PyTree], list[Array]], Callable[[list[Array]], Matvec], list[Array]]:
+    """What a loop needs to carry a preconditioner, which is a function that closes over arrays.
+
+    Returns:
+        `params -> arrays`; `arrays -> (v -> M⁻¹ v)`; and arrays to begin with, all zero. Those that do not depend on
+        the parameters, as the data that a preconditioner may look at, are not among them.
+    """
+    treedef, inner = jax.tree.structure(params), []
+
+    def closure(w: PyTree) -> list[Array]:
+        inner.append(jax.make_jaxpr(condition(w))(w))
+        return list(inner[-1].consts)
+
+    outer = jax.make_jaxpr(closure)(params)
+    known = dict(zip(outer.jaxpr.constvars, outer.consts, strict=True))
+    outvars = outer.jaxpr.outvars
+    carried = [i for i, v in enumerate(outvars) if not isinstance(v, Literal) and v not in known]
+
+    def build(w: PyTree) -> list[Array]:
+        arrays = jaxpr_as_fun(outer)(*jax.tree.leaves(w))
+        return [arrays[i] for i in carried]
+
+    def rebuild(arrays: list[Array]) -> Matvec:
+        fixed = [v.val if isinstance(v, Literal) else known.get(v) for v in outvars]
+        for i, array in zip(carried, arrays, strict=True):
+            fixed[i] = array
+        apply = jaxpr_as_fun(ClosedJaxpr(inner[-1].jaxpr, fixed))
+        return lambda v: treedef.unflatten(apply(*jax.tree.leaves(v)))
+
+    return build, rebuild, [jnp.zeros(outvars[i].aval.shape, outvars[i].aval.dtype) for i in carried]
+
+
+def _hard(status: Array) -> Array:
+    """Whether the solver met numbers that are not finite, or a loss without a minimum."""
+    return (
         (status == int(Status.NONFINITE_LOSS))
         | (status == int(Status.NONFINITE_GRAD))
         | (status == int(Status.INNER_DIVERGED))
     )
-    missed = jnp.where(
-        residual <= _ROUNDING * eps,
-        int(Status.PRECISION_LIMITED),
-        jnp.where(status == int(Status.OK), int(short), status),
-    )
-    return jnp.where(hard, status, jnp.where(met, int(Status.OK), missed)).astype(jnp.int32)
+
+
+def _verdict(c: _Progress, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:
+    """What the residual at the end says: meeting the tolerance settles it, whatever the solver thought on the way."""
+    # A solver that did its part as agreed took too few steps for what is asked of both.
+    short = Status.INNER_MAX_STEPS if polished else Status.INNER_STALLED
+    rounding = (residual <= _ROUNDING * eps) | (c.norm <= _ROUNDING * c.noise)
+    missed = jnp.where(c.status == int(Status.OK), int(short), c.status)
+    missed = jnp.where(rounding, int(Status.PRECISION_LIMITED), missed)
+    soft = jnp.where(residual <= tol, int(Status.OK), missed)
+    return jnp.where(_hard(c.status), c.status, soft).astype(jnp.int32)

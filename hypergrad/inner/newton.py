@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._curvature import System, loss_system
+from hypergrad._curvature import loss_system
 from hypergrad._options import Number, default_tol, options
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
@@ -35,6 +35,7 @@ _MAX_STEPS = 50
 _CG_STEPS = 200
 _HALVINGS = 25
 _SMALLEST = 1 / 64  # share of a step of `polish`
+_NOISE = 100  # units of rounding in which a loss is uncertain
 _PROGRESS = 0.98  # factor by which a step of `polish` has to reduce the gradient for another to follow
 
 Loss = Callable[[PyTree, PyTree], Array]
@@ -97,7 +98,7 @@ def _solve(
         system = loss_system(loss, c.params, hparams)
         precondition = jacobi()(system.matvec, c.params, hparams, jax.random.key(0))
         forcing = jnp.minimum(0.1, jnp.sqrt(c.residual / first))
-        direction = newton_direction(system, precondition, forcing)
+        direction = newton_direction(system.matvec, system.residual, precondition, forcing)
         params, value, residual, moved = _backtrack(loss, c, direction, system.residual, hparams)
         status = jnp.where(
             ~jnp.isfinite(value),
@@ -117,39 +118,41 @@ def _solve(
     return InnerResult(c.params, state, model_state, c.residual, c.steps, status)
 
 
-def newton_direction(system: System, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:
+def newton_direction(matvec: Matvec, grads: PyTree, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:
     """`d ≈ H⁻¹ F`, to a relative residual of `forcing`; F itself, scaled, where CG finds no positive curvature at
     all.
     """
     result = solve_linear(
         cg(tol=1.0),
-        system.matvec,
-        system.residual,
+        matvec,
+        grads,
         precondition=precondition,
         options={"tol": forcing, "max_steps": _CG_STEPS},
     )
     stuck = _tree.max_abs(result.solution) == 0
-    return _tree.where(stuck, system.residual, result.solution)
+    return _tree.where(stuck, grads, result.solution)
 
 
 def polish(
     loss: Loss,
     params: PyTree,
     hparams: PyTree,
-    system: System,
     precondition: Matvec | None,
     *,
+    residual: Array,
     target: Array,
     max_steps: ArrayLike,
 ) -> tuple[PyTree, Array]:
     """At most `max_steps` Newton-CG steps, halved until they reduce ‖F‖; one at least, more only while ‖F‖ > target.
 
+    A step that makes the loss larger, beyond rounding, leads to a saddle or a maximum and is not taken.
+
     Args:
         loss: `(params, hparams) -> scalar`.
         params: where to start.
         hparams: the hyperparameters.
-        system: the inner system at `params`.
         precondition: `v -> M⁻¹ v`, used for every step.
+        residual: ‖F‖ at `params`.
         target: norm of F to reach, in the units of F.
         max_steps: at least 1.
 
@@ -160,12 +163,16 @@ def polish(
     def improve(carry: tuple[PyTree, Array, Array, Array]) -> tuple[PyTree, Array, Array, Array]:
         params, before, _, steps = carry
         forcing = jnp.clip(0.3 * target / before, 1e-8, 0.1)
-        direction = newton_direction(loss_system(loss, params, hparams), precondition, forcing)
+        (value, grads), push = jax.linearize(lambda w: jax.value_and_grad(loss)(w, hparams), params)
+        direction = newton_direction(lambda v: push(v)[1], grads, precondition, forcing)
+        highest = value + _NOISE * _tree.eps(params) * jnp.abs(value)
 
         def halve(attempt: tuple[PyTree, Array, Array]) -> tuple[PyTree, Array, Array]:
             size = attempt[2] / 2
             trial = _tree.axpy(-size, direction, params)
-            return trial, _tree.norm(jax.grad(loss)(trial, hparams)).astype(before.dtype), size
+            value, grads = jax.value_and_grad(loss)(trial, hparams)
+            after = jnp.where(value <= highest, _tree.norm(grads), jnp.inf)
+            return trial, after.astype(before.dtype), size
 
         trial, after, _ = jax.lax.while_loop(
             lambda attempt: ~(attempt[1] < before) & (attempt[2] > jnp.where(before > target, _SMALLEST, 1)),
@@ -179,10 +186,8 @@ def polish(
         _, residual, before, steps = carry
         return (steps < max_steps) & ((steps == 0) | (residual > target)) & (residual < _PROGRESS * before)
 
-    first = _tree.norm(system.residual)
-    params, _, _, steps = jax.lax.while_loop(
-        proceed, improve, (params, first, jnp.full_like(first, jnp.inf), jnp.int32(0))
-    )
+    start = params, residual, jnp.full_like(residual, jnp.inf), jnp.int32(0)
+    params, _, _, steps = jax.lax.while_loop(proceed, improve, start)
     return params, steps
 
 

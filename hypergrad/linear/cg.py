@@ -22,6 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._loops import once
 from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -85,20 +86,18 @@ def _solve(
     tol = jnp.maximum(asked, _ROUNDING * eps)  # a recursion below rounding level is 0/0 next
     max_steps = options["max_steps"]
 
-    def warm(_: None) -> tuple[PyTree, PyTree, Array, Array]:
+    def warm(_: tuple[PyTree, PyTree, Array, Array]) -> tuple[PyTree, PyTree, Array, Array]:
         x, r, product = fit(matvec, rhs, start)
         # (A x)ᵀ M⁻¹ (A x) / xᵀ A x lies within the spectrum of M⁻¹A: all there is where no step is needed.
         curvature = _tree.vdot(product, apply(product)) / _tree.vdot(x, product)
         return x, r, jnp.where(curvature > 0, curvature, 1).astype(dtype), jnp.int32(1)
 
-    def cold(_: None) -> tuple[PyTree, PyTree, Array, Array]:
-        return _tree.zeros_like(rhs), rhs, jnp.ones((), dtype), jnp.int32(0)
-
     def squares(r: PyTree, z: PyTree) -> tuple[Array, Array]:
         rz = _tree.vdot(r, z).astype(dtype)
         return rz, jnp.sqrt(rz if precondition is None else _tree.vdot(r, r).astype(dtype))
 
-    x, r, fallback, used = jax.lax.cond(_tree.max_abs(start) > 0, warm, cold, None)
+    cold = _tree.zeros_like(rhs), rhs, jnp.ones((), dtype), jnp.int32(0)
+    x, r, fallback, used = once(_tree.max_abs(start) > 0, warm, cold)
     z = apply(r)
     rz, residual = squares(r, z)
     inf = jnp.asarray(jnp.inf, dtype)

@@ -26,6 +26,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._loops import once
 from hypergrad._options import Number, options
 from hypergrad._solver import InputTypeError, Status
 from hypergrad._tree import PyTree
@@ -119,18 +120,15 @@ def _solve(
     max_steps = options["max_steps"]
     size = min(restart, max(_tree.size(rhs), 1))
 
-    def warm(x: PyTree) -> tuple[PyTree, PyTree, Array]:
-        x, r, _ = fit(matvec, rhs, x)
+    def warm(point: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
+        x, r, _ = fit(matvec, rhs, point[0])
         return x, r, jnp.int32(1)
-
-    def cold(x: PyTree) -> tuple[PyTree, PyTree, Array]:
-        return x, rhs, jnp.int32(0)
 
     def proceed(c: _Carry) -> Array:
         return (c.products < max_steps) & (c.residual > tol) & ~(c.stuck | c.singular)
 
     def cycle(c: _Carry) -> _Carry:
-        x, residual, used = jax.lax.cond(_tree.max_abs(c.x) > 0, warm, cold, c.x)
+        x, residual, used = once(_tree.max_abs(c.x) > 0, warm, (c.x, rhs, jnp.int32(0)))
         before = _tree.norm(residual).astype(dtype)
         stuck = before > (1 - _PROGRESS) * c.before
         k = _arnoldi(

@@ -23,6 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
+from hypergrad._loops import once
 from hypergrad._options import Number, options
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -107,14 +108,12 @@ def _solve(
     else:
         step_size, searched = 1 / largest_growth(matvec, rhs, key, power_steps), power_steps
 
-    def warm(_: None) -> tuple[PyTree, PyTree, Array]:
+    def warm(_: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
         x, r, _ = fit(matvec, rhs, start)
         return x, r, jnp.int32(1)
 
-    def cold(_: None) -> tuple[PyTree, PyTree, Array]:
-        return _tree.zeros_like(rhs), rhs, jnp.int32(0)
-
-    x, term, used = jax.lax.cond((_tree.max_abs(start) > 0) & (max_steps > 0), warm, cold, None)
+    cold = _tree.zeros_like(rhs), rhs, jnp.int32(0)
+    x, term, used = once((_tree.max_abs(start) > 0) & (max_steps > 0), warm, cold)
     norm = _tree.norm(term).astype(dtype)
     nan = jnp.asarray(jnp.nan, dtype)
     inf = jnp.asarray(jnp.inf, dtype)
