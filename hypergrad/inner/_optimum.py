@@ -6,11 +6,12 @@ r"""Solving the inner problem, and saying how well it was solved; shared by ever
 A Newton step squares the residual, so that the inner solver hands over early. Where Newton's method stalls (negative
 curvature, a singular Hessian, a network), the inner solver takes over again and goes on to the full tolerance itself.
 
-The size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · u‖ where the solve ended, with u = w or the
-way from the start, whichever is longer: how much F changes when the parameters go from nothing to what they are. It
-does not change when the loss or the parameters are rescaled, and on a quadratic it equals ‖∂_w h(0)‖. The gradient at
-the start would not do: a steep start would be satisfied anywhere. Where the optimum is near zero, and so was the start,
-the size vanishes; the largest one seen lately takes its place, and its floor follows from what rounding leaves of F,
+The size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · u‖ where the solve ended, with u = w, or the
+way from the start where w is nothing beside it: how much F changes when the parameters go from nothing to what they
+are. It does not change when the loss or the parameters are rescaled, and on a quadratic it equals ‖∂_w h(0)‖. The
+gradient at the start would not do: a steep start would be satisfied anywhere. Where the optimum is near zero, and so
+was the start, the size vanishes; the largest one seen lately takes its place, and its floor follows from what rounding
+leaves of F,
 
     eps · √(2 |h| ‖∂_w F u‖ / ‖u‖),
 
@@ -213,11 +214,11 @@ def _measure(
     """‖F‖, its natural size, and what rounding leaves of it; a start at the solution is not asked for digits that
     nobody has.
     """
-    moved = _tree.sub(params, start)
+    eps, moved = _tree.eps(params), _tree.sub(params, start)
     far, long = _tree.max_abs(moved), _tree.max_abs(params)
     still = jnp.maximum(far, long) == 0
     ones = jax.tree.map(jnp.ones_like, params)
-    along = _tree.where(still, ones, _tree.where(far > long, moved, params))
+    along = _tree.where(still, ones, _tree.where(long < eps**0.5 * far, moved, params))
     if inner.symmetric:
         evaluate = jax.value_and_grad(lambda w: objective.fixed(w, hparams))
         (value, residual), (_, change) = jax.jvp(evaluate, (params,), (along,))
@@ -225,7 +226,7 @@ def _measure(
         residual, change = jax.jvp(lambda w: inner.residual(objective, w, hparams), (params,), (along,))
         value = jnp.zeros(())
     norm, stretch = _tree.norm(residual), _tree.norm(change)
-    noise = _tree.eps(params) * jnp.sqrt(2 * jnp.abs(value)) * jnp.sqrt(stretch / _tree.norm(along))
+    noise = eps * jnp.sqrt(2 * jnp.abs(value)) * jnp.sqrt(stretch / _tree.norm(along))
     return norm, jnp.maximum(norm, jnp.where(still, 0, stretch)), noise
 
 

@@ -121,7 +121,9 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
 
 def _empty(params: PyTree, history: int) -> LbfgsState:
     dtype = _tree.dtype(params)
-    rows = jax.tree.map(lambda x: jnp.zeros((history, *jnp.shape(x)), jnp.result_type(x)), params)
+    # Stacked from zeros like the parameters, and not made from a shape: where parameters are sharded the rows are too,
+    # as they will be after the first call.
+    rows = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * history), params)
     one = jnp.ones((), dtype)
     return LbfgsState(rows, rows, jnp.zeros((history,), dtype), one, jnp.int32(0), one)
 
@@ -172,7 +174,8 @@ def _minimise(
         lower = value <= c.value + _DECREASE * c.line.step * c.slope
         level = (value <= c.value + _NOISE * noise) & (slope <= (2 * _DECREASE - 1) * c.slope)
         down = finite & (lower | level)
-        accept = finite & (first | (down & (slope >= _CURVATURE * c.slope)))
+        last = c.steps + 1 >= max_steps  # what went down is kept for the next call
+        accept = finite & (first | (down & ((slope >= _CURVATURE * c.slope) | last)))
 
         missing = jnp.where(jnp.isfinite(value), jnp.nan, jnp.inf)  # which of the two is not finite
         seen = jnp.where(finite, slope, missing.astype(dtype))
