@@ -71,10 +71,10 @@ def test_best_response_gets_past_the_saddle_as_well():
 
 def test_a_step_count_bounds_both_phases_and_a_miss_is_made_good_by_calling_again():
     params, h, factor = saddle_draws()
-    out = repeated(SADDLE, 16, inner=hg.inner.lbfgs(max_steps=8))(params, h, factor)
+    out = repeated(SADDLE, 16, inner=hg.inner.lbfgs(max_steps=12))(params, h, factor)
     status, steps = np.asarray(out.info.status), np.asarray(out.info.inner_steps)
-    assert np.all(steps <= 8 + 2 * 8)  # and the Newton steps of each phase
-    assert np.mean(status[:, 0] == Status.INNER_MAX_STEPS) > 0.8
+    assert np.all(steps <= 12 + 2 * 8)  # and the Newton steps of each phase
+    assert np.mean(status[:, 0] == Status.INNER_MAX_STEPS) > 0.5
     assert np.all(status[:, -1] <= Status.PRECISION_LIMITED)
     assert relative_error(out.grad[:, -1], saddle_answer(h)) < tol(1e-8, 1e-4)
 
