@@ -17,7 +17,6 @@ PARTS = {
     "diagnostics/_where.py": "diagnostics/test_check.py",
     "domains/_maps.py": "domains/test_domain.py",
     "inner/_inner.py": "inner/test_gradient.py",  # types
-    "inner/_optimum.py": "solvers/test_implicit.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
