@@ -1,4 +1,14 @@
-"""Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out."""
+"""Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out.
+
+The problem       Problem, compose, constrain, chunked; minibatches, stream, folds
+Methods           implicit, unrolled, direct, hypernetwork, self_tuning, tasks; best_response
+Their parts       inner (how parameters are found), linear (how the adjoint system is solved), responses, prox, Regularity
+Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
+Can I trust it?   check, Status, raise_if_failed, diagnostics
+To write a method Solver, About, Hypergradient, Info
+
+`help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
+"""
 
 __version__ = "0.1.0"
 

@@ -51,6 +51,11 @@ def suggest_names(factory: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra, for messages. Until the package is published it is run in a clone."""
+    return f"pip install -e '.[{extra}]' in a clone of hypergrad"
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`, did you mean 'x'?`, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from hypergrad._checks import install
 from hypergrad._data import prepare, rows
 from hypergrad._options import Number, options
 from hypergrad._solver import HypergradError, InputError, InputTypeError
@@ -90,9 +91,7 @@ def _assign(n: int, k: int, seed: int | None, stratify: Any, groups: Any) -> np.
     try:
         from sklearn import model_selection
     except ImportError as error:
-        raise HypergradError(
-            "folds: stratify= and groups= need scikit-learn: pip install 'hypergrad-jax[demo]'."
-        ) from error
+        raise HypergradError(f"folds: stratify= and groups= need scikit-learn: {install('demo')}.") from error
     if groups is not None and len(np.unique(groups)) < k:
         raise InputError(f"folds: groups holds {len(np.unique(groups))} groups, fewer than the k={k} folds.")
     if stratify is not None and (least := int(np.unique(stratify, return_counts=True)[1].min())) < k:

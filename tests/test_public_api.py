@@ -119,6 +119,12 @@ def test_options_with_a_default_are_keyword_only_beyond_the_data():
                 pytest.fail(f"{path}: make {parameter.name} keyword-only")
 
 
+def test_help_names_every_function_and_room():
+    doc, errors = inspect.getdoc(hg) or "", ("Error",)
+    missing = [name for name in exported(hg) if not name.endswith(errors) and not re.search(rf"\b{name}\b", doc)]
+    assert missing == [], "add them to the docstring of hypergrad/__init__.py, which help(hypergrad) prints"
+
+
 def test_the_version_is_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "version" not in project

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 import hypergrad as hg
+from hypergrad._checks import install
 from hypergrad._demo import cleaning, l2
 from hypergrad._demo.methods import METHODS
 from hypergrad._demo.outcome import aligned
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if missing := _missing():
-        print(f"python -m hypergrad needs {' and '.join(missing)}: pip install 'hypergrad-jax[demo]'", file=sys.stderr)
+        print(f"python -m hypergrad needs {' and '.join(missing)}: {install('demo')}", file=sys.stderr)
         return 1
     _check_folder(parser, args.out)
     try:

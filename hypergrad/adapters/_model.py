@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad._checks import install
 from hypergrad._solver import HypergradError, InputError
 from hypergrad._tree import PyTree, dtype
 
@@ -47,7 +48,7 @@ def need_key(adapter: str, key: Array | None) -> Array:
 
 def missing(library: str, extra: str, error: ImportError) -> HypergradError:
     """The error to raise where an adapter's library is not installed."""
-    found = HypergradError(f"adapters.{library} needs {library}: pip install 'hypergrad-jax[{extra}]'.")
+    found = HypergradError(f"adapters.{library} needs {library}: {install(extra)}.")
     found.__cause__ = error
     return found
 

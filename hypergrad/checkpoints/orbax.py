@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hypergrad._checks import install
 from hypergrad._solver import HypergradError, InputError
 from hypergrad.checkpoints import _durable
 from hypergrad.checkpoints._durable import Damaged
@@ -53,7 +54,7 @@ def _import() -> Any:
     try:
         import orbax.checkpoint
     except ImportError as error:
-        raise HypergradError("hg.outer.orbax needs Orbax: pip install 'hypergrad-jax[orbax]'.") from error
+        raise HypergradError(f"hg.outer.orbax needs Orbax: {install('orbax')}.") from error
     return orbax.checkpoint
 
 

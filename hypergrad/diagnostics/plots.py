@@ -300,7 +300,7 @@ def _axes(ax: Any) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise HypergradError("plots need matplotlib: pip install 'hypergrad-jax[plot]'.") from error
+        raise HypergradError(f"plots need matplotlib: {_checks.install('plot')}.") from error
     return plt.subplots(figsize=(6, 3.8), layout="constrained")[1]
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hypergrad._checks import install
 from hypergrad._solver import HypergradError, Status
 from hypergrad._tree import PyTree, keystr, size
 
@@ -118,7 +119,7 @@ class History(NamedTuple):
         try:
             import pandas as pd
         except ImportError as error:
-            raise HypergradError("to_pandas needs pandas: pip install 'hypergrad-jax[demo]'.") from error
+            raise HypergradError(f"to_pandas needs pandas: {install('pandas')}.") from error
         columns: dict[str, Any] = {name: getattr(self, name) for name in SCALARS} | {"seconds": self.seconds}
         columns |= {"accepted": self.accepted}
         columns["status"] = [status_name(code) for code in self.status]

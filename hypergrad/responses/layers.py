@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad._checks import install
 from hypergrad._solver import HypergradError, InputError
 
 try:
     from flax import nnx
 except ImportError as error:
-    raise HypergradError("hg.responses.layers needs flax: pip install 'hypergrad-jax[flax]'.") from error
+    raise HypergradError(f"hg.responses.layers needs flax: {install('flax')}.") from error
 
 
 class _Response(nnx.Module):

@@ -137,7 +137,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     assert cli.main([]) == 1
-    assert "needs scikit-learn: pip install 'hypergrad-jax[demo]'" in capsys.readouterr().err
+    assert "needs scikit-learn: pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 def test_without_a_cache_folder_it_runs_all_the_same(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def test_inputs_are_in_no_wider_type_than_the_parameters(x64):
 
 def test_errors_say_what_is_missing():
     error = missing("nnx", "flax", ImportError("no flax"))
-    assert isinstance(error, hg.HypergradError) and "pip install 'hypergrad-jax[flax]'" in str(error)
+    assert isinstance(error, hg.HypergradError) and "pip install -e '.[flax]'" in str(error)
     with pytest.raises(hg.InputError, match=r"adapters\.nnx: the model draws random numbers in training"):
         need_key("adapters.nnx", None)
     assert need_key("adapters.nnx", jax.random.key(0)) is not None

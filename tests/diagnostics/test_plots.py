@@ -178,5 +178,5 @@ def test_mistakes_are_named(result):
 
 def test_without_matplotlib_the_error_names_the_extra(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(hg.HypergradError, match=r"pip install 'hypergrad-jax\[plot\]'"):
+    with pytest.raises(hg.HypergradError, match=r"pip install -e '\.\[plot\]'"):
         plots.losses(result)

@@ -93,7 +93,7 @@ def test_the_history_exports_to_a_data_frame():
 def test_without_pandas_the_extra_is_named(monkeypatch):
     history = run(steps=1).history
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(HypergradError, match=r"pip install 'hypergrad-jax\["):
+    with pytest.raises(HypergradError, match=r"pip install -e '\.\[pandas\]"):
         history.to_pandas()
 
 

@@ -160,4 +160,6 @@ def test_without_flax_the_layers_name_the_extra():
         "try:\n    hg.responses.layers\nexcept hg.HypergradError as error:\n    print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.strip() == "hg.responses.layers needs flax: pip install 'hypergrad-jax[flax]'.", run.stderr
+    assert run.stdout.strip() == "hg.responses.layers needs flax: pip install -e '.[flax]' in a clone of hypergrad.", (
+        run.stderr
+    )
