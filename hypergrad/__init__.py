@@ -5,7 +5,7 @@ Methods           implicit, unrolled, direct, hypernetwork, self_tuning, tasks; 
 Their parts       inner (how parameters are found), linear (how the adjoint system is solved), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Can I trust it?   check, Status, raise_if_failed, diagnostics
-To write a method Solver, About, Hypergradient, Info
+To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
 
 `help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
 """
