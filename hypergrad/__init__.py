@@ -4,7 +4,7 @@ The problem       Problem, compose, constrain, chunked; minibatches, stream, fol
 Methods           implicit, unrolled, direct, hypernetwork, self_tuning, tasks; best_response
 Their parts       inner (how parameters are found), linear (how the adjoint system is solved), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
-Can I trust it?   check, Status, raise_if_failed, diagnostics
+Trust             check, Status, raise_if_failed, diagnostics
 To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
 
 `help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
