@@ -2,7 +2,7 @@
 
 The problem       Problem, compose, constrain, chunked; minibatches, stream, folds
 Methods           implicit, unrolled, direct, hypernetwork, self_tuning, tasks; best_response
-Their parts       inner (how parameters are found), linear (how the adjoint system is solved), responses, prox, Regularity
+Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
 To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
