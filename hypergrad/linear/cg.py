@@ -7,13 +7,16 @@ Source: Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Syst
 1. it stops, with a status, at negative curvature (pᵀAp < 0) and in a null space, where that one returns a number;
 2. every test is relative, so that scaling (A, b) changes nothing, in float32 and at any size;
 3. the starting point is first scaled to the length that fits best, so that a warm start is never worse than zero;
-4. the Rayleigh quotients it sees anyway give the curvature with which a residual becomes an error estimate.
+4. the Rayleigh quotients it sees anyway give the curvature with which a residual becomes an error estimate;
+5. on a fixed budget it can keep what it has where it meets negative curvature, as trust-region methods do (Steihaug
+   1983), and take |A| for A along the very first direction: x = ‖b‖ b / ‖A b‖.
 Cost: one product a step, one for the starting point. Memory: four vectors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +26,11 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._loops import once
-from hypergrad._options import Number, options
-from hypergrad._solver import Status
+from hypergrad._options import Choice, Number, options
+from hypergrad._solver import InputError, Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import PRECONDITIONER, Linear, LinearResult, Matvec, Preconditioner, fit
+from hypergrad.linear.identity import unknown_inverse
 from hypergrad.linear.precondition import jacobi
 
 _MAX_STEPS = 1000
@@ -47,12 +51,18 @@ class _Carry(NamedTuple):
     status: Array
 
 
-@options(tol=Number(above=0), max_steps=Number(least=1, integer=True), preconditioner=PRECONDITIONER)
+@options(
+    tol=Number(above=0),
+    max_steps=Number(least=1, integer=True),
+    preconditioner=PRECONDITIONER,
+    indefinite=Choice(("refuse", "truncate")),
+)
 def cg(
     tol: ArrayLike | None = None,
     max_steps: ArrayLike | None = None,
     *,
     preconditioner: Preconditioner | Any | None = "default",
+    indefinite: str = "refuse",
 ) -> Linear:
     """Conjugate gradients, for symmetric positive definite systems: the default.
 
@@ -62,22 +72,38 @@ def cg(
         max_steps: most products with A; alone, without `tol`, a fixed budget that claims nothing. Default 1000.
         preconditioner: `hg.linear.jacobi()`, `hg.linear.precondition(fn)` or None. The default is Jacobi from 8
             Hutchinson probes when convergence is claimed, and none on a fixed budget.
+        indefinite: what to do where A has negative curvature. `"refuse"`: the status is NEG_CURVATURE. `"truncate"`,
+            on a fixed budget alone: stop with what the directions before gave, which is a direction to step along and
+            no solution, so that `error_estimate` is `inf`.
 
     Raises:
-        InputError: for a negative tolerance or step count.
+        InputError: for a negative tolerance or step count; for `indefinite="truncate"` where convergence is claimed.
 
     >>> import hypergrad as hg
     >>> linear = hg.linear.cg(tol=1e-8)
     """
     claims = tol is not None or max_steps is None
+    if claims and indefinite == "truncate":
+        raise InputError(
+            "cg: indefinite='truncate' stops at what may be no solution, and a tolerance claims one: give max_steps= "
+            "without tol=, as in hg.linear.cg(max_steps=5, indefinite='truncate')."
+        )
     if isinstance(preconditioner, str):
         preconditioner = jacobi() if claims else None
     options = {"tol": tol if claims else 0.0, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Linear(_solve, options, claims, symmetric=True, preconditioner=preconditioner)
+    solve = partial(_solve, truncate=indefinite == "truncate")
+    return Linear(solve, options, claims, symmetric=True, preconditioner=preconditioner)
 
 
 def _solve(
-    matvec: Matvec, rhs: PyTree, *, start: PyTree, precondition: Matvec | None, options: Mapping[str, Array], key: Array
+    matvec: Matvec,
+    rhs: PyTree,
+    *,
+    start: PyTree,
+    precondition: Matvec | None,
+    options: Mapping[str, Array],
+    key: Array,
+    truncate: bool,
 ) -> LinearResult:
     del key
     apply = precondition or (lambda v: v)
@@ -90,6 +116,8 @@ def _solve(
         x, r, product = fit(matvec, rhs, start)
         # (A x)ᵀ M⁻¹ (A x) / xᵀ A x lies within the spectrum of M⁻¹A: all there is where no step is needed.
         curvature = _tree.vdot(product, apply(product)) / _tree.vdot(x, product)
+        if truncate:  # along negative curvature the length that fits best is one back
+            x, r = _tree.where(curvature > 0, (x, r), (_tree.zeros_like(rhs), rhs))
         return x, r, jnp.where(curvature > 0, curvature, 1).astype(dtype), jnp.int32(1)
 
     def squares(r: PyTree, z: PyTree) -> tuple[Array, Array]:
@@ -144,7 +172,27 @@ def _solve(
     stepped = jnp.isfinite(c.low)
     low = jnp.where(stepped, jnp.maximum(c.low, eps * c.high), fallback)
     status = _verdict(c, apply, asked, eps)
-    return LinearResult(c.x, c.residual, c.steps, status, lambda v: _tree.scale(1 / low, apply(v)))
+    result = LinearResult(c.x, c.residual, c.steps, status, lambda v: _tree.scale(1 / low, apply(v)))
+    return _truncated(result, c, apply) if truncate else result
+
+
+def _truncated(result: LinearResult, c: _Carry, apply: Matvec) -> LinearResult:
+    """A step along p where CG stopped before its first one, for the curvature of |A|; with it, nothing is known."""
+    indefinite = result.status == int(Status.NEG_CURVATURE)
+    image = jnp.sqrt(jnp.abs(_tree.vdot(c.r, apply(c.r))) * c.pmp)  # ‖A p‖ ‖p‖ ≥ |pᵀAp|, and so no step too long
+    first = indefinite & (_tree.max_abs(c.x) == 0)
+    x = _tree.where(first, _tree.scale(c.rz / jnp.where(first, image, 1), c.p), result.solution)
+
+    def inverse(v: PyTree) -> PyTree:
+        return _tree.where(indefinite, unknown_inverse(v), result.inverse(v))
+
+    return LinearResult(
+        x,
+        jnp.where(indefinite, jnp.nan, result.residual),
+        result.steps,
+        jnp.where(indefinite, int(Status.OK), result.status).astype(jnp.int32),
+        inverse,
+    )
 
 
 def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:

@@ -21,6 +21,7 @@ EPS = tol(2.3e-16, 1.2e-7)
 SOLVERS: dict[str, Linear] = {
     "cg": hg.linear.cg(preconditioner=None),
     "cg budget": hg.linear.cg(max_steps=5),
+    "cg truncated": hg.linear.cg(max_steps=5, indefinite="truncate"),
     "gmres": hg.linear.gmres(restart=N),
     "gmres restarted": hg.linear.gmres(restart=6),
     "gmres budget": hg.linear.gmres(max_steps=5),

@@ -58,6 +58,47 @@ def test_a_direction_without_curvature_but_with_a_product_is_a_saddle():
     np.testing.assert_array_equal(out.x, 0)
 
 
+def test_truncated_it_keeps_the_last_iterate_before_negative_curvature_and_claims_nothing():
+    values = np.linspace(1, 2, N)
+    values[0] = -1.0
+    q = rotation(0)
+    matrix, rhs = (q * values) @ q.T, q @ np.where(np.arange(N) == 0, 0.3, 1.0)
+    steps = next(k for k in range(1, 6) if run("cg budget", matrix, rhs, max_steps=k).status != hg.Status.OK)
+    assert steps > 1, "the first direction has positive curvature"
+    before, out = run("cg budget", matrix, rhs, max_steps=steps - 1), run("cg truncated", matrix, rhs)
+    assert (out.status, out.steps) == (hg.Status.OK, steps)
+    assert error(out.x, before.x) <= 100 * EPS
+    assert np.isnan(out.residual)
+    assert np.isinf(out.inverse_of_gap).all()
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_truncated_at_the_first_direction_it_takes_a_step_of_the_size_of_the_operator(start):
+    """Never the other way, even from a start along which A curves down."""
+    matrix, rhs = -spd(20.0), vector()
+    out = run("cg truncated", matrix, rhs, start=rhs if start else None)
+    assert (out.status, out.steps) == (hg.Status.OK, 1 + start)
+    assert error(out.x, np.linalg.norm(rhs) * rhs / np.linalg.norm(matrix @ rhs)) <= 100 * EPS
+    saddle = np.diag(np.where(np.arange(N) % 2, 1.0, -1.0))  # pᵀAp = 0: a step for its size would have no end
+    assert error(run("cg truncated", saddle, np.ones(N)).x, np.ones(N)) <= 100 * EPS
+
+
+def test_truncated_it_changes_nothing_on_a_definite_system_and_still_refuses_a_null_space():
+    matrix, rhs = spd(30.0), vector()
+    plain, out = (run(name, matrix, rhs, start=vector(5)) for name in ("cg budget", "cg truncated"))
+    np.testing.assert_allclose(out.x, plain.x, rtol=1e3 * EPS, atol=1e2 * EPS)
+    assert (out.residual, out.steps) == (pytest.approx(plain.residual, rel=1e4 * EPS), plain.steps)
+    assert run("cg truncated", np.zeros((N, N)), rhs).status == hg.Status.SINGULAR
+
+
+def test_truncating_contradicts_a_tolerance():
+    for options in ({}, {"tol": 1e-3}, {"tol": 1e-3, "max_steps": 5}):
+        with pytest.raises(hg.InputError, match="give max_steps= without tol="):
+            hg.linear.cg(**options, indefinite="truncate")
+    with pytest.raises(hg.InputError, match="indefinite"):
+        hg.linear.cg(max_steps=5, indefinite="trunkate")
+
+
 def test_small_negative_eigenvalues_are_no_null_space():
     values = np.ones(N)
     values[0] = -tol(1e-6, 1e-3)
