@@ -381,3 +381,21 @@ def test_losses_that_close_over_their_data_take_none(name):
     closed = SOLVERS[name](problem)
     out, _ = jax.jit(closed.hypergrad)(closed.init(params, hparams), hparams)
     assert_trees_close(out.grad, expected.grad, tol(1e-9, 1e-3))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_first_state_shares_no_buffer_so_that_it_can_be_donated(name, key):
+    params, hparams, *_ = _setting()
+    state = SOLVERS[name](PROBLEM).init(params, hparams, key=key)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, params, hparams)) if x.size]
+    assert len(set(buffers)) == len(buffers)
+
+
+@pytest.mark.parametrize("name", ["unrolled", "direct"])
+def test_donated_states_leave_the_arguments_of_init_alone(name):
+    params, hparams, train, valid = _setting()
+    solver = SOLVERS[name](PROBLEM)
+    state, step = solver.init(params, hparams), jax.jit(solver.hypergrad, donate_argnums=0)
+    for _ in range(2):
+        _, state = step(state, hparams, train, valid)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, hparams, state)))

@@ -11,6 +11,7 @@ So the file of a method holds its mathematics, and what it alone needs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -191,3 +192,13 @@ def option_names(options: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in options.items():
         names += [f"{name}.{part}" for part in option_names(value)] if isinstance(value, Mapping) else [name]
     return tuple(names)
+
+
+def owned(init: Callable[..., State]) -> Callable[..., State]:
+    """The same `init`, whose state shares no buffer with its arguments or within itself, so that it can be donated."""
+
+    @functools.wraps(init)
+    def copied(*args: Any, **kwargs: Any) -> State:
+        return jax.tree.map(jnp.copy, init(*args, **kwargs))
+
+    return copied

@@ -36,6 +36,7 @@ from hypergrad.solvers._call import (
     go_on_from,
     no_influence,
     option_names,
+    owned,
     report,
 )
 
@@ -149,4 +150,4 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
         return value, info, go_on_from(state, optimum)
 
-    return Solver(init, hypergrad, current_params, evaluate, about)
+    return Solver(owned(init), hypergrad, current_params, evaluate, about)

@@ -53,6 +53,7 @@ from hypergrad.solvers._call import (
     finite_or,
     no_influence,
     option_names,
+    owned,
     report,
     require_key,
 )
@@ -287,7 +288,7 @@ def hypernetwork(
     def respond(state: HypernetworkState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, unconstrained(check_hparams(hparams)), state.centre)
 
-    return Solver(init, hypergrad, respond, evaluate, about)
+    return Solver(owned(init), hypergrad, respond, evaluate, about)
 
 
 def _go_on_from(state: HypernetworkState, fitted: InnerResult, weights: Weights, u: PyTree) -> HypernetworkState:

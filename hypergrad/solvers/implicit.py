@@ -62,6 +62,7 @@ from hypergrad.solvers._call import (
     go_on_from,
     no_influence,
     option_names,
+    owned,
     report,
 )
 from hypergrad.solvers.regularity import Known, cross_size, error_bound, known_at
@@ -306,7 +307,7 @@ def implicit(
         info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
         return value, info, go_on_from(state, optimum)
 
-    return Solver(init, hypergrad, current_params, evaluate, about)
+    return Solver(owned(init), hypergrad, current_params, evaluate, about)
 
 
 def _biases(inner: Inner, linear: Linear, curvature: str, damping: ArrayLike | None) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ from hypergrad.solvers._call import (
     finite_or,
     no_influence,
     option_names,
+    owned,
     report,
     require_key,
 )
@@ -307,7 +308,7 @@ def self_tuning(
     def respond(state: SelfTuningState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
 
-    return Solver(init, hypergrad, respond, evaluate, about)
+    return Solver(owned(init), hypergrad, respond, evaluate, about)
 
 
 def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: PyTree) -> SelfTuningState:

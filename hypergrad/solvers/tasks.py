@@ -33,6 +33,7 @@ from hypergrad._solver import (
 )
 from hypergrad._tree import PyTree, keystr
 from hypergrad.folds import Fold
+from hypergrad.solvers._call import owned
 
 
 class TasksState(NamedTuple):
@@ -117,7 +118,7 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
         return jax.vmap(lambda s: solver.response(_unshelve(s, state.options), hparams))(state.states)
 
     about = solver.about._replace(name=f"hg.tasks({solver.about.name})") if solver.about.name else solver.about
-    return Solver(init, hypergrad, response, evaluate, about)
+    return Solver(owned(init), hypergrad, response, evaluate, about)
 
 
 def _each(method: Any, state: TasksState, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None) -> Any:
