@@ -225,7 +225,7 @@ def _aim(memory: LbfgsState, grads: PyTree, residual: Array) -> tuple[PyTree, Ar
     newton = _tree.scale(-1, _precondition(memory, grads))
     slope = _tree.vdot(newton, grads).astype(residual.dtype)
     usable = (memory.count > 0) & (slope < 0)
-    downhill = _tree.scale(-1 / jnp.where(residual > 0, residual, 1), grads)
+    downhill = _tree.scale(_tree.safe_divide(-1, residual), grads)
     return _tree.where(usable, newton, downhill), jnp.where(usable, slope, -residual)
 
 
@@ -238,10 +238,10 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
     low, low_slope = jnp.where(down, line.step, line.low), jnp.where(down, slope, line.low_slope)
     high, high_slope = jnp.where(down, line.high, line.step), jnp.where(down, line.high_slope, slope)
     rising = high_slope > 0
-    share = jnp.where(rising, -low_slope / jnp.where(rising, high_slope - low_slope, 1), 0.5)
+    share = _tree.safe_divide(-low_slope, high_slope - low_slope, where=rising, otherwise=0.5)
     share = jnp.where(lax.rem(line.trials, jnp.int32(3)) == 2, 0.5, jnp.clip(share, 0.1, 0.9))
     bent = slope > start
-    factor = jnp.where(bent, start / jnp.where(bent, start - slope, 1), 10)
+    factor = _tree.safe_divide(start, start - slope, where=bent, otherwise=10)
     further = line.step * jnp.clip(factor, 2, 10)
     step = jnp.where(jnp.isinf(high), further, low + share * jnp.where(jnp.isinf(high), 0, high - low))
     return _Line(low, low_slope, high, high_slope, step, line.trials + 1)
@@ -251,7 +251,7 @@ def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -
     """Put in an accepted pair, if it has positive curvature, whose inverse the precision can hold."""
     yy = _tree.vdot(y, y).astype(sy.dtype)
     good = accept & (sy > 0) & (yy > 0)
-    rho, curvature = 1 / jnp.where(good, sy, 1), sy / jnp.where(good, yy, 1)
+    rho, curvature = _tree.safe_divide(1, sy, where=good), _tree.safe_divide(sy, yy, where=good)
     good = good & jnp.isfinite(rho) & jnp.isfinite(curvature)
     row = lax.rem(memory.count, jnp.int32(memory.rho.shape[0]))
     put = lambda rows, x: lax.dynamic_update_index_in_dim(rows, jnp.where(good, x, _row(rows, row)), row, 0)

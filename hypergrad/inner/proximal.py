@@ -220,7 +220,7 @@ def _accelerate(
         c = jax.lax.while_loop(lambda c: proceed(c, goal), turn, c)
         found = measure(c.point)
         # F is measured with its own step size, at another point: where that says more is left, the goal comes down.
-        lower = goal * jnp.clip(0.5 * target / jnp.where(found > 0, found, 1), 0.01, 0.5)
+        lower = goal * jnp.clip(_tree.safe_divide(0.5 * target, found), 0.01, 0.5)
         return c, lower, found, rounds + 1
 
     def again(carry: tuple[_Carry, Array, Array, Array]) -> Array:

@@ -65,7 +65,7 @@ from hypergrad.solvers._call import (
     owned,
     report,
 )
-from hypergrad.solvers.regularity import Known, cross_size, error_bound, known_at
+from hypergrad.solvers.regularity import KnownRegularity, cross_size, error_bound, known_at
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
 
@@ -110,7 +110,7 @@ def implicit(
     curvature: str = "hessian",
     damping: ArrayLike | None = None,
     warm_start: bool = True,
-    regularity: Known | None = None,
+    regularity: KnownRegularity | None = None,
 ) -> Solver:
     """Hypergradients by the implicit function theorem: memory and cost do not grow with the length of training.
 

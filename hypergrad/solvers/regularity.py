@@ -54,10 +54,10 @@ class Regularity(NamedTuple):
 
 
 CONSTANTS = {name: Number(least=0) for name in Regularity._fields} | {"strong_convexity": Number(above=0)}
-Known = Regularity | Callable[[PyTree], Regularity]
+KnownRegularity = Regularity | Callable[[PyTree], Regularity]
 
 
-def known_at(known: Known, hparams: PyTree) -> Regularity:
+def known_at(known: KnownRegularity, hparams: PyTree) -> Regularity:
     """The constants at these hyperparameters.
 
     Raises:

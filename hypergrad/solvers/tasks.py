@@ -166,7 +166,7 @@ def _error(out: Hypergradient, ok: Array, grad: PyTree) -> Array:
     norms = jax.vmap(_tree.norm)(out.grad)
     total = _mean(ok, jnp.where(norms > 0, out.info.error_estimate * norms, 0))
     size = _tree.norm(grad)
-    error = jnp.where(size > 0, total / jnp.where(size > 0, size, 1), jnp.where(total > 0, jnp.inf, 0))
+    error = _tree.safe_divide(total, size, otherwise=jnp.where(total > 0, jnp.inf, 0))
     return jnp.where(jnp.isnan(error), jnp.inf, error)
 
 

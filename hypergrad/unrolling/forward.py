@@ -106,7 +106,7 @@ def push(
 def pull_out(tangent: PyTree, cotangent: PyTree, hparams: PyTree) -> PyTree:
     """`Zᵀ ∂f` as a pytree like the hyperparameters; `tangent` is like `cotangent`, with a leading axis."""
     size = _tree.norm(cotangent)
-    unit = _tree.scale(1 / jnp.where(size > 0, size, 1), cotangent)
+    unit = _tree.scale(_tree.safe_divide(1, size), cotangent)
     flat = size * jax.vmap(lambda z: _tree.vdot(z, unit))(tangent)
     leaves, treedef = jax.tree.flatten(hparams)
     parts, offset = [], 0
