@@ -1,7 +1,7 @@
 """Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out.
 
 The problem       Problem, compose, constrain, chunked; minibatches, stream, folds
-Methods           implicit, unrolled, direct, hypernetwork, self_tuning, tasks; best_response
+Methods           implicit, unrolled, direct, hypernetwork, self_tuning, single_loop, tasks; best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
@@ -51,5 +51,6 @@ from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.self_tuning import self_tuning as self_tuning
+from hypergrad.solvers.single_loop import single_loop as single_loop
 from hypergrad.solvers.tasks import tasks as tasks
 from hypergrad.solvers.unrolled import unrolled as unrolled

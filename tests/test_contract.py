@@ -37,6 +37,10 @@ def _self_tuning(problem: hg.Problem, **options: Any) -> hg.Solver:
     return keyed(hg.self_tuning(problem, optimizer=optax.adam(0.01), **options))
 
 
+def _single_loop(method: str, **options: Any) -> Callable[[hg.Problem], hg.Solver]:
+    return lambda problem: keyed(hg.single_loop(problem, method=method, size=16, step_size=0.2, **options))
+
+
 def _two_tasks(solver: hg.Solver) -> hg.Solver:
     """The same data for two tasks, whose mean is either of them."""
 
@@ -81,6 +85,11 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "self-tuning, groups and learned scales": lambda p: _self_tuning(
         p, perturb=4, scale_optimizer=optax.adam(0.01), training="split", valid_steps=2
     ),
+    "single loop, SOBA": _single_loop("soba"),
+    "single loop, SABA": _single_loop("saba", rows=(24, 16)),
+    "single loop, AmIGO": _single_loop("amigo", inner_steps=2),
+    "single loop, SRBA": _single_loop("srba"),
+    "single loop, F2SA": _single_loop("f2sa", perturbation=0.1),
 }
 
 

@@ -46,6 +46,8 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a f
     "step": 0,
     "arrays": jnp.zeros(3),
     "size": 2,
+    "method": "soba",
+    "step_size": 0.1,
     "iterator": [],
     "loss": PROBLEM.inner_loss,
     "chunks": 1,

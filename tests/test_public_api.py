@@ -143,7 +143,7 @@ def test_the_names_of_the_design_are_public():
         stream tune check constrain raise_if_failed compose
         inner.gradient inner.lbfgs inner.newton inner.fixed_point linear.cg
         linear.neumann linear.gmres linear.nystrom linear.dense linear.identity linear.jacobi linear.precondition
-        hypernetwork responses.linear responses.mlp responses.structured
+        hypernetwork single_loop responses.linear responses.mlp responses.structured
         self_tuning responses.gated augment.dropout augment.cutout
         domains.positive domains.interval domains.log domains.simplex domains.integer diagnostics.plots.losses
         diagnostics.plots.hyperparameters diagnostics.plots.hypergradient diagnostics.plots.landscape"""

@@ -5,5 +5,6 @@ from hypergrad.solvers.direct import direct as direct
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.self_tuning import self_tuning as self_tuning
+from hypergrad.solvers.single_loop import single_loop as single_loop
 from hypergrad.solvers.tasks import tasks as tasks
 from hypergrad.solvers.unrolled import unrolled as unrolled

@@ -92,15 +92,15 @@ def bind(
     return Call(hparams, bind_inner(problem, train, inner_key, model_state), outer, outer_key, tuple(keys))
 
 
-def require_key(solver: str, function: str, key: Array | None) -> Array:
-    """The key of a method that cannot do without one.
+def require_key(solver: str, function: str, key: Array | None, draws: str = "hyperparameters") -> Array:
+    """The key of a method that cannot do without one, since each call draws what `draws` says.
 
     Raises:
         InputError: if it is None.
     """
     if key is None:
         raise InputError(
-            f"{solver} draws hyperparameters in every step, but key is None: pass key=jax.random.key(0) to "
+            f"{solver} draws {draws} in every step, but key is None: pass key=jax.random.key(0) to "
             f"{function}, or to tune."
         )
     return key

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import hypergrad as hg
@@ -26,6 +29,24 @@ class Method(NamedTuple):
 
 def _sgd(**options) -> hg.inner._inner.Inner:
     return hg.inner.gradient(optax.sgd(RATE), steps=STEPS, **options)
+
+
+def _single_loop(problem: hg.Problem, method: str, **options: Any) -> hg.Solver:
+    """The problem as one row of a table, which is all that there is to draw."""
+
+    def of_one_row(loss: Any) -> Any:
+        return functools.wraps(loss)(lambda w, h, rows, *rest: loss(w, h, jax.tree.map(lambda x: x[0], rows), *rest))
+
+    losses = of_one_row(problem.inner_loss), of_one_row(problem.outer_loss)
+    solver = keyed(
+        hg.single_loop(hg.Problem(*losses, problem.model_state), method=method, size=1, step_size=RATE, **options)
+    )
+
+    def hypergrad(state: Any, hparams: Any, train: Any = None, valid: Any = None, **rest: Any) -> Any:
+        data = jax.tree.map(lambda x: jnp.asarray(x)[None] if jnp.size(x) else x, (train, valid))
+        return solver.hypergrad(state, hparams, *data, **rest)
+
+    return solver._replace(hypergrad=hypergrad)
 
 
 METHODS: dict[str, Method] = {
@@ -53,6 +74,9 @@ METHODS: dict[str, Method] = {
         ),
         "response",
     ),
+    "single loop, SABA": Method(lambda p: _single_loop(p, "saba", rows=(1, 1))),
+    "single loop, SRBA": Method(lambda p: _single_loop(p, "srba")),
+    "single loop, F2SA": Method(lambda p: _single_loop(p, "f2sa", perturbation=0.1)),
     "direct": Method(lambda p: hg.direct(p, inner=hg.inner.lbfgs()), "direct"),
 }
 
