@@ -228,7 +228,14 @@ def locked(folder: Path) -> Iterator[None]:
 def _lock(folder: Path, path: Path) -> tuple[int, tuple[int, int]]:
     import fcntl  # `check_system` has seen to it that there is one
 
-    entry = os.stat(path) if path.exists() else None
+    entry = None
+    with contextlib.suppress(FileNotFoundError):
+        entry = os.lstat(path)
+    if entry is not None and not stat.S_ISREG(entry.st_mode):
+        raise CheckpointError(
+            f"{path} is not a regular file, as the lock of a folder of checkpoints must be (a link is not followed): "
+            "delete it, or name another folder."
+        )
     # Closing a file that this process holds elsewhere would drop its lock, so it is not even opened.
     if entry is not None and (entry.st_dev, entry.st_ino) in _HELD:
         raise CheckpointError(_second_writer(folder, "this very process"))

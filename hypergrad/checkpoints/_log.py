@@ -16,7 +16,6 @@ import hashlib
 import io
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hypergrad._checks import caller_level
 from hypergrad.checkpoints import _durable
 from hypergrad.checkpoints._durable import Damaged
 
@@ -122,8 +120,8 @@ def _write(folder: Path, tables: Tables, start: int, end: int) -> Segment:
 
 def read(
     folder: Path, segments: Collection[Segment], tail: Tables
-) -> tuple[dict[str, np.ndarray], dict[tuple[int, int], Segment]]:
-    """All rows, and the segments of which both copies are whole.
+) -> tuple[dict[str, np.ndarray], dict[tuple[int, int], Segment], list[str]]:
+    """All rows, the segments of which both copies are whole, and what is wrong with the other copies.
 
     Args:
         folder: of the checkpoints.
@@ -132,9 +130,6 @@ def read(
 
     Raises:
         Damaged: if neither copy of a segment is what was written.
-
-    Warns:
-        UserWarning: naming each copy that is not.
     """
     parts, sealed, damaged, row = [], {}, [], 0
     for segment in segments:
@@ -152,15 +147,8 @@ def read(
             sealed[segment.start, segment.end] = segment
         parts.append(found[0])
         damaged += bad
-    if damaged:
-        warnings.warn(
-            f"checkpoints: {'; '.join(damaged)}. Nothing is lost: its copy is whole, and the next checkpoint "
-            "writes it anew.",
-            UserWarning,
-            stacklevel=caller_level(),
-        )
     parts.append(tail)
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in tail}, sealed
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in tail}, sealed, damaged
 
 
 def _read(path: Path, segment: Segment, tail: Tables) -> dict[str, np.ndarray]:

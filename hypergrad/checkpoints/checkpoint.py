@@ -38,6 +38,7 @@ from hypergrad.checkpoints._leaves import as_arrays, check_like, leaf_damaged, r
 FORMAT = 1
 KEEP = 3
 _MANIFEST = "manifest.json"
+_LOOKS = 1000  # of a reader beside a fast writer: each but the last was overtaken by a whole new checkpoint
 _STEP = re.compile(r"step-(\d{12,})")
 
 
@@ -270,14 +271,33 @@ def newest(
         CheckpointError: if all are damaged.
         InputError: if the tree is another one.
     """
+    for _ in range(_LOOKS):
+        with contextlib.suppress(_Moved):
+            return _newest(store, like, check)
+    raise CheckpointError(
+        f"checkpoints: those in {str(store.folder)!r} are replaced faster than they can be read: read more slowly "
+        "written ones, or from the process that writes them."
+    )
+
+
+class _Moved(Exception):
+    """A writer replaced, while it was read, what looked damaged."""
+
+
+def _newest(
+    store: Store, like: Callable[[dict[str, Any]], PyTree], check: Callable[[dict[str, Any]], None]
+) -> Found | None:
     damaged: dict[Path, str] = {}
     for step, path in _candidates(store.folder):
+        before = _identity(path)
         try:
             manifest = _read_manifest(path, store, step)
             check(manifest)
-            found = _read(store, path, manifest, like(manifest))
-            log, sealed = _read_log(store, manifest, found)
+            tree = _read(store, path, manifest, like(manifest))
+            log, sealed, lost = _read_log(store, manifest, tree)
         except Damaged as error:
+            if before is None or _identity(path) != before:
+                raise _Moved from None
             damaged[path] = str(error)
             continue
         if damaged:
@@ -287,7 +307,14 @@ def newest(
                 UserWarning,
                 stacklevel=caller_level(),
             )
-        return Found(found, manifest, list(damaged), log, sealed)
+        if lost and _identity(path) == before:
+            warnings.warn(
+                f"checkpoints: {'; '.join(lost)}. Nothing is lost: its copy is whole, and the next checkpoint writes "
+                "it anew.",
+                UserWarning,
+                stacklevel=caller_level(),
+            )
+        return Found(tree, manifest, list(damaged), log, sealed)
     if damaged:
         raise CheckpointError(
             f"checkpoints: none of the {len(damaged)} in {str(store.folder)!r} is whole: "
@@ -296,11 +323,21 @@ def newest(
     return None
 
 
+def _identity(path: Path) -> Any:
+    """Which folder there is under this name; None if there is none."""
+    with contextlib.suppress(OSError):
+        found = os.lstat(path)
+        return found.st_dev, found.st_ino
+    return None
+
+
 def _candidates(folder: Path) -> list[tuple[int, Path]]:
     """Newest first. Links, files and names of another form are not ours."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        matches = [(_STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        return sorted(((int(match[1]), folder / entry.name) for match, entry in matches if match), reverse=True)
+    for _ in range(3):  # a list that is read while a writer adds and deletes may miss both
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            matches = [(_STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+            if found := [(int(match[1]), folder / entry.name) for match, entry in matches if match]:
+                return sorted(found, reverse=True)
     return []
 
 
@@ -317,10 +354,12 @@ def _read(store: Store, path: Path, manifest: dict[str, Any], like: PyTree) -> P
 
 def _read_log(
     store: Store, manifest: dict[str, Any], tree: PyTree
-) -> tuple[dict[str, Any], dict[tuple[int, int], _log.Segment]]:
+) -> tuple[dict[str, Any], dict[tuple[int, int], _log.Segment], list[str]]:
     segments = _log.parse(manifest.get("log", []))
     tail = tree.get("rows") if isinstance(tree, dict) else None
-    return _log.read(store.folder, segments, tail) if segments and isinstance(tail, dict) else (dict(tail or {}), {})
+    if not segments or not isinstance(tail, dict):
+        return dict(tail or {}), {}, []
+    return _log.read(store.folder, segments, tail)
 
 
 def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:
@@ -334,11 +373,13 @@ def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:
         whole = False
     if not whole:
         raise Damaged(f"{file} is not what was written")
-    if manifest.get("format") != FORMAT:
+    if isinstance(manifest, dict) and "format" in manifest and manifest["format"] != FORMAT:
         raise InputError(
-            f"{file} has format {manifest.get('format')!r}, and this version of hypergrad reads format {FORMAT}: use "
+            f"{file} has format {manifest['format']!r}, and this version of hypergrad reads format {FORMAT}: use "
             "the version that wrote it, or another folder."
         )
+    if wrong := _malformed(manifest):
+        raise Damaged(f"{file} is not of the form that hypergrad writes: {wrong}")
     if manifest["step"] != step:
         raise Damaged(f"{file} belongs to step {manifest['step']}, not {step}")
     if manifest["store"] != store.name:
@@ -347,6 +388,44 @@ def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:
             "pass hg.outer.orbax(folder) for the first, the folder alone for npz."
         )
     return manifest
+
+
+def _malformed(manifest: Any) -> str:
+    """What a manifest has that `write` does not write, though its checksum is right; "" if there is nothing."""
+    number = lambda x: type(x) is int and 0 <= x < 1 << 62
+    text = lambda x: isinstance(x, str)
+    each = lambda x, kind: isinstance(x, list) and all(map(kind, x))
+    strings = lambda x: isinstance(x, dict) and all(map(text, x.values()))
+    file = lambda x: isinstance(x, dict) and number(x.get("size")) and text(x.get("sha256"))
+    leaf = lambda x: (
+        isinstance(x, dict)
+        and text(x.get("path"))
+        and each(x.get("shape"), number)
+        and text(x.get("dtype"))
+        and (x.get("sha256", 0) is None or text(x.get("sha256")))
+    )
+    forms: dict[str, Callable[[Any], bool]] = {
+        "format": number,
+        "step": number,
+        "store": text,
+        "config": strings,
+        "notes": lambda x: isinstance(x, dict),
+        "treedef": text,
+        "leaves": lambda x: each(x, leaf) and len({entry["path"] for entry in x}) == len(x),
+        "files": lambda x: isinstance(x, dict) and all(map(file, x.values())),
+    }
+    if not isinstance(manifest, dict):
+        return f"it is a {type(manifest).__name__}"
+    for name, sound in forms.items():
+        if name not in manifest:
+            return f"it has no {name}"
+        if not sound(manifest[name]):
+            return f"its {name} is {repr(manifest[name])[:80]}"
+    try:
+        _log.parse(manifest.get("log", []))
+    except Damaged as error:
+        return str(error)
+    return ""
 
 
 def _bytes(path: Path) -> bytes:

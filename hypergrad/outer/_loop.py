@@ -86,13 +86,14 @@ class Driver:
     start: tuple[PyTree, PyTree]
     began: float
 
-    def follow(self, interrupts: Interrupts, show: Callable[[dict[str, Any], int, int], None]) -> TuneStatus:
+    def follow(self, interrupts: Interrupts, show: Callable[..., None] | None) -> TuneStatus:
         """Call after call until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
         status = self.ask() if self.run.count else None  # a resumed run may have ended, or been stopped by a callback
         while status is None:
             steps = self.advance()
             interrupts.check()
-            show(metrics_of(self.notes, self.run.count - 1), self.run.tally.skipped, steps)
+            if show is not None:
+                show(metrics_of(self.notes, self.run.count - 1), self.run.tally.skipped, steps)
             status = self.ask()
             if self.run.count % self.limits.every == 0:
                 with interrupts.held():

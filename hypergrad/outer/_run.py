@@ -86,48 +86,65 @@ class Notes:
     Attributes:
         rows: see `Rows`; those beyond `Run.count` are empty, or belong to a call that was cut off.
         layout: of the scalars in a row.
+        columns: where each scalar stands, by kind, in the order of the columns.
         started: the clock when the run began, less the time that a resumed run was away.
     """
 
     rows: Rows | None = None
     layout: Layout | None = None
+    columns: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def names(self, *kinds: str) -> list[str]:
-        """Of the scalars in a row; see `Layout`."""
-        assert self.layout is not None
-        return self.layout.names(*kinds)
+    def arrange(self, layout: Layout) -> None:
+        """From now on, rows have these columns."""
+        self.layout = layout
+        self.columns = {
+            "floats": layout.names("float"),
+            "integers": layout.names("int", "bool"),
+            "naturals": layout.names("uint"),
+            "booleans": layout.names("bool"),
+        }
 
     def taken(self, first: int, last: int) -> Rows:
         """Rows of these steps, without a copy."""
         assert self.rows is not None
-        return Rows(*(table[first:last] for table in self.rows))
+        return Rows(*[table[first:last] for table in self.rows])
 
 
 def note(notes: Notes, count: int, steps: int, report: Report) -> None:
     """Wait for a call and write down what it reports of its steps, as rows `count` and on."""
-    floats, integers, naturals = (
-        np.atleast_2d(np.asarray(part))[:steps] for part in (report.floats, report.integers, report.naturals)
-    )
-    width = len(report.layout.names("float"))
-    seconds = np.full((steps, 1), time.perf_counter() - notes.started)
-    new = Rows(np.concatenate([floats[:, :width], seconds], axis=1), integers, naturals, floats[:, width:])
+    floats, integers = np.asarray(report.floats), np.asarray(report.integers)
     if notes.layout != report.layout:
         if notes.layout is not None:
             notes.rows = _rearranged(notes.taken(0, count), notes.layout, report.layout)
-        notes.layout = report.layout
-    if notes.rows is None or len(notes.rows.scalars) < count + steps:
-        old = Rows(*(part[:0] for part in new)) if notes.rows is None else notes.taken(0, count)
-        most = max(64, 2 * count, count + steps)
-        scalars, integers, naturals, hparams = old
+        notes.arrange(report.layout)
+    if floats.ndim == 1:
+        floats, integers = floats[None], integers[None]
+    naturals = np.zeros((steps, 0)) if report.naturals is None else np.atleast_2d(np.asarray(report.naturals))
+    width, end = len(notes.columns["floats"]), count + steps
+    if notes.rows is None:
+        notes.rows = Rows(floats[:0, : width + 1], integers[:0], naturals[:0], floats[:0, width:])
+        if floats.shape[1] == width:  # no hyperparameter has an entry
+            notes.rows = notes.rows._replace(scalars=np.zeros((0, width + 1)))
+    if len(notes.rows.scalars) < end:
+        scalars, whole, natural, hparams = notes.taken(0, count)
+        most = max(64, 2 * count, end)
         notes.rows = Rows(
             _grown(scalars, most, np.float64),
-            _grown(integers, most, np.int64),
-            _grown(naturals, most, np.uint64),
+            _grown(whole, most, np.int64),
+            _grown(natural, most, np.uint64),
             _grown(hparams, most, hparams.dtype),
         )
-    for table, part in zip(notes.rows, new, strict=True):
-        table[count : count + steps] = part
+    rows = notes.rows
+    rows.scalars[count:end, :width] = floats[:steps, :width]
+    rows.scalars[count:end, width] = time.perf_counter() - notes.started
+    rows.hparams[count:end] = floats[:steps, width:]
+    rows.integers[count:end] = integers[:steps]
+    if report.naturals is not None:
+        rows.naturals[count:end] = naturals[:steps]
+
+
+_DTYPES = {"scalars": np.float64, "integers": np.int64, "naturals": np.uint64}
 
 
 def _grown(old: np.ndarray, rows: int, dtype: Any) -> np.ndarray:
@@ -152,13 +169,13 @@ def _rearranged(rows: Rows, old: Layout, new: Layout) -> Rows:
 
 def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
     """What one step reported, as Python numbers by name."""
-    rows = notes.taken(step, step + 1)
-    assert notes.layout is not None
-    names = notes.layout.names
-    found: dict[str, Any] = dict(zip([*names("float"), "seconds"], rows.scalars[0].tolist(), strict=True))
-    found |= dict(zip(names("int", "bool"), rows.integers[0].tolist(), strict=True))
-    found |= dict(zip(names("uint"), rows.naturals[0].tolist(), strict=True))
-    found |= {name: bool(found[name]) for name in names("bool")}
+    rows, columns = notes.rows, notes.columns
+    assert rows is not None and notes.layout is not None
+    found: dict[str, Any] = dict(zip([*columns["floats"], "seconds"], rows.scalars[step].tolist(), strict=True))
+    found.update(zip(columns["integers"], rows.integers[step].tolist(), strict=True))
+    found.update(zip(columns["naturals"], rows.naturals[step].tolist(), strict=True))
+    for name in columns["booleans"]:
+        found[name] = bool(found[name])
     if not found.pop("computed"):
         for name in (*notes.layout.metrics, *notes.layout.extra):
             found[name] = float(found[name]) if isinstance(found[name], float) else math.nan
@@ -167,32 +184,36 @@ def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
 
 def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float) -> Tally:
     """The tally after these steps."""
-    rows, integers, floats = notes.taken(first, last), notes.names("int", "bool"), notes.names("float")
-    good = rows.integers[:, integers.index("status")] <= int(Status.INSENSITIVE)
-    taken = rows.integers[:, integers.index("accepted")].astype(bool)
-    values = rows.scalars[:, floats.index("value")][taken]
-    estimates = rows.scalars[:, floats.index("error_estimate")][taken]
-    since = _after_last(taken)
+    floats, integers = notes.columns["floats"].index, notes.columns["integers"].index
+    rows = notes.taken(first, last)
+    good = rows.integers[:, integers("status")] <= _USABLE
+    taken = rows.integers[:, integers("accepted")] != 0
+    values = rows.scalars[taken, floats("value")].tolist()
     waited, reference = tally.waited, tally.reference
-    for value in values.tolist():
-        if value >= reference - min_delta if reference == reference else False:
+    for value in values:
+        if value >= reference - min_delta:  # not at the first, whose reference is NaN
             waited += 1
         else:
             waited, reference = 0, value
+    estimates = rows.scalars[taken, floats("error_estimate")]
+    usable, accepted = int(np.count_nonzero(good)), len(values)
     return Tally(
-        skipped=tally.skipped + int(np.sum(~good)),
-        in_a_row=_after_last(good) + (0 if good.any() else tally.in_a_row),
-        accepted=tally.accepted + len(values),
-        rejected=int(np.sum(good[len(good) - since :])) + (0 if taken.any() else tally.rejected),
+        skipped=tally.skipped + len(good) - usable,
+        in_a_row=_after_last(good) if usable else tally.in_a_row + len(good),
+        accepted=tally.accepted + accepted,
+        rejected=np.count_nonzero(good[len(good) - _after_last(taken) :]) if accepted else tally.rejected + usable,
         waited=waited,
         reference=reference,
-        unknown=tally.unknown + int(np.sum(np.isposinf(estimates))),
+        unknown=tally.unknown + int(np.count_nonzero(estimates == np.inf)),
     )
 
 
+_USABLE = int(Status.INSENSITIVE)
+
+
 def _after_last(flags: np.ndarray) -> int:
-    """How many entries there are after the last that holds."""
-    return int(np.argmax(flags[::-1])) if flags.any() else len(flags)
+    """How many entries there are after the last that holds; one does."""
+    return int(flags[::-1].argmax())
 
 
 def shown_rows(shown: Mapping[str, PyTree], steps: int) -> tuple[Mapping[str, PyTree], ...]:
@@ -253,6 +274,8 @@ def like(manifest: Mapping[str, Any], start: Run, templates: Mapping[str, PyTree
     widths["naturals"] = len(layout.names("uint"))
     for name in Rows._fields:
         shape = tables[name].shape if name in tables else (saved["count"] - sealed, 0)
+        if name in tables and tables[name].dtype != _DTYPES.get(name, tables[name].dtype):
+            raise Damaged(f"the table {name} holds {tables[name].dtype}")
         if len(shape) != 2 or shape[0] + sealed != saved["count"] or shape[1] != widths.get(name, shape[1]):
             raise Damaged(f"the table {name} does not hold {saved['count']} rows of what the run reports")
     pending = saved["count"] - saved["answered"]
@@ -266,7 +289,7 @@ def unpack(
 ) -> Run:
     """The run that `pack` was given; fills in the notes."""
     saved = manifest["notes"]
-    notes.layout = _layout(saved)
+    notes.arrange(_layout(saved))
     count = saved["count"]
     notes.rows = Rows(*(np.asarray(tables.get(name, np.zeros((count, 0)))) for name in Rows._fields))
     notes.started = time.perf_counter() - float(notes.rows.scalars[count - 1, -1])

@@ -81,13 +81,13 @@ class Report:
     Attributes:
         floats: scalars, then hyperparameters or their summary.
         integers: signed integers and booleans.
-        naturals: unsigned integers.
+        naturals: unsigned integers; None where there are none.
         layout: what stands where.
     """
 
     floats: Array
     integers: Array
-    naturals: Array
+    naturals: Array | None
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
@@ -356,7 +356,7 @@ def _make_report(taken: Taken, hparams: PyTree) -> Report:
     integers = jnp.stack([x.astype(jnp.result_type(int)) for kind in ("int", "bool") for x in of(kind)])
     naturals = [x.astype(jnp.result_type(jnp.uint32, *of("uint"))) for x in of("uint")]
     layout = Layout(tuple(kinds.items()), tuple(out.metrics), tuple(info.extra))
-    return Report(floats, integers, jnp.stack(naturals) if naturals else jnp.zeros(0, jnp.uint32), layout)
+    return Report(floats, integers, jnp.stack(naturals) if naturals else None, layout)
 
 
 def _kind(dtype: Any) -> str:

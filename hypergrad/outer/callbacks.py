@@ -73,7 +73,9 @@ def end(callbacks: tuple[Callback, ...], result: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Callable[[Mapping[str, Any], int, int], None]]:
+def progress_bar(
+    total: int, done: int = 0, *, show: bool
+) -> Iterator[Callable[[Mapping[str, Any], int, int], None] | None]:
     """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status.
 
     Nothing is shown where tqdm is not installed, or where stderr is no terminal.
@@ -84,11 +86,11 @@ def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Callable[
         show: whether to show it.
 
     Yields:
-        `update(metrics of the last step, skipped, steps since the last update)`.
+        `update(metrics of the last step, skipped, steps since the last update)`; None where nothing is shown.
     """
     bar = _tqdm(total, done) if show else None
     if bar is None:
-        yield lambda metrics, skipped, steps: None
+        yield None
         return
 
     def update(metrics: Mapping[str, Any], skipped: int, steps: int) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hypergrad as hg
 from experiments.reliability.damage import KINDS, damage
 from hypergrad import outer
 from hypergrad.checkpoints import checkpoint
@@ -334,3 +335,142 @@ def test_a_disk_that_takes_half_of_what_it_is_given_gets_the_rest(tmp_path, monk
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data)[: max(1, len(data) // 2)]))
     outer.save(tmp_path, TREE, step=1)
     assert_same_bits(outer.load(tmp_path, TREE).tree, TREE)
+
+
+def put(*keys, value):
+    """A change of a manifest: another value at a place in it."""
+
+    def change(manifest):
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        if value is Ellipsis:
+            del manifest[keys[-1]]
+        else:
+            manifest[keys[-1]] = value
+
+    return change
+
+
+WRONG = (None, True, -1, 1.5, "x", [], {}, [3], {"x": 3}, [[1]], 10**30, ...)
+FORGERIES = {
+    **{
+        f"{name} {value!r}": put(name, value=value)
+        for name in ("step", "store", "config", "notes", "treedef", "leaves", "files")
+        for value in WRONG
+        if (name, repr(value)) not in {("notes", "{}"), ("config", "{}"), ("notes", "{'x': 3}"), ("treedef", "'x'")}
+    },
+    **{
+        f"leaf {name} {value!r}": put("leaves", 0, name, value=value)
+        for name in ("path", "shape", "dtype", "sha256")
+        for value in WRONG
+    },
+    **{
+        f"file {name} {value!r}": put("files", "leaves.npz", name, value=value)
+        for name in ("size", "sha256")
+        for value in WRONG
+    },
+    "two leaves of one path": lambda manifest: manifest["leaves"].append(manifest["leaves"][0]),
+    "no leaves": lambda manifest: manifest["leaves"].clear(),
+    "log": lambda manifest: manifest.update(log=[[0, 256, "x", 1]], notes={}),
+    "nothing at all": lambda manifest: manifest.clear(),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_manifest_of_another_form_is_damage_though_its_checksum_is_right(tmp_path, forgery):
+    """Or another tree, where it describes one; never an error that says nothing of the file."""
+    for step in (1, 2):
+        outer.save(tmp_path, {"a": np.full(2, float(step))}, step=step)
+    sign(tmp_path / "step-000000000002", FORGERIES[forgery])
+    named = ""
+    try:
+        loaded, named = read_quietly(tmp_path, {"a": np.zeros(2)})
+        assert loaded.step == 1
+    except hg.InputError as error:
+        named = str(error)
+    assert "step-000000000002" in named
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"null", b'{"manifest": []}', b"\xff\xfe", b"[" * 10**5, b""])
+def test_what_is_no_manifest_is_damage(tmp_path, text):
+    for step in (1, 2):
+        outer.save(tmp_path, {"a": np.zeros(2)}, step=step)
+    (tmp_path / "step-000000000002" / "manifest.json").write_bytes(text)
+    assert read_quietly(tmp_path, {"a": np.zeros(2)})[0].step == 1
+    for other in ([], 3, None, "x"):
+        (tmp_path / "step-000000000002" / "manifest.json").write_bytes(checkpoint._encode(other))
+        assert read_quietly(tmp_path, {"a": np.zeros(2)})[0].step == 1
+
+
+@pytest.mark.parametrize("read_at", ["digests", "open_regular", "_identity"])
+def test_a_reader_that_a_writer_overtakes_looks_again(tmp_path, monkeypatch, read_at):
+    """At whatever instant the writer replaces all three checkpoints, the reader gets a whole one, without a warning."""
+    from hypergrad.checkpoints import _durable
+
+    tree = {"a": np.zeros(2)}
+    for step in range(3):
+        outer.save(tmp_path, tree, step=step)
+    module = checkpoint if read_at == "_identity" else _durable
+    real, calls = getattr(module, read_at), 0
+    for overtaken in range(6):
+        calls, begun = 0, checkpoint._candidates(tmp_path)[0][0] + 1
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == overtaken + 1:
+                monkeypatch.setattr(module, read_at, real)
+                for step in range(begun, begun + 3):
+                    outer.save(tmp_path, tree, step=step)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, read_at, call)
+        loaded, warned = read_quietly(tmp_path, tree)
+        monkeypatch.setattr(module, read_at, real)
+        assert warned == "" and begun - 1 <= loaded.step <= begun + 2
+
+
+def test_a_reader_beside_a_writer_never_fails(tmp_path):
+    import threading
+
+    tree, stop, failed = {"a": np.zeros(2)}, threading.Event(), []
+    outer.save(tmp_path, tree, step=0)
+
+    def write():
+        step = 1
+        while not stop.is_set():
+            outer.save(tmp_path, tree, step=step)
+            step += 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(300):
+            try:
+                warned = read_quietly(tmp_path, tree)[1]
+            except Exception as error:
+                failed.append(repr(error))
+            else:
+                failed += [warned] if warned else []
+    finally:
+        stop.set()
+        thread.join()
+    assert failed == []
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "link to nothing", "link to itself", "folder", "pipe"])
+def test_a_lock_that_is_no_file_is_named(tmp_path, kind):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = folder / "lock"
+    (tmp_path / "target").write_text("precious")
+    {
+        "link to a file": lambda: lock.symlink_to(tmp_path / "target"),
+        "link to nothing": lambda: lock.symlink_to(tmp_path / "nothing"),
+        "link to itself": lambda: lock.symlink_to(lock),
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+    }[kind]()
+    with pytest.raises(CheckpointError, match=r"run/lock is not a regular file.*delete it"):
+        outer.save(folder, {"a": np.zeros(2)}, step=1)
+    assert (tmp_path / "target").read_text() == "precious" and not (tmp_path / "nothing").exists()
