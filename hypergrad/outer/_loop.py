@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -30,6 +31,8 @@ from hypergrad.outer._run import Cursor, Notes, Run, counted, metrics_of, note, 
 from hypergrad.outer._signals import Interrupts
 from hypergrad.outer._step import Loop, make_block, words
 from hypergrad.outer.callbacks import Callback, end, shows
+
+_LOG = logging.getLogger("hypergrad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Driver:
         callbacks: the caller's functions.
         templates: what they may see, by name.
         always: whether everything proposed is accepted at once, as with optax.
+        estimates: whether the solver's method has an error that can be estimated.
         limits: see `Limits`.
         keeper: of the checkpoints; None to keep none.
         notes: what the steps reported.
@@ -79,6 +83,7 @@ class Driver:
     callbacks: tuple[Callback, ...]
     templates: Mapping[str, PyTree]
     always: bool
+    estimates: bool
     limits: Limits
     keeper: Keeper | None
     notes: Notes
@@ -188,6 +193,13 @@ class Driver:
         """The result, once nothing more can happen, with what there is to say about it."""
         if status is TuneStatus.FAILED:
             self.warn_failed()
+        if self.run.tally.unknown and self.estimates:
+            _LOG.warning(
+                "tune: %d of the %d steps taken had an error_estimate of inf: nothing is known about the error of "
+                "those hypergradients, whose direction may be good where their size is not; hg.check measures it.",
+                self.run.tally.unknown,
+                self.run.tally.accepted,
+            )
         result = self.finish(status)
         try:
             end(self.callbacks, result)
@@ -211,7 +223,7 @@ class Driver:
         where = (
             f"result.best holds the best step before, {best.step} with outer loss {best.value:.6g}."
             if tally.accepted
-            else "No step before it was usable: result.best is the start."
+            else "No step before it was usable: result.best is the start. What was trained since is in result.params."
         )
         warn(f"tune: stopped after {tally.in_a_row} unusable hypergradients in a row. {where} The last was {advice}")
 

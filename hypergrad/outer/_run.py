@@ -197,11 +197,12 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
             waited, reference = 0, value
     estimates = rows.scalars[taken, floats("error_estimate")]
     usable, accepted = int(np.count_nonzero(good)), len(values)
+    rejected = int(np.count_nonzero(good[len(good) - _after_last(taken) :])) if accepted else tally.rejected + usable
     return Tally(
         skipped=tally.skipped + len(good) - usable,
         in_a_row=_after_last(good) if usable else tally.in_a_row + len(good),
         accepted=tally.accepted + accepted,
-        rejected=np.count_nonzero(good[len(good) - _after_last(taken) :]) if accepted else tally.rejected + usable,
+        rejected=rejected,
         waited=waited,
         reference=reference,
         unknown=tally.unknown + int(np.count_nonzero(estimates == np.inf)),

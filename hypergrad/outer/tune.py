@@ -90,6 +90,8 @@ def tune(
     SIGTERM handler of the program's own is called first). An exception raised by a callback or by the data propagates
     with its type; its attribute `result` holds what there is.
 
+    A step whose `error_estimate` is inf is taken; the logger `hypergrad` says once, at the end, how many there were.
+
     With `checkpoint`, the same call made again goes on where the run was, however it ended, and its result is the same
     to the bit (wall times aside) as that of a run that was never stopped; a finished run returns its result. What was
     done since the last checkpoint is done again, callbacks included; one that stopped the run or raised is asked again.
@@ -203,6 +205,7 @@ def tune(
             callbacks=functions,
             templates=templates,
             always=not isinstance(outer, Controller),
+            estimates=solver.about.differentiates in ("optimum", "path"),
             limits=limits,
             keeper=keeper,
             notes=notes,

@@ -15,7 +15,7 @@ from hypergrad import domains
 from hypergrad._data import minibatches, stream
 from hypergrad._solver import Status
 from hypergrad.outer import TuneStatus
-from tests._helpers import assert_trees_close, assert_trees_equal, relative_error, tol
+from tests._helpers import assert_trees_close, assert_trees_equal, relative_error, shard_rows, tol
 from tests.outer import _ridge
 from tests.outer._ridge import START, TRAIN, VALID, counted, optimum, outer_loss, ridge, run, weights
 
@@ -342,3 +342,86 @@ def test_to_check_labels_the_losses_are_not_traced_once_more():
         return len(calls)
 
     assert traces(jnp.int32) == traces(jnp.float32)
+
+
+def test_steps_of_which_nothing_is_known_are_counted_and_said_once(caplog):
+    def unknown(differentiates):
+        solver = ridge()
+
+        def hypergrad(*args, **kwargs):
+            out, state = solver.hypergrad(*args, **kwargs)
+            estimate = jnp.where(state["calls"] % 3 == 0, jnp.inf, 0.1)
+            return out._replace(info=out.info._replace(error_estimate=estimate)), state
+
+        caplog.clear()
+        run(solver._replace(hypergrad=hypergrad, about=hg.About(differentiates=differentiates)), steps=9)
+        return [record.getMessage() for record in caplog.records if record.name == "hypergrad"]
+
+    (said,) = unknown("optimum")
+    assert "3 of the 9 steps" in said and "error_estimate of inf" in said and "hg.check" in said
+    assert unknown("direct") == unknown("response") == unknown("unknown") == []
+
+
+def test_whole_numbers_keep_all_their_digits(x64):
+    large = 2**31 - 5
+    solver = ridge()
+
+    def hypergrad(*args, **kwargs):
+        out, state = solver.hypergrad(*args, **kwargs)
+        seen = {"count": jnp.int32(large), "word": jnp.uint32(2**32 - 3), "byte": jnp.int8(-7), "flag": jnp.bool_(True)}
+        if x64:
+            seen |= {"long": jnp.int64(2**62 + 1), "longest": jnp.uint64(2**64 - 1)}
+        info = out.info._replace(
+            inner_steps=jnp.int32(2**24 + 1), extra=out.info.extra | {"rows": jnp.int32(2**24 + 3)}
+        )
+        return out._replace(metrics=seen, info=info), state
+
+    for several in (1, 2):
+        shown = []
+        history = run(
+            solver._replace(hypergrad=hypergrad), steps=3, steps_per_call=several,
+            callbacks=lambda step, metrics: shown.append(metrics),
+        ).history  # fmt: skip
+        expected = {"count": large, "word": 2**32 - 3, "byte": -7, "flag": True}
+        expected |= {"long": 2**62 + 1, "longest": 2**64 - 1} if x64 else {}
+        for name, value in expected.items():
+            assert list(history.metrics[name]) == [value] * 3 and history.metrics[name].dtype.kind in "iub"
+            assert all(metrics[name] == value and type(metrics[name]) is type(value) for metrics in shown)
+        assert list(history.inner_steps) == [2**24 + 1] * 3 and list(history.extra["rows"]) == [2**24 + 3] * 3
+
+
+def test_after_failures_at_the_start_the_warning_names_what_was_trained():
+    with pytest.warns(UserWarning, match=r"result.best is the start.*trained since is in result\.params"):
+        run(ridge(nan_at(0, 1)), steps=2)
+
+
+def test_parameters_and_hyperparameters_may_both_be_sharded(devices):
+    """Two programs in flight, each with collectives of its own, can wait for each other for ever: a step is one."""
+    x, y = TRAIN
+    wide = np.tile(x, (1, 4))[:, :16]
+
+    def inner(w, h, batch):
+        return jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.sum(jnp.exp(h) * w**2)
+
+    problem = hg.Problem(inner, lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
+    solver = hg.implicit(problem, inner=hg.inner.gradient(optax.sgd(0.01), steps=3), linear=hg.linear.neumann(3))
+    start = {"params": jnp.zeros(16), "hparams": jnp.full(16, -2.0)}
+    found = []
+    for place in (lambda tree: tree, lambda tree: shard_rows(tree, devices)):
+        placed = {name: place(leaf) for name, leaf in start.items()}
+        result = hg.tune(
+            solver, **placed, train=(wide, y), valid=(wide[::2], y[::2]), outer=optax.adam(0.1), steps=12,
+            progress=False, callbacks=lambda step, metrics: None,
+        )  # fmt: skip
+        found.append(result)
+    plain, sharded = found
+    assert sharded.best.params.sharding.device_set == set(devices)
+    np.testing.assert_allclose(sharded.history.value, plain.history.value, rtol=tol(1e-10, 1e-4))
+    assert_trees_close(np.asarray(sharded.hparams), np.asarray(plain.hparams), tol(1e-10, 1e-3))
+
+
+def test_a_weakly_typed_start_compiles_once():
+    problem = hg.Problem(lambda w, h, b: (w - h) ** 2, lambda w, h, b: (w - 1.0) ** 2)
+    solver, traces = counted(hg.implicit(problem))
+    hg.tune(solver, jnp.array(0.0), jnp.array(0.3), outer=optax.adam(0.1), steps=4, progress=False)
+    assert len(traces) == 1
