@@ -208,8 +208,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "unrolled: truncation off by one",
         "solvers/unrolled.py",
-        "min(int(truncate), steps)",
-        "min(int(truncate) + 1, steps)",
+        "steps if truncate is None else int(truncate)",
+        "steps if truncate is None else min(int(truncate) + 1, steps)",
         (UNROLLED,),
     ),
     Mutation(
@@ -305,15 +305,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "optimum: linearized before polishing",
         "inner/_optimum.py",
-        "        steps = steps + polished\n        system = linearize(inner, objective, solution, hparams)\n",
-        "        steps = steps + polished\n",
+        "linearize(inner, objective, c.params, hparams)",
+        "linearize(inner, objective, params, hparams)",
         (FORMS, AGREEMENT),
     ),
     Mutation(
         "optimum: residual not relative",
         "inner/_optimum.py",
-        "residual = norm / jnp.where(largest > 0, largest, 1)",
-        "residual = norm",
+        "residual = c.norm / jnp.where(size > 0, size, 1)",
+        "residual = c.norm",
         (FORMS, STATUSES),
     ),
     Mutation(
