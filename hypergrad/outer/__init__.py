@@ -13,4 +13,6 @@ from hypergrad.outer._result import TuneStatus as TuneStatus
 from hypergrad.outer.callbacks import Callback as Callback
 from hypergrad.outer.controllers import Controller as Controller
 from hypergrad.outer.controllers import set_options as set_options
+from hypergrad.outer.hoag import hoag as hoag
+from hypergrad.outer.lbfgs import lbfgs as lbfgs
 from hypergrad.outer.tune import tune as tune
