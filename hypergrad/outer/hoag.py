@@ -6,8 +6,8 @@ r"""HOAG: gradient descent on hyperparameters with accuracies that grow as the r
 
 Early steps are cheap, since ε starts large, and the run still converges if Σ ε_k is finite.
 Source: Pedregosa 2016, arXiv:1602.02355. Differs: a step is judged by its own length, where the collected code takes
-that of the next one, and a refusal really goes back; ε is relative to the natural scale of each system and s = |f_{k−1}|,
-so that no unit matters.
+that of the next one, and a refusal really goes back; ε is relative to the natural scale of each system, and s is
+|f_{k−1}|, so that no unit matters.
 Cost: one hypergradient a step, a refused one included.
 """
 
