@@ -138,7 +138,8 @@ def _checked(schedule: Any) -> Callable[[Any], Any]:
             f"hoag: schedule must be one of {', '.join(map(repr, _SCHEDULES))}, or a function of the step number, "
             f"found {schedule!r}."
         )
-    values = np.asarray([float(schedule(k)) for k in (0, 10**3, 10**6)])
+    share: Callable[[Any], Any] = schedule
+    values = np.asarray([float(share(k)) for k in (0, 10**3, 10**6)])
     if not (np.all(np.isfinite(values)) and np.all(values >= 0)):
         raise InputError(f"hoag: schedule gave {values.tolist()} at steps 0, 1e3 and 1e6: it must be at least 0.")
     # Where k ε_k does not fall over three decades the sum behaves like that of 1/k, or worse.
