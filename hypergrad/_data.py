@@ -122,7 +122,7 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
 
     Raises:
         InputError: for empty data, leading axes of different lengths, or a size outside [1, n].
-        InputTypeError: for a size that is no integer, or leaves that are no arrays.
+        InputTypeError: for a size that is not an integer, or leaves that are not arrays.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> hg.minibatches((jnp.zeros((10, 3)), jnp.zeros(10)), 4).size
@@ -152,7 +152,7 @@ def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
 
     Raises:
         InputError: if `per_step` is not positive.
-        InputTypeError: if it is no integer, or if there is nothing to iterate over.
+        InputTypeError: if it is not an integer, or if there is nothing to iterate over.
 
     >>> import hypergrad as hg, numpy as np
     >>> hg.stream([np.zeros(4), np.ones(4)], per_step=3).next().batches.shape

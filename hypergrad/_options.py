@@ -78,7 +78,7 @@ class Number(NamedTuple):
         return f"{'at most' if shut else 'less than'} {high:g}" if math.isfinite(high) else ""
 
     def check(self, function: str, name: str, value: Any) -> None:
-        """Raise for what is no number, or one out of range; traced values pass unless the number is static."""
+        """Raise unless the value is a number in the range; traced values pass unless the number is static."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(value) if self.every else [((), value)]:
             self._check(f"{function}: {name}{keystr(path)} must be", leaf)
 

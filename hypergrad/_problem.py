@@ -112,7 +112,7 @@ class Objective(NamedTuple):
         stochastic: `(params, hparams, model_state, step) -> (loss, model_state)`; draws the batch and key of `step`.
         fixed: `(params, hparams) -> loss`; one batch, one key and one model state, the same at every call: what is
             solved to a tolerance, and what the Hessian and the cross product are taken of.
-        batch: `step -> (batch, key)`, what `stochastic` draws; for maps that are no losses.
+        batch: `step -> (batch, key)`, what `stochastic` draws; for maps that are not losses.
         fixed_batch: `(batch, key)` that `fixed` uses.
         outputs: `(params, hparams) -> model outputs`, for losses made by `hg.compose`; else None.
         loss_of_outputs: `(outputs, params, hparams) -> loss`, for losses made by `hg.compose`; else None.

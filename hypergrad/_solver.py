@@ -68,7 +68,7 @@ _ADVICE = {
     Status.OK: "Every tolerance that was asked for is met; `error_estimate` says how accurate the hypergradient is.",
     Status.PRECISION_LIMITED: (
         "The tolerance is below what the floating-point precision can give on this problem: the residual stopped "
-        "falling at rounding level. The hypergradient is as accurate as it gets here, and `error_estimate` says how "
+        "falling at rounding level. No solve in this precision is more accurate, and `error_estimate` says how "
         "accurate that is. Loosen `tol`, standardise the features, or compute in float64 "
         "(`jax.config.update('jax_enable_x64', True)`)."
     ),

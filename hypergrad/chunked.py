@@ -38,8 +38,8 @@ def chunked(loss: Callable[..., Any], chunks: int) -> Callable[..., Any]:
         A loss with the same arguments, for `hg.Problem`.
 
     Raises:
-        InputTypeError: for a loss that is no function of these arguments, one made by `hg.compose` (chunk the batch
-            that both of its parts see instead), or a number of chunks that is no integer.
+        InputTypeError: for a loss that is not a function of these arguments, one made by `hg.compose` (chunk the batch
+            that both of its parts see instead), or a number of chunks that is not an integer.
         InputError: for fewer than one chunk. When the loss is called: for rows that the chunks do not divide, and for a
             loss that carries a model state.
 
@@ -77,8 +77,8 @@ def chunked(loss: Callable[..., Any], chunks: int) -> Callable[..., Any]:
             out = loss(params, hparams, part, *(jax.random.fold_in(k, j) for k in key))
             if isinstance(out, tuple) and not (len(out) == 2 and isinstance(out[1], dict)):
                 raise InputError(
-                    "chunked: the loss returned a second value that is no dict of metrics: a model state cannot pass "
-                    "from piece to piece; return a scalar, or (scalar, metrics)."
+                    "chunked: the loss returned a second value that is not a dict of metrics: a model state cannot "
+                    "pass from piece to piece; return a scalar, or (scalar, metrics)."
                 )
             return out
 

@@ -63,7 +63,7 @@ def folds(
     Raises:
         InputError: for fewer than two folds or more than rows, labels of another length, or fewer groups (or rows of a
             label) than folds.
-        InputTypeError: for a k that is no integer.
+        InputTypeError: for a k that is not an integer.
         HypergradError: if `stratify` or `groups` is given and scikit-learn is not installed.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp

@@ -99,7 +99,7 @@ def nuclear(v: ArrayLike, strength: ArrayLike) -> Array:
         strength: at least 0, scalar.
 
     Raises:
-        ValueError: for an array that is no matrix.
+        ValueError: for an array that is not a matrix.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> print(hg.prox.nuclear(jnp.diag(jnp.array([3.0, 0.5])), 1.0).round(2) + 0.0)

@@ -2,16 +2,16 @@ r"""Whether the update of the parameters is the gradient of the loss, read from 
 
     F(w) = ∂₁h(w, s)  at  s = stop_gradient(s(w)),     ∂F/∂w = ∂₁₁h + ∂₂₁h · ∂s/∂w,     of which JAX knows ∂₁₁h alone
 
-Targets and averaged copies that are held back, straight-through estimators and rules of one's own that are not the
-derivative make training follow a field that is no gradient. Its Jacobian is then neither symmetric nor what JAX gives
-for it, and a hypergradient through it is wrong by any factor, with residuals at rounding level.
+Targets and averaged copies that are held back, straight-through estimators, and custom rules that are not the derivative
+make training follow a field that is not a gradient. Its Jacobian is then neither symmetric nor what JAX gives for it,
+and a hypergradient through it is wrong by any factor, with residuals at rounding level.
 
 What is harmless is told apart in two steps:
 1. By algebra: a value that is held back often drops out, as the maximum in a softmax, Σ exp(xᵢ − s). A walk over the
    program follows how each value depends on s, v + c s + q log s or v · e^{c s} s^q, until c = q = 0. A loss that
    depends on s through a common factor alone has the same optimum and, there, the same Hessian up to that factor.
 2. By numbers, where algebra cannot tell: the gradient at random values with and without stop_gradient.
-Rules of one's own (`jax.custom_jvp`, `jax.custom_vjp`) are compared with the derivative of the value they come with;
+Custom rules (`jax.custom_jvp`, `jax.custom_vjp`) are compared with the derivative of the value they come with;
 those that JAX itself defines are right.
 Cost: one trace of the loss; two gradients at random values if something is suspicious.
 """
@@ -86,7 +86,7 @@ class Suspect(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a walk meets: the operations that hold parameters back, and those with a rule of one's own."""
+    """What a walk meets: the operations that hold parameters back, and those with a custom rule."""
 
     sites: dict[Site, int]
     rules: dict[int, tuple[Any, int]]

@@ -38,7 +38,7 @@ def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: s
         See `Model`.
 
     Raises:
-        InputTypeError: for something that is no module, or a module class that was not called.
+        InputTypeError: for something that is not a module, or a module class that was not called.
         HypergradError: if equinox is not installed.
 
     >>> import equinox as eqx, jax, jax.numpy as jnp

@@ -45,7 +45,7 @@ def split(
         See `Model`. Every collection beside `"params"` is model state.
 
     Raises:
-        InputTypeError: for something that is no module, or a module class that was not called.
+        InputTypeError: for something that is not a module, or a module class that was not called.
         InputError: for a module without parameters, or of whose two modes only one is given.
         HypergradError: if flax is not installed.
 

@@ -34,7 +34,7 @@ def split(model: Any) -> Model:
         See `Model`.
 
     Raises:
-        InputTypeError: for something that is no module, or a module class that was not called.
+        InputTypeError: for something that is not a module, or a module class that was not called.
         HypergradError: if flax is not installed.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp

@@ -30,7 +30,7 @@ def as_arrays(tree: PyTree) -> tuple[list[Any], list[dict[str, Any]]]:
     """The leaves without key types, still where they are, and what the manifest says of each: path, shape, dtype.
 
     Raises:
-        InputTypeError: for a leaf that is no array and no number.
+        InputTypeError: for a leaf that is neither an array nor a number.
     """
     arrays, entries = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

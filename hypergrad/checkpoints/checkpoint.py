@@ -91,7 +91,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
 
     Raises:
         InputError: for a step or `keep` out of range.
-        InputTypeError: for a leaf that is no array or number, naming its path.
+        InputTypeError: for a leaf that is not an array or number, naming its path.
         CheckpointError: if another process is writing to the folder.
         OSError: if it cannot be written: the checkpoints before it stay as they were.
 

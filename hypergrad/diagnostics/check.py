@@ -149,7 +149,7 @@ def check(
 
     Raises:
         InputError: for a stream, for labels outside their classes, and for mistakes that the solver itself names.
-        InputTypeError: for something that is no solver.
+        InputTypeError: for something that is not a solver.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(inner_loss=lambda w, l2, batch: jnp.sum((w - 2.0)**2) + l2 * jnp.sum(w**2),

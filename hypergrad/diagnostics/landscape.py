@@ -70,7 +70,7 @@ def landscape(
         See `Landscape`.
 
     Raises:
-        InputError: for a name that is no hyperparameter, more than two names, or values that are not a vector.
+        InputError: for a name that is not a hyperparameter, more than two names, or values that are not a vector.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> from hypergrad.diagnostics import landscape

@@ -79,7 +79,7 @@ def hyperparameters(result: Any, *, names: Sequence[str] | None = None, ax: Any 
         The Axes.
 
     Raises:
-        InputError: for a name that is no leaf of the hyperparameters.
+        InputError: for a name that is not a leaf of the hyperparameters.
         HypergradError: if matplotlib is not installed.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
@@ -266,7 +266,8 @@ def _leaf_name(name: str, leaves: dict[str, Any]) -> str:
         if path in leaves:
             return path
     raise InputError(
-        f"hyperparameters: names holds {name!r}, which is no leaf of the hyperparameters: they are {', '.join(leaves)}."
+        f"hyperparameters: names holds {name!r}, which is not a leaf of the hyperparameters: "
+        f"they are {', '.join(leaves)}."
     )
 
 

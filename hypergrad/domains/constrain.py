@@ -15,7 +15,7 @@ from hypergrad.domains._domain import check_domain, prefix, to_constrained
 def constrain(problem: Problem, domain: PyTree) -> Problem:
     r"""The same problem in unconstrained coordinates: its losses take u and evaluate at λ = T(u).
 
-    `hg.tune(..., domain=domain)` does the same for a solver that is already built; this is for loops of one's own.
+    `hg.tune(..., domain=domain)` does the same for a solver that is already built; this is for your own loop.
 
     Args:
         problem: what to transform. Losses keep their keys and model state, those of `hg.compose` their two parts.

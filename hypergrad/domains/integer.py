@@ -30,7 +30,7 @@ def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
 
     Raises:
         InputError: unless `lo < hi`, both whole.
-        InputTypeError: for ends that are no numbers.
+        InputTypeError: for ends that are not numbers.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> float(hg.domains.integer(1, 10).to_constrained(jnp.asarray(0.2)))

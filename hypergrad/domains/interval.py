@@ -24,7 +24,7 @@ def interval(lo: ArrayLike, hi: ArrayLike) -> Domain:
 
     Raises:
         InputError: unless `lo < hi`, both finite.
-        InputTypeError: for ends that are no numbers.
+        InputTypeError: for ends that are not numbers.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> float(hg.domains.interval(0.0, 0.5).to_constrained(jnp.zeros(())))

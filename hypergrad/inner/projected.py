@@ -51,7 +51,7 @@ def projected(
 
     Raises:
         InputError: as `hg.inner.proximal`.
-        InputTypeError: for a projection that is no function of one or two arguments.
+        InputTypeError: for a projection that is not a function of one or two arguments.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> problem = hg.Problem(lambda w, shift, batch: 0.5 * jnp.sum((w - shift)**2), lambda w, shift, batch: w[0])

@@ -92,7 +92,7 @@ def proximal(
     Raises:
         InputError: for an option out of range, `steps` without `step_size`, or a result of another structure or shape
             than the parameters, naming the path.
-        InputTypeError: for a `prox` that is no function of three arguments; for a result of another dtype.
+        InputTypeError: for a `prox` that is not a function of three arguments; for a result of another dtype.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> problem = hg.Problem(lambda w, l1, batch: 0.5 * jnp.sum((w - jnp.array([3.0, 0.1]))**2),

@@ -110,7 +110,7 @@ def check_allowed(allow_changed: Any) -> tuple[str, ...]:
     """The names that may differ, as a tuple.
 
     Raises:
-        InputError: for a name that is none.
+        InputError: for an unknown name.
     """
     names = (allow_changed,) if isinstance(allow_changed, str) else allow_changed
     if not isinstance(names, Iterable):

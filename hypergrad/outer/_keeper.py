@@ -48,7 +48,7 @@ def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any
     """Take hold of the folder until the stack is closed; None if there is none.
 
     Raises:
-        InputError: if the folder cannot be written to, or for a name in `allow_changed` that is none.
+        InputError: if the folder cannot be written to, or for an unknown name in `allow_changed`.
         CheckpointError: if another run writes to it.
     """
     allowed = check_allowed(allow_changed)

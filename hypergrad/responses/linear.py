@@ -50,7 +50,7 @@ def linear(*, rank: int | None = None, centred: bool = True) -> Response:
 
     Raises:
         InputError: for a rank below 1.
-        InputTypeError: for a rank that is no integer.
+        InputTypeError: for a rank that is not an integer.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> response = hg.responses.linear()

@@ -56,7 +56,7 @@ def structured(*, axis: int = -1, centred: bool = True) -> Response:
 
     Raises:
         InputError: from `init`, for an axis that a kernel does not have.
-        InputTypeError: for an axis that is no integer.
+        InputTypeError: for an axis that is not an integer.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3)}

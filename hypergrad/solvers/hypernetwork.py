@@ -141,7 +141,7 @@ def hypernetwork(
     Raises:
         InputError: for an option out of range, for both or none of `scale` and `distribution`; from `init` and
             `hypergrad`, for a missing key, or hyperparameters that are not like those of `init`.
-        InputTypeError: for an optimizer, response or distribution that is none.
+        InputTypeError: for an optimizer, response or distribution of another type.
 
     Warns:
         UserWarning: for a `scale` of 0.

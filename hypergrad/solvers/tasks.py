@@ -72,7 +72,7 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
     Raises:
         InputError: for a number of tasks that is unknown, less than one, or not that of the data, naming the path;
             for `hg.minibatches`, which draw rows and not tasks.
-        InputTypeError: for something that is no solver.
+        InputTypeError: for something that is not a solver.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((w - batch)**2) + l2 * jnp.sum(w**2),
