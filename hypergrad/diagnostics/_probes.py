@@ -165,7 +165,7 @@ def _same(a: PyTree, b: PyTree) -> bool:
 def _reads(
     solve: Callable[..., tuple[Solution, Any]], name: str, data: PyTree, half: int, at: np.ndarray, center: Solution
 ) -> bool | None:
-    """Whether the outer loss changes when one half of the rows is replaced by the other; None where that shows nothing."""
+    """Whether the outer loss changes when one half of the rows replaces the other; None where that shows nothing."""
 
     def replace(x: Any) -> Any:
         rows = np.shape(x)[0] if np.ndim(x) else 0
