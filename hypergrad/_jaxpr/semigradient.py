@@ -2,8 +2,8 @@ r"""Whether the update of the parameters is the gradient of the loss, read from 
 
     F(w) = ∂₁h(w, s)  at  s = stop_gradient(s(w)),     ∂F/∂w = ∂₁₁h + ∂₂₁h · ∂s/∂w,     of which JAX knows ∂₁₁h alone
 
-Targets and averaged copies that are held back, straight-through estimators, and custom rules that are no derivative make
-training follow a field that is not a gradient. Its Jacobian is then neither symmetric nor what JAX gives for it,
+Targets and averaged copies that are held back, straight-through estimators, and custom rules other than the derivative
+make training follow a field that is not a gradient. Its Jacobian is then neither symmetric nor what JAX gives for it,
 and a hypergradient through it is wrong by any factor, with residuals at rounding level.
 
 What is harmless is told apart in two steps:
