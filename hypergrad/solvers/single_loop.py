@@ -53,6 +53,7 @@ from hypergrad.solvers._call import (
     current_params,
     no_influence,
     option_names,
+    owned,
     report,
     require_key,
 )
@@ -261,7 +262,7 @@ def single_loop(
         params, model_state = _tree.where(_tree.all_finite(after), after, before)
         return step.seen.value, info, state._replace(params=params, model_state=model_state)
 
-    return Solver(init, hypergrad, current_params, evaluate, about)
+    return Solver(owned(init), hypergrad, current_params, evaluate, about)
 
 
 def _failed(step: Step) -> Array:
