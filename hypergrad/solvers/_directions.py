@@ -225,7 +225,7 @@ def saba(oracles: Oracles, point: Point, memory: Table, model_state: PyTree) -> 
     """`new − remembered + mean(remembered)` for each term; the mean moves after use (as SOBA's authors)."""
     i, j = oracles.drawn[0]
     new, seen = oracles.terms(0, point, model_state)
-    old = Terms(jax.tree.map(lambda rows: rows[i], memory.inner), jax.tree.map(lambda rows: rows[j], memory.outer))
+    old = Terms(_row(memory.inner, i), _row(memory.outer, j))
     move = directions(_tree.add(_tree.sub(new, old), memory.mean))
     after = oracles.move(point, move)
 
@@ -235,9 +235,20 @@ def saba(oracles: Oracles, point: Point, memory: Table, model_state: PyTree) -> 
         _tree.axpy(1 / oracles.train.count, moved.inner, memory.mean.inner),
         _tree.axpy(1 / oracles.valid.count, moved.outer, memory.mean.outer),
     )
-    inner = jax.tree.map(lambda rows, row: rows.at[i].set(row), memory.inner, kept.inner)
-    outer = jax.tree.map(lambda rows, row: rows.at[j].set(row), memory.outer, kept.outer)
-    return Step(after.params, after.adjoint, move.hparams, Table(inner, outer, mean), seen)
+    table = Table(_put(memory.inner, i, kept.inner), _put(memory.outer, j, kept.outer), mean)
+    return Step(after.params, after.adjoint, move.hparams, table, seen)
+
+
+def _row(table: PyTree, index: Array) -> PyTree:
+    """Row `index` of each leaf. Read inside a conditional, which XLA does not merge with what uses the row: a read that
+    it repeated after the write of the new row would cost a copy of the table in every call.
+    """
+    read = lambda: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), table)
+    return lax.cond(index >= 0, read, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), table))
+
+
+def _put(table: PyTree, index: Array, row: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, index, 0), table, row)
 
 
 def _empty_table(point: Point, train: int, valid: int) -> Table:

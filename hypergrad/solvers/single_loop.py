@@ -227,9 +227,8 @@ def single_loop(
                 return jnp.asarray(value(state.calls), _tree.dtype(state.params))
             return option("step_size") if value is None else state.options[name]
 
-        draws = jax.random.randint(
-            drawn_key, (way.draws(inner_steps), 2), 0, jnp.asarray([[b.count for b in blocks]], jnp.int32), jnp.int32
-        )
+        bits = jax.random.bits(drawn_key, (way.draws(inner_steps), 2), jnp.uint32)  # the same in either precision
+        draws = (bits % jnp.asarray([[b.count for b in blocks]], jnp.uint32)).astype(jnp.int32)
         oracles = Oracles(
             problem, *blocks, draws, loss_key, option("step_size"), option("adjoint_step_size"), option("perturbation"),
             inner_steps,
