@@ -9,6 +9,7 @@ from hypergrad.checkpoints.orbax import orbax as orbax
 from hypergrad.outer._result import Best as Best
 from hypergrad.outer._result import History as History
 from hypergrad.outer._result import Result as Result
+from hypergrad.outer._result import Retrained as Retrained
 from hypergrad.outer._result import TuneStatus as TuneStatus
 from hypergrad.outer.callbacks import Callback as Callback
 from hypergrad.outer.controllers import Controller as Controller

@@ -42,6 +42,7 @@ KEYS = (
     "max_rejections",
     "patience",
     "min_delta",
+    "test",
     "solver",
 )
 

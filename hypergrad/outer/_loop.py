@@ -21,7 +21,7 @@ from jax import Array
 from hypergrad._checks import caller_level
 from hypergrad._data import Stream
 from hypergrad._jaxpr.walk import inner_jaxpr, parts
-from hypergrad._solver import Status
+from hypergrad._solver import Status, usable
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained
 from hypergrad.outer._feed import pull
@@ -30,7 +30,7 @@ from hypergrad.outer._result import Best, Result, TuneStatus, make_history, stat
 from hypergrad.outer._run import Cursor, Notes, Run, counted, metrics_of, note, shown_rows, with_keys
 from hypergrad.outer._signals import Interrupts
 from hypergrad.outer._step import Loop, make_block, words
-from hypergrad.outer.callbacks import Callback, end, shows
+from hypergrad.outer.callbacks import Callback, Progress, end, shows
 
 _LOG = logging.getLogger("hypergrad")
 
@@ -71,6 +71,7 @@ class Driver:
         run: where the run stands.
         start: hyperparameters and parameters as the caller gave them.
         began: the clock at the beginning of this call of `tune`.
+        held_out: `(evaluate, train, test)`: what computes the loss on unseen data in the end; None if there are none.
     """
 
     call: Callable[..., Any]
@@ -90,12 +91,16 @@ class Driver:
     run: Run
     start: tuple[PyTree, PyTree]
     began: float
+    held_out: tuple[Callable[..., Any], PyTree, PyTree] | None = None
 
-    def follow(self, interrupts: Interrupts, show: Callable[..., None] | None) -> TuneStatus:
+    def follow(self, interrupts: Interrupts, show: Progress | None) -> TuneStatus:
         """Call after call until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
         status = self.ask() if self.run.count else None  # a resumed run may have ended, or been stopped by a callback
+        started = False
         while status is None:
-            steps = self.advance()
+            with contextlib.nullcontext() if started or show is None else show.compiling():
+                steps = self.advance()
+            started = True
             interrupts.check()
             if show is not None:
                 show(metrics_of(self.notes, self.run.count - 1), self.run.tally.skipped, steps)
@@ -201,12 +206,25 @@ class Driver:
                 self.run.tally.accepted,
             )
         result = self.finish(status)
+        if status is not TuneStatus.INTERRUPTED:
+            result = result._replace(test=self.test())
         try:
             end(self.callbacks, result)
         except BaseException as error:
             attach(error, lambda: result)
             raise
         return result
+
+    def test(self) -> float | None:
+        """The outer loss on unseen data at the best step; None without such data or such a step."""
+        if self.held_out is None or not self.run.tally.accepted:
+            return None
+        evaluate, train, data = self.held_out
+        best = self.run.loop.best
+        value, info, _ = evaluate(best.state, best.hparams, train, data, key=self.key)
+        if not usable(info.status):
+            _LOG.warning("tune: the loss on the test data has status %s.", status_name(info.status))
+        return float(value)
 
     def raised(self, error: BaseException) -> None:
         """Save, and attach the result to an exception that is on its way to the caller."""

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from hypergrad._checks import install
-from hypergrad._solver import HypergradError, Status
+from hypergrad._solver import HypergradError, InputError, Solver, Status, evaluation
 from hypergrad._tree import PyTree, keystr, size
 
 TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
@@ -154,6 +155,22 @@ SCALARS = (
 )
 
 
+class Retrained(NamedTuple):
+    """A fresh training run at tuned hyperparameters; what `Result.retrain` returns.
+
+    Attributes:
+        params: the parameters, by the solver's response.
+        value: outer loss there.
+        status: name of the solver's status.
+        state: the solver's state.
+    """
+
+    params: PyTree
+    value: float
+    status: str
+    state: Any
+
+
 class Result(NamedTuple):
     """What `hg.tune` returns. Final and best are kept apart; print it for a summary.
 
@@ -167,6 +184,8 @@ class Result(NamedTuple):
         status: see `TuneStatus`.
         state: the solver's state, for `solver.hypergrad(result.state, result.hparams, ...)`.
         outer_state: the outer optimizer's state, over unconstrained hyperparameters.
+        test: outer loss on `tune(test=...)`, which nothing was chosen by, at the best step's hyperparameters; None
+            without such data.
     """
 
     hparams: PyTree
@@ -176,6 +195,47 @@ class Result(NamedTuple):
     status: TuneStatus
     state: Any
     outer_state: Any
+    test: float | None = None
+
+    def retrain(
+        self,
+        solver: Solver,
+        params: PyTree,
+        train: PyTree = None,
+        valid: PyTree = None,
+        *,
+        key: Array | None = None,
+        model_state: PyTree = None,
+        calls: int = 1,
+    ) -> Retrained:
+        """Train afresh at the best step's hyperparameters: what a report should show.
+
+        Args:
+            solver: what trains, usually the one that tuned; on all the data there are, `train` may be larger now.
+            params: where training starts.
+            train: training data, as for `solver.evaluate`.
+            valid: data for the outer loss; None for losses that close over theirs.
+            key: PRNG key, if the losses or the solver need one.
+            model_state: the model's state at the start.
+            calls: how often the solver goes on from where it was, for one that trains a few steps a call.
+
+        Returns:
+            See `Retrained`.
+
+        Raises:
+            InputError: if no step of the run was usable.
+        """
+        if self.best.step < 0:
+            raise InputError("retrain: no step of the run was usable, so there is no best step: see result.status.")
+        hparams = self.best.hparams
+        keys = [None] * (calls + 1) if key is None else list(jax.random.split(key, calls + 1))
+        state = solver.init(params, hparams, key=keys[0], model_state=model_state)
+        evaluate, value, info = jax.jit(evaluation(solver)), None, None
+        for call in keys[1:]:
+            value, info, state = evaluate(state, hparams, train, valid, key=call)
+        if value is None or info is None:
+            raise InputError(f"retrain: calls must be at least 1, found {calls}.")
+        return Retrained(solver.response(state, hparams), float(value), status_name(info.status), state)
 
     def __repr__(self) -> str:
         history, best, steps = self.history, self.best, len(self.history.value)
@@ -192,6 +252,8 @@ class Result(NamedTuple):
                 + ", ".join(f"{status_name(c)} {n}" for c, n in zip(codes, counts, strict=True))
                 + (f"; {skipped} update{'s' * (skipped != 1)} skipped" if skipped else "")
             )
+        if self.test is not None:
+            lines.append(f"  test   outer loss {self.test:.6g} with the hyperparameters of the best step")
         lines.append(f"  final  {_brief(self.hparams)}")
         return "\n".join(lines)
 

@@ -40,12 +40,14 @@ class Kept(NamedTuple):
         value: outer loss; NaN before.
         hparams: constrained.
         params: what the solver's response returned there.
+        state: the solver's state there, if somebody will want it; else None.
     """
 
     step: Array
     value: Array
     hparams: PyTree
     params: PyTree
+    state: Any = None
 
 
 class Loop(NamedTuple):
@@ -105,10 +107,13 @@ class Taken(NamedTuple):
     visited: Any  # the solver's state at the trial, accepted or not
 
 
-def start(respond: Callable[..., PyTree], outer: Any, state: Any, hparams: PyTree, free: PyTree) -> Loop:
+def start(
+    respond: Callable[..., PyTree], outer: Any, state: Any, hparams: PyTree, free: PyTree, *, keep_state: bool = False
+) -> Loop:
     """The loop before its first step; `respond` is the solver's response, compiled."""
     response = respond(state, hparams)
-    best = Kept(jnp.int32(-1), jnp.asarray(jnp.nan, jnp.result_type(float)), hparams, response)
+    nan = jnp.asarray(jnp.nan, jnp.result_type(float))
+    best = Kept(jnp.int32(-1), nan, hparams, response, state if keep_state else None)
     accepted = free if isinstance(outer, Controller) else None
     return Loop(*(strong(part) for part in (jnp.int32(0), state, accepted, free, outer.init(free), best)))
 
@@ -142,7 +147,8 @@ def make_step(
         _check_part("what the solver's response returns", response, loop.best.params)
         value = jnp.asarray(taken.out.value, loop.best.value.dtype)
         better = taken.ok if compares else taken.ok & ~(value >= loop.best.value)  # the first best value is NaN
-        best = _tree.where(better, Kept(loop.step, value, hparams, response), loop.best)
+        here = Kept(loop.step, value, hparams, response, None if loop.best.state is None else strong(taken.visited))
+        best = _tree.where(better, here, loop.best)
         new = strong(Loop(loop.step + 1, taken.solver, taken.accepted, taken.trial, taken.outer, best))
         shown = {"hparams": hparams, "params": response, "state": taken.visited}
         shown = {name: tree for name, tree in shown.items() if name == "hparams" or name in shows}

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad.outer._result import status_name
+
+_LOG = logging.getLogger("hypergrad")
+_EVERY = 10.0  # seconds between two lines of the log
 
 
 class Callback(Protocol):
@@ -72,37 +79,89 @@ def end(callbacks: tuple[Callback, ...], result: Any) -> None:
             on_end(result)
 
 
-@contextlib.contextmanager
-def progress_bar(
-    total: int, done: int = 0, *, show: bool
-) -> Iterator[Callable[[Mapping[str, Any], int, int], None] | None]:
-    """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status.
+class Progress(Protocol):
+    """What tells a person how far a run is."""
 
-    Nothing is shown where tqdm is not installed, or where stderr is no terminal.
+    def compiling(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the first call, which compiles: says so, and for how long it has."""
+        ...
+
+    def __call__(self, metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
+        """After a call: the metrics of its last step, the unusable steps so far, the steps of the call."""
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Progress | None]:
+    """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status, time left.
+
+    Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` take its place. The time
+    left does not count the compilation.
 
     Args:
         total: steps of the run.
         done: steps that a resumed run has behind it.
-        show: whether to show it.
-
-    Yields:
-        `update(metrics of the last step, skipped, steps since the last update)`; None where nothing is shown.
+        show: whether to show it; None is yielded otherwise.
     """
     bar = _tqdm(total, done) if show else None
-    if bar is None:
-        yield None
+    if bar is None or bar.disable:
+        yield _Lines(total, done) if show else None
         return
-
-    def update(metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
-        text = f"outer loss {metrics['value']:.5g}, hypergradient {metrics['grad_norm']:.3g}, "
-        text += status_name(metrics["status"]) + (f", {skipped} skipped" if skipped else "")
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(steps)
-
     try:
-        yield update
+        yield _Bar(bar)
     finally:
         bar.close()
+
+
+def _words(metrics: Mapping[str, Any], skipped: int) -> str:
+    text = f"outer loss {metrics['value']:.5g}, hypergradient {metrics['grad_norm']:.3g}, "
+    return text + status_name(metrics["status"]) + (f", {skipped} skipped" if skipped else "")
+
+
+class _Bar:
+    def __init__(self, bar: Any):
+        self.bar, self.compiled = bar, False
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        began, done = time.perf_counter(), threading.Event()
+
+        def tick() -> None:
+            while not done.wait(1.0):
+                self.bar.set_postfix_str(f"compiling ({time.perf_counter() - began:.0f} s)", refresh=True)
+
+        ticker = threading.Thread(target=tick, name="hypergrad-compiling", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticker.join()
+
+    def __call__(self, metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
+        self.bar.set_postfix_str(_words(metrics, skipped), refresh=False)
+        self.bar.update(steps)
+        if not self.compiled:  # the time left is that of the steps to come, which do not compile
+            self.compiled = True
+            self.bar.initial, self.bar.start_t = self.bar.n, time.time()
+            self.bar.last_print_t = self.bar.start_t
+
+
+class _Lines:
+    def __init__(self, total: int, done: int):
+        self.total, self.done, self.last = total, done, -math.inf
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        _LOG.info("tune: compiling")
+        began = time.perf_counter()
+        yield
+        _LOG.info("tune: compiled, and took the first step, in %.1f s", time.perf_counter() - began)
+
+    def __call__(self, metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
+        self.done += steps
+        if time.perf_counter() - self.last >= _EVERY or self.done >= self.total:
+            self.last = time.perf_counter()
+            _LOG.info("tune: step %d of %d, %s", self.done, self.total, _words(metrics, skipped))
 
 
 def _tqdm(steps: int, done: int) -> Any:

@@ -28,10 +28,10 @@ from jax.core import Tracer
 
 from hypergrad import _tree
 from hypergrad._checks import check_finite, check_hparams
-from hypergrad._data import Stream
-from hypergrad._jaxpr.labels import check_solver_labels
+from hypergrad._data import Minibatches, Stream, prepare
+from hypergrad._jaxpr.labels import check_concrete_data, check_solver_labels
 from hypergrad._options import SOLVER, Number, options
-from hypergrad._solver import InputError, InputTypeError, Solver
+from hypergrad._solver import InputError, InputTypeError, Solver, evaluation
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints.checkpoint import Store
 from hypergrad.domains._domain import to_unconstrained
@@ -77,6 +77,7 @@ def tune(
     min_delta: float = 0.0,
     max_seconds: float | None = None,
     steps_per_call: int = 1,
+    test: PyTree = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | Store | None = None,
     every: int | None = None,
@@ -125,7 +126,10 @@ def tune(
         steps_per_call: steps that one call of the compiled program takes, for steps that take less than a millisecond.
             Callbacks see all of them afterwards; stopping, patience, failures, interrupts and checkpoints act after
             each call. The steps are the same to the bit, and a run may go on with another number.
+        test: data that nothing is chosen by: a pytree of arrays. After the last step the outer loss on them is computed
+            once, at the best step's hyperparameters and from the solver's state there, and is `result.test`.
         progress: whether to show a live progress line (where tqdm is installed and stderr is a terminal or a notebook).
+            Elsewhere the logger `hypergrad` has a line at level INFO, at most every ten seconds.
         checkpoint: folder of this run's checkpoints, made if it is not there; None to keep none. Or
             `hg.outer.orbax(folder)`, for state that is sharded over devices.
         every: steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple. The last
@@ -166,6 +170,7 @@ def tune(
     hparams = check_hparams(hparams)
     check_finite("hparams", hparams)
     free = to_unconstrained(domain, hparams)
+    _check_test(test, train)
     sources = source("train", train, key, limits.per_call), source("valid", valid, key, limits.per_call)
     streams = {name: data for name, data in (("train", train), ("valid", valid)) if isinstance(data, Stream)}
     with contextlib.ExitStack() as stack:
@@ -175,7 +180,7 @@ def tune(
         if isinstance(outer, Controller):
             check_controller(outer, solver, state, outer.init(free), {"train": train, "valid": valid})
         respond, seen, driver = jax.jit(solver.response), {}, None
-        loop = start(respond, outer, state, hparams, free)
+        loop = start(respond, outer, state, hparams, free, keep_state=test is not None)
         cursors = {name: Cursor(stream.position, None) for name, stream in streams.items()}
         run = Run(loop, 0, Tally(), 0, (), 0, cursors)
         stack.callback(give_back, streams, lambda: (driver.run if driver else run).cursors)
@@ -192,6 +197,7 @@ def tune(
                 plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,
                 max_rejections=max_rejections, patience=patience, min_delta=float(min_delta),
+                test=test is not None,
             )  # fmt: skip
             run = resume(keeper, made, run, notes, templates, streams, limits.steps, limits.min_delta)
         driver = Driver(
@@ -211,6 +217,7 @@ def tune(
             notes=notes,
             run=run,
             start=(hparams, params),
+            held_out=None if test is None else (jax.jit(evaluation(solver)), first[0], test),
             began=began,
         )
         try:
@@ -228,6 +235,20 @@ def tune(
             raise
         save(keeper, driver.run, notes)
         return driver.end(status)
+
+
+def _check_test(test: PyTree, train: PyTree) -> None:
+    if isinstance(test, (Stream, Minibatches)):
+        raise InputTypeError(
+            f"tune: test is hg.{type(test).__name__.lower()}, but the loss on unseen data is computed once: pass the "
+            "arrays themselves."
+        )
+    if test is not None and isinstance(train, Stream):
+        raise InputError(
+            "tune: test= trains at the best hyperparameters where a solver needs that, but train is hg.stream, which "
+            "is read once: pass arrays, or call solver.evaluate on result.state."
+        )
+    check_concrete_data("test", prepare("test", test))
 
 
 def _limits(steps: int, steps_per_call: int, every: int | None, **others: Any) -> Limits:
