@@ -154,9 +154,10 @@ def single_loop(
         memory: bytes that the table of `"saba"` may take. Default: 2³⁰ (1 GiB).
 
     Returns:
-        A `Solver`. `out.value` is the outer loss on one block of validation rows. `info.error_estimate` is infinite and
-        the residuals are NaN: nothing that was computed says how far the variables are from rest. `evaluate` takes the
-        same step of the parameters and leaves the adjoint.
+        A `Solver`. `out.value` is the outer loss on one block of validation rows, so that the best value of a run is
+        that of a lucky block: take `result.hparams` and `result.params`, and not `result.best`. `info.error_estimate`
+        is infinite and the residuals are NaN: nothing that was computed says how far the variables are from rest.
+        `evaluate` takes the same step of the parameters and leaves the adjoint.
 
     Raises:
         InputError: for an unknown method, an option out of range or that the method does not take, `rows` that are

@@ -10,6 +10,7 @@ UNROLLED = "tests/solvers/test_unrolled.py"
 TUNE = "tests/outer/test_tune.py"
 AGREEMENT = "tests/solvers/test_agreement.py"
 LINEAR = "tests/linear/test_linear.py"
+SINGLE = "tests/solvers/test_single_loop.py"
 
 
 class Mutation(NamedTuple):
@@ -329,6 +330,41 @@ MUTATIONS: tuple[Mutation, ...] = (
         "factor = jnp.where(good, 1.0, jnp.nan)",
         "factor = jnp.where(good, 1.0, 1.0)",
         ("tests/solvers/test_best_response.py", STATUSES),
+    ),
+    Mutation(
+        "single loop: SABA without the mean of its table",
+        "solvers/_directions.py",
+        "directions(_tree.add(_tree.sub(new, old), memory.mean))",
+        "directions(_tree.sub(new, old))",
+        (SINGLE,),
+    ),
+    Mutation(
+        "single loop: the last block weighs as much as a whole one",
+        "solvers/_directions.py",
+        "_tree.scale(length * self.count / self.rows, found)",
+        "_tree.scale(1.0, found)",
+        (SINGLE,),
+    ),
+    Mutation(
+        "single loop: AmIGO starts each adjoint from zero",
+        "solvers/_directions.py",
+        "lax.fori_loop(steps, 2 * steps, solve, adjoint)",
+        "lax.fori_loop(steps, 2 * steps, solve, _tree.zeros_like(adjoint))",
+        (SINGLE,),
+    ),
+    Mutation(
+        "single loop: SRBA compares a point with itself",
+        "solvers/_directions.py",
+        "oracles.terms(0, memory.before, model_state)",
+        "oracles.terms(0, point, model_state)",
+        (SINGLE,),
+    ),
+    Mutation(
+        "single loop: F2SA adds the outer loss on both sides",
+        "solvers/_directions.py",
+        "_tree.axpy(sign * epsilon, tuple(outer), inner)",
+        "_tree.axpy(epsilon, tuple(outer), inner)",
+        (SINGLE,),
     ),
     Mutation(
         "arithmetic: half-precision accumulation",

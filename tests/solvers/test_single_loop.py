@@ -400,15 +400,16 @@ def test_the_state_of_a_model_moves_with_the_parameters(method, moves):
     hg.raise_if_failed(out)
 
 
-def test_through_tune_it_takes_the_steps_of_a_loop_of_ones_own():
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_through_tune_it_takes_the_steps_of_a_loop_of_ones_own(at_once):
     solver, data = _solver("saba"), _arrays(DATA)
     result = hg.tune(
-        solver, jnp.zeros(3), jnp.asarray(LAMBDA), *data, outer=optax.sgd(0.1), steps=5, key=jax.random.key(3),
-        progress=False,
+        solver, jnp.zeros(3), jnp.asarray(LAMBDA), *data, outer=optax.sgd(0.1), steps=6, steps_per_call=at_once,
+        every=at_once, key=jax.random.key(3), progress=False,
     )  # fmt: skip
     key = jax.random.split(jax.random.key(3))[1]
     step, state, hparams = jax.jit(solver.hypergrad), _start(solver), jnp.asarray(LAMBDA)
-    for t in range(5):
+    for t in range(6):
         out, state = step(state, hparams, *data, key=jax.random.fold_in(key, t))
         hparams = hparams - 0.1 * out.grad
     assert_trees_close(result.hparams, hparams, tol(1e-12, 1e-5))
