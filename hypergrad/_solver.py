@@ -93,7 +93,8 @@ _ADVICE = {
     Status.INNER_MAX_STEPS: (
         "The inner solve used up `max_steps` before reaching its tolerance, so the parameters are not the optimum at "
         "which implicit differentiation is exact. The state keeps the progress: call again, raise `max_steps`, loosen "
-        "`tol`, or use `hg.unrolled`, which differentiates the steps that were actually taken."
+        "`tol`, or use `hg.unrolled`, which differentiates the steps that were actually taken. A network that is never "
+        "trained to a tolerance is a case for `hg.online`."
     ),
     Status.INNER_STALLED: (
         "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1), a "
@@ -102,16 +103,19 @@ _ADVICE = {
     ),
     Status.NEG_CURVATURE: (
         "The inner Hessian has a direction of negative curvature: the parameters sit at a saddle, or an unconverged "
-        "network is being treated as an optimum. Train longer, add `damping`, or use `curvature='gauss_newton'`, "
+        "network is being treated as an optimum. For a network in training use `hg.online`, which stops there and "
+        "steps along what it has. Otherwise train longer, add `damping`, or use `curvature='gauss_newton'`, "
         "`hg.unrolled`, or a solver that does not need a positive definite Hessian (`hg.linear.gmres`)."
     ),
     Status.SINGULAR: (
         "The inner Hessian is singular and the outer gradient has a part in its null space: the optimum is not "
-        "unique, so the best response has no unique derivative. Add weight decay or `damping`, or use `hg.unrolled`."
+        "unique, so the best response has no unique derivative. Add weight decay or `damping`, or use `hg.unrolled`; "
+        "for a network in training use `hg.online`."
     ),
     Status.NEUMANN_DIVERGING: (
         "The terms of the Neumann series grow: its step size exceeds 2 / largest eigenvalue, or the Hessian is "
-        "indefinite. Leave `step_size` out to have it set by a power iteration, or use `hg.linear.cg`."
+        "indefinite, as that of a network in training is whatever the step size: use `hg.online` there. Elsewhere "
+        "leave `step_size` out to have it set by a power iteration, or use `hg.linear.cg`."
     ),
     Status.LINEAR_BREAKDOWN: (
         "The linear solver believes that it converged, but the true residual says otherwise: the operator is not "

@@ -67,6 +67,7 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "implicit, fixed budget": lambda p: hg.implicit(p, inner=_sgd(), linear=hg.linear.cg(max_steps=3)),
     "implicit, T1-T2": lambda p: hg.implicit(p, inner=_sgd(), linear=hg.linear.identity(0.2)),
     "implicit, fixed point": lambda p: hg.implicit(p, inner=hg.inner.fixed_point(_descent)),
+    "online": lambda p: hg.online(p, optax.adam(0.1), steps=4, products=3),
     "unrolled": lambda p: hg.unrolled(p, inner=_sgd()),
     "unrolled, adam": lambda p: hg.unrolled(p, inner=hg.inner.gradient(optax.adam(0.1), steps=8)),
     "unrolled, forward": lambda p: hg.unrolled(p, inner=_sgd(), mode="forward"),
