@@ -21,7 +21,7 @@ from hypergrad.inner.gradient import OPTIMIZER, gradient
 from hypergrad.linear.cg import cg
 from hypergrad.solvers.implicit import implicit
 
-_DAMPING = 0.1  # relative, see `hg.implicit`
+_DAMPING = {"hessian": 0.1, "gauss_newton": 0.01}  # relative, see `hg.implicit`
 
 
 @options(
@@ -34,8 +34,9 @@ def online(problem: Problem, optimizer: GradientTransformation, *, steps: int = 
     """Hypergradients of a network while it trains: for hyperparameters that move the optimum of the training loss.
 
     It is `hg.implicit(problem, inner=hg.inner.gradient(optimizer, steps=steps), linear=hg.linear.cg(max_steps=products,
-    indefinite="truncate"), curvature=..., damping=0.1)`. The curvature is that of Gauss-Newton where the inner loss is
-    written as `hg.compose(outputs, loss)`, which is the better choice for a network, and the Hessian's elsewhere.
+    indefinite="truncate"), curvature=..., damping=...)`. The curvature is that of Gauss-Newton, with a damping of 0.01,
+    where the inner loss is written as `hg.compose(outputs, loss)`, which is the better choice for a network; elsewhere
+    it is the Hessian's, with 0.1.
 
     Each call trains on from where the last one ended. The result claims no accuracy: it is a direction to step along,
     with `outer=optax.adam(...)`, say, and `info.error_estimate` is as a rule `inf`.
@@ -63,11 +64,12 @@ def online(problem: Problem, optimizer: GradientTransformation, *, steps: int = 
     >>> hg.Status(int(out.info.status)).name, int(out.info.inner_steps)
     ('OK', 10)
     """
+    curvature = "gauss_newton" if isinstance(problem.inner_loss, Composed) else "hessian"
     solver = implicit(
         problem,
         inner=gradient(optimizer, steps=steps),
         linear=cg(max_steps=products, indefinite="truncate"),
-        curvature="gauss_newton" if isinstance(problem.inner_loss, Composed) else "hessian",
-        damping=_DAMPING,
+        curvature=curvature,
+        damping=_DAMPING[curvature],
     )
     return solver._replace(about=solver.about._replace(name="hg.online"))
