@@ -1,7 +1,7 @@
 """Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out.
 
 The problem       Problem, compose, constrain, chunked; minibatches, stream, folds
-Methods           implicit, unrolled, direct, hypernetwork, self_tuning, single_loop, tasks; best_response
+Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning, single_loop, tasks; best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
