@@ -1,11 +1,11 @@
-"""The promises of reliability, P1 to P16, each measured in full.
+"""The promises of reliability, P1 to P18, each measured in full.
 
     python experiments/reliability/run.py --seed 0 --json          # about an hour on two idle cores
     python experiments/reliability/run.py --smoke                  # each of them in small; the figures mean nothing
-    python experiments/reliability/run.py --only P1,P2 --table     # and the table of faults into FAULTS.md
+    python experiments/reliability/run.py --only P2,P17 --table    # and their tables into FAULTS.md and FAMILIES.md
     python experiments/reliability/run.py --only P15 --keep        # one of them again, into promises.json
 
-Prints a line a promise, and with --json as the last line one JSON object whose keys are P1 to P16, each
+Prints a line a promise, and with --json as the last line one JSON object whose keys are P1 to P18, each
 `[figure, bar, true or false]`.
 """
 
@@ -26,7 +26,7 @@ import jax  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 from experiments._common import experiment  # noqa: E402
-from experiments.reliability import accuracy, agreement, durability, robustness  # noqa: E402
+from experiments.reliability import accuracy, agreement, durability, families, robustness  # noqa: E402
 from tests.reliability import _index as index  # noqa: E402
 from tests.reliability._mistakes import MISTAKES  # noqa: E402
 
@@ -47,6 +47,8 @@ PROMISES = {
     "P14": robustness.p14,
     "P15": durability.p15,
     "P16": robustness.p16,
+    "P17": families.p17,
+    "P18": families.p18,
 }
 
 
@@ -55,18 +57,19 @@ RESULTS = Path(__file__).with_name("promises.json")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", type=_promises, default=list(PROMISES), help="some promises, such as P1,P4")
-    parser.add_argument("--table", action="store_true", help="write the outcome of every fault into FAULTS.md")
+    parser.add_argument("--table", action="store_true", help="write the tables of P2 and P17 as pages")
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for name in options.only:
-        table: list[str] | None = [] if name == "P2" and options.table else None
+        table: list[str] | None = [] if name in PAGES and options.table else None
         extra = {} if table is None else {"table": table}
         figure, bar, met = PROMISES[name](options.seed, options.smoke, **extra)
         numbers[name] = [figure, bar, bool(met)]
         print(f"{name:4} {'met    ' if met else 'NOT MET'} {figure}  (bar: {bar})", flush=True)
         if table:
-            (options.out / "FAULTS.md").write_text(page(table))
+            file, write = PAGES[name]
+            (options.out / file).write_text(write(table))
     if options.keep and options.only != list(PROMISES) and RESULTS.exists():  # the others stay as they were kept
         known = json.loads(RESULTS.read_text()).get(str(options.seed), {}) | numbers
         numbers.clear()
@@ -91,6 +94,15 @@ def page(table: list[str]) -> str:
             "",
         ]
     )
+
+
+def families_page(table: list[str]) -> str:
+    """What an error estimate is worth in each family, in Markdown."""
+    head = "# What an error estimate is worth, family by family\n\nWritten by `run.py --only P17 --table`; the columns "
+    return head + "are explained in `families.py`.\n\n" + "\n".join(table) + "\n"
+
+
+PAGES = {"P2": ("FAULTS.md", page), "P17": ("FAMILIES.md", families_page)}
 
 
 def _promises(text: str) -> list[str]:

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.experiment
 
 
 def test_each_promise_is_a_figure_a_bar_and_a_verdict():
-    done = run_script(RUN, "--smoke", "--json", "--only", "P12,P13,P14")
+    done = run_script(RUN, "--smoke", "--json", "--only", "P12,P13,P14,P17,P18")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"P12", "P13", "P14", "seed", "seconds"}
+    assert set(found) == {"P12", "P13", "P14", "P17", "P18", "seed", "seconds"}
     for name in ("P12", "P13", "P14"):
         figure, bar, met = found[name]
         assert isinstance(figure, str) and isinstance(bar, str) and met is True, found[name]
