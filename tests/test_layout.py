@@ -24,6 +24,7 @@ PARTS = {
     "outer/_run.py": "reliability/test_resume.py",
     "outer/_step.py": "outer/test_tune.py",
     "solvers/_call.py": "test_contract.py",
+    "solvers/_error.py": "solvers/test_error_estimate.py",
     "solvers/_directions.py": "solvers/test_single_loop.py",
 }
 # Folders of tests that mirror no room: promises, seeded bugs, and what stands beside the package.

@@ -30,7 +30,10 @@ class LinearResult(NamedTuple):
         residual: `‖b − A v‖ / ‖b‖` as the solver knows it (dimensionless); NaN if it never looked.
         steps: int32, products with A.
         status: int32, see `hg.Status`.
-        inverse: `r -> u`, a rough A⁻¹ r from what the solve learned, which turns residuals into error estimates.
+        inverse: `r -> u`, a rough A⁻¹ r from what the solve learned.
+        low: the smallest ‖M⁻¹A v‖ / ‖v‖ that the solve has seen, in the geometry of its preconditioner: an upper bound
+            of the true one (a Ritz value for CG, a singular value for GMRES). Infinite if it saw none.
+        high: the largest; 0 if it saw none.
     """
 
     solution: PyTree
@@ -38,6 +41,8 @@ class LinearResult(NamedTuple):
     steps: Array
     status: Array
     inverse: Matvec
+    low: ArrayLike = jnp.inf
+    high: ArrayLike = 0.0
 
 
 class SolveFn(Protocol):
@@ -75,6 +80,8 @@ class Linear(NamedTuple):
         symmetric: whether the method needs a symmetric operator.
         preconditioner: see `Preconditioner`, or None.
         random: what the solution depends on by chance, in words, as in `About`.
+        exact: whether `inverse` of its result is A⁻¹ to working precision.
+        looks: whether it looks at A at all; of one that does not, no error can be estimated.
     """
 
     solve: SolveFn
@@ -83,6 +90,8 @@ class Linear(NamedTuple):
     symmetric: bool
     preconditioner: Preconditioner | None = None
     random: tuple[str, ...] = ()
+    exact: bool = False
+    looks: bool = True
 
 
 LINEAR = Slot(Linear, "a linear solver", "hg.linear.cg() or one of its siblings")
@@ -140,6 +149,8 @@ def solve(
         steps=result.steps,
         status=jnp.where(zero, int(Status.OK), status).astype(jnp.int32),
         inverse=result.inverse,
+        low=jnp.where(zero, jnp.inf, result.low),
+        high=jnp.where(zero, 0, result.high),
     )
 
 

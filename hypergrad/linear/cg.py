@@ -7,7 +7,9 @@ Source: Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Syst
 1. it stops, with a status, at negative curvature (pᵀAp < 0) and in a null space, where that one returns a number;
 2. every test is relative, so that scaling (A, b) changes nothing, in float32 and at any size;
 3. the starting point is first scaled to the length that fits best, so that a warm start is never worse than zero;
-4. the Rayleigh quotients it sees anyway give the curvature with which a residual becomes an error estimate;
+4. its own scalars give the smallest Ritz value, the curvature with which a residual becomes an error: T = RᵀR with R
+   bidiagonal, and ‖R⁻¹‖ is followed from step to step by incremental condition estimation (Bischof 1990; Meurant &
+   Tichý 2019);
 5. on a fixed budget it can keep what it has where it meets negative curvature, as trust-region methods do (Steihaug
    1983), and take |A| for A along the very first direction: x = ‖b‖ b / ‖A b‖.
 Cost: one product a step, one for the starting point. Memory: four vectors.
@@ -38,6 +40,14 @@ _ROUNDING = 4  # units of rounding to which a residual by recursion still means 
 _FLAT = 8  # a Rayleigh quotient this many units of rounding below the largest cannot be told from zero
 
 
+class _Ritz(NamedTuple):
+    """A unit vector z for which zᵀR⁻¹ is long, R being the bidiagonal factor of the tridiagonal matrix of CG so far."""
+
+    square: Array  # ‖zᵀR⁻¹‖², whose inverse is close to the smallest Ritz value, and never below it
+    last: Array  # last entry of zᵀR⁻¹
+    edge: Array  # β / α of the last step
+
+
 class _Carry(NamedTuple):
     x: PyTree
     r: PyTree  # b − A x; A p once the loop has stopped for another reason than the residual
@@ -45,6 +55,7 @@ class _Carry(NamedTuple):
     rz: Array  # rᵀ M⁻¹ r
     pmp: Array  # pᵀ M p, by recursion, since only M⁻¹ is known
     low: Array  # smallest pᵀAp / pᵀMp
+    ritz: _Ritz
     high: Array  # largest, in size
     residual: Array
     steps: Array
@@ -129,7 +140,8 @@ def _solve(
     z = apply(r)
     rz, residual = squares(r, z)
     inf = jnp.asarray(jnp.inf, dtype)
-    first = _Carry(x, r, z, rz, rz, inf, jnp.zeros((), dtype), residual, used, jnp.int32(Status.OK))
+    zero = jnp.zeros((), dtype)
+    first = _Carry(x, r, z, rz, rz, inf, _Ritz(zero, zero, zero), zero, residual, used, jnp.int32(Status.OK))
 
     def proceed(c: _Carry) -> Array:
         return (c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
@@ -162,6 +174,7 @@ def _solve(
             jnp.where(ok, rz, c.rz),
             jnp.where(ok, rz + beta**2 * c.pmp, c.pmp),
             jnp.where(ok, jnp.minimum(c.low, rayleigh), c.low),
+            _tree.where(ok, _extended(c.ritz, alpha, beta), c.ritz),
             jnp.where(jnp.isfinite(high), high, c.high),
             jnp.where(ok, residual, c.residual),
             c.steps + 1,
@@ -170,9 +183,17 @@ def _solve(
 
     c = jax.lax.while_loop(proceed, step, first)
     stepped = jnp.isfinite(c.low)
-    low = jnp.where(stepped, jnp.maximum(c.low, eps * c.high), fallback)
+    low = jnp.where(stepped, jnp.maximum(1 / c.ritz.square, eps * c.high), fallback)
     status = _verdict(c, apply, asked, eps)
-    result = LinearResult(c.x, c.residual, c.steps, status, lambda v: _tree.scale(1 / low, apply(v)))
+    result = LinearResult(
+        c.x,
+        c.residual,
+        c.steps,
+        status,
+        lambda v: _tree.scale(1 / low, apply(v)),
+        low=jnp.where(stepped, low, jnp.where(used > 0, fallback, jnp.inf)),
+        high=jnp.where(stepped, c.high, jnp.where(used > 0, fallback, 0)),
+    )
     return _truncated(result, c, apply) if truncate else result
 
 
@@ -192,7 +213,24 @@ def _truncated(result: LinearResult, c: _Carry, apply: Matvec) -> LinearResult:
         result.steps,
         jnp.where(indefinite, int(Status.OK), result.status).astype(jnp.int32),
         inverse,
+        low=jnp.where(indefinite, 0, result.low),
+        high=result.high,
     )
+
+
+def _extended(ritz: _Ritz, alpha: Array, beta: Array) -> _Ritz:
+    """One row and column more: of all unit vectors (s z, c), that whose product with the new R⁻¹ is longest."""
+    corner = ritz.square + ritz.edge * ritz.last * (ritz.last * alpha)
+    side = -jnp.sqrt(ritz.edge) * ritz.last * alpha
+    size = jnp.maximum(corner, alpha)  # the squares of these may leave the range of the dtype
+    half, off = (corner - alpha) / (2 * size), side / size
+    root = jnp.sqrt(half**2 + off**2)
+    square = size * ((corner + alpha) / (2 * size) + root)
+    # The eigenvector of [[corner, side], [side, alpha]], from the row in which nothing cancels.
+    s, c = jnp.where(half >= 0, half + root, off), jnp.where(half >= 0, off, root - half)
+    length = jnp.hypot(s, c)
+    s, c = s / jnp.where(length > 0, length, 1), jnp.where(length > 0, c / jnp.where(length > 0, length, 1), 1)
+    return _Ritz(square, (c - s * jnp.sqrt(ritz.edge) * ritz.last) * jnp.sqrt(alpha), beta / alpha)
 
 
 def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:

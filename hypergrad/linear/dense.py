@@ -44,7 +44,7 @@ def dense(tol: ArrayLike | None = None) -> Linear:
     >>> import hypergrad as hg
     >>> linear = hg.linear.dense()
     """
-    return Linear(_solve, {"tol": tol}, claims=True, symmetric=False)
+    return Linear(_solve, {"tol": tol}, claims=True, symmetric=False, exact=True)
 
 
 def _solve(
@@ -77,13 +77,27 @@ def _solve(
     missed = jnp.where(singular & (residual > rounding), int(Status.SINGULAR), int(Status.PRECISION_LIMITED))
     status = jnp.where(residual <= tol, int(Status.OK), missed)
     status = jnp.where(finite, status, int(Status.NONFINITE_GRAD)).astype(jnp.int32)
+    growth = _growth(apply, jax.random.normal(key, (n,), dtype))
     return LinearResult(
         unravel(x / scale),
         jnp.where(finite, residual, jnp.nan),
         jnp.int32(n),
         status,
         lambda r: unravel(apply(ravel(r)) / scale),
+        low=jnp.where(growth > 0, scale / jnp.where(growth > 0, growth, 1), jnp.inf),
+        high=_growth(lambda z: _dot(matrix, z), jax.random.normal(key, (n,), dtype)) * scale,
     )
+
+
+def _growth(apply: Callable[[Array], Array], z: Array) -> Array:
+    """The largest growth of a vector over three steps of the power iteration."""
+
+    def step(_: Array, c: tuple[Array, Array]) -> tuple[Array, Array]:
+        product = apply(c[0])
+        size = jnp.sqrt(jnp.sum(product**2))
+        return product / jnp.where(size > 0, size, 1), size
+
+    return jax.lax.fori_loop(0, 3, step, (z / jnp.sqrt(jnp.sum(z**2)), jnp.zeros((), z.dtype)))[1]
 
 
 def _factorise(matrix: Array, key: Array, eps: float) -> tuple[Callable[[Array], Array], Array]:

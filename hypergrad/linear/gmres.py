@@ -161,7 +161,15 @@ def _solve(
     first = _Carry(x, inf, inf, inf, inf, jnp.zeros((), dtype), jnp.int32(0), jnp.asarray(False), jnp.asarray(False))
     c = jax.lax.while_loop(proceed, cycle, first)
     low = jnp.where(jnp.isfinite(c.low), jnp.maximum(c.low, eps * c.high), 1)
-    return LinearResult(c.x, c.residual, c.products, _verdict(c, asked, eps), lambda v: _tree.scale(1 / low, apply(v)))
+    return LinearResult(
+        c.x,
+        c.residual,
+        c.products,
+        _verdict(c, asked, eps),
+        lambda v: _tree.scale(1 / low, apply(v)),
+        low=jnp.where(jnp.isfinite(c.low), low, jnp.inf),
+        high=c.high,
+    )
 
 
 def _verdict(c: _Carry, asked: Array, eps: float) -> Array:

@@ -30,6 +30,7 @@ from hypergrad.linear._linear import LINEAR, Linear, Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
+from hypergrad.solvers._error import lost_to_rounding
 
 
 class BestResponseFn(Protocol):
@@ -130,7 +131,7 @@ def _solve_tangent(method: Linear, push: Matvec, rhs: PyTree, params: PyTree, hp
         key = jax.random.key(0)
         apply = None if method.preconditioner is None else method.preconditioner(matvec, params, hparams, key)
         result = solve_linear(method, matvec, b, precondition=apply, options=options, key=key)
-        good = jnp.where(usable(result.status), 1.0, jnp.nan)
+        good = jnp.where(usable(result.status) & ~lost_to_rounding(result, b), 1.0, jnp.nan)
         return _tree.scale(good, result.solution)
 
     return jax.lax.custom_linear_solve(push, _tied(rhs), run, transpose_solve=run, symmetric=method.symmetric)

@@ -53,7 +53,6 @@ from hypergrad.linear.cg import cg
 from hypergrad.linear.gmres import gmres
 from hypergrad.solvers._call import (
     Call,
-    Outer,
     bad_grad,
     bad_loss,
     bind,
@@ -65,9 +64,8 @@ from hypergrad.solvers._call import (
     owned,
     report,
 )
+from hypergrad.solvers._error import Point, Spectrum, estimate, unknown_spectrum
 from hypergrad.solvers.regularity import KnownRegularity, cross_size, error_bound, known_at
-
-_SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py
 
 
 class ImplicitState(NamedTuple):
@@ -78,6 +76,7 @@ class ImplicitState(NamedTuple):
         inner_state: state of the inner optimizer.
         model_state: state of the model (batch-norm statistics), or None.
         adjoint: v, a pytree like the parameters; zeros before the first call.
+        spectrum: what is known of the Hessian's eigenvalues, with which errors are estimated.
         start: where every call starts without `warm_start`, else None.
         scale: natural size of the inner residual, scalar; 0 before the first call.
         options: `{"inner": ..., "linear": ..., "damping": ...}`, scalars that may be replaced between calls without
@@ -88,6 +87,7 @@ class ImplicitState(NamedTuple):
     inner_state: PyTree
     model_state: PyTree
     adjoint: PyTree
+    spectrum: Spectrum
     start: PyTree
     scale: Array
     options: dict[str, Any]
@@ -174,6 +174,7 @@ def implicit(
             "give hg.inner.gradient a tol=, or leave polish out."
         )
 
+    exact = curvature == "hessian" and damping is None  # whether the adjoint system is that of the Hessian itself
     given: dict[str, Any] = {"inner": chosen.options, "linear": method.options}
     if damping is not None:
         given["damping"] = damping
@@ -200,6 +201,7 @@ def implicit(
             chosen.init(params, hparams),
             model_state,
             _tree.zeros_like(params),
+            unknown_spectrum(params),
             None if warm_start else params,
             jnp.zeros((), _tree.dtype(params)),
             options,
@@ -262,16 +264,17 @@ def implicit(
         product, indirect = system.both(adjoint.solution) if measured else (None, system.cross(adjoint.solution))
         grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
 
-        residual, change = adjoint.residual, None
-        if method.claims:
-            residual, change = _measure(outer, params, hparams, system, shift, rhs, product, adjoint)
-        error = _error_estimate(grad, indirect, change, residual, optimum.residual, params, system, adjoint)
+        residual = _residual(method, shift, rhs, product, adjoint)
+        point = Point(params, hparams, rhs, direct, adjoint.solution, product if exact else None, indirect, grad)
+        carried = state.spectrum if warm_start else unknown_spectrum(params)
+        error, trust, spectrum = estimate(carried, chosen, method, call, outer, optimum, adjoint, point, exact=exact)
         missed = ~(residual <= state.options["linear"]["tol"]) if method.claims else False
         status = first_failure(
             bad_loss(value),
             failure(optimum.status),
             failure(adjoint.status),
             bad_grad(grad, rhs),
+            trust,
             optimum.status,
             adjoint.status,
             code(missed, Status.PRECISION_LIMITED),
@@ -294,8 +297,9 @@ def implicit(
             extra=extra,
         )
         state = go_on_from(state, optimum)
-        kept = _tree.where(usable(status), adjoint.solution, _tree.zeros_like(rhs))
-        return Hypergradient(value, grad, info, metrics), state._replace(adjoint=kept)
+        blank = _tree.zeros_like(rhs), unknown_spectrum(params)
+        kept, spectrum = _tree.where(usable(status), (adjoint.solution, spectrum), blank)
+        return Hypergradient(value, grad, info, metrics), state._replace(adjoint=kept, spectrum=spectrum)
 
     def evaluate(
         state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
@@ -338,63 +342,9 @@ def _aim(method: Linear, options: Mapping[str, Array]) -> dict[str, Array]:
     return {**options, "tol": options["tol"] / 2} if method.claims else dict(options)
 
 
-def _measure(
-    outer: Outer,
-    params: PyTree,
-    hparams: PyTree,
-    system: System,
-    shift: Array,
-    rhs: PyTree,
-    product: PyTree,
-    adjoint: LinearResult,
-) -> tuple[Array, PyTree]:
-    """`‖b − A v‖ / ‖b‖`, and how much the hypergradient would move if both systems were solved exactly."""
+def _residual(method: Linear, shift: Array, rhs: PyTree, product: PyTree, adjoint: LinearResult) -> Array:
+    """`‖b − A v‖ / ‖b‖`, measured where a tolerance was asked for, else as the solver knows it."""
+    if not method.claims:
+        return adjoint.residual
     gap = _tree.sub(rhs, _tree.axpy(shift, adjoint.solution, product))
-    residual = _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)
-    return residual, _first_order_error(outer, params, hparams, system, gap, adjoint)
-
-
-def _first_order_error(
-    outer: Outer,
-    params: PyTree,
-    hparams: PyTree,
-    system: System,
-    gap: PyTree,
-    result: LinearResult,
-) -> PyTree:
-    """How much the hypergradient would move if both systems were solved exactly, to first order; a pytree like
-    `hparams`.
-
-    With δw ≈ A⁻¹F the step to the optimum, ∂_w f and ∂_λ f move by their derivatives along −δw, and v by A⁻¹(gap − ∂²f
-    δw).
-    The change of A and of the cross product along δw is left out: it is of third order in the loss.
-    """
-    step = result.inverse(system.residual)
-    _, (rhs_change, direct_change) = jax.jvp(
-        lambda w: jax.grad(outer, argnums=(0, 1), has_aux=True)(w, hparams)[0], (params,), (step,)
-    )
-    adjoint_change = result.inverse(_tree.sub(gap, rhs_change))
-    return jax.tree.map(jnp.add, direct_change, system.cross(adjoint_change))
-
-
-def _error_estimate(
-    grad: PyTree,
-    indirect: PyTree,
-    change: PyTree | None,
-    linear_residual: Array,
-    inner_residual: Array,
-    params: PyTree,
-    system: System,
-    result: LinearResult,
-) -> Array:
-    """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless); inf where nothing is known."""
-    size = _tree.norm(grad)
-    safe = jnp.where(size > 0, size, 1)
-    through = _tree.norm(indirect) / safe
-    if change is None:
-        estimate = _SAFETY * through * (linear_residual + inner_residual)
-    else:
-        length = _tree.norm(params)
-        moved = _tree.norm(result.inverse(system.residual)) / jnp.where(length > 0, length, 1)
-        estimate = _SAFETY * (_tree.norm(change) / safe + moved * through) + _tree.eps(params)
-    return jnp.where(jnp.isnan(estimate), jnp.inf, estimate)
+    return _tree.norm(gap) / jnp.where(_tree.max_abs(rhs) > 0, _tree.norm(rhs), 1)

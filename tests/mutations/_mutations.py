@@ -64,7 +64,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "implicit: error estimate a hundred times too small",
-        "solvers/implicit.py",
+        "solvers/_error.py",
         "_SAFETY = 4.0",
         "_SAFETY = 0.04",
         ("tests/solvers/test_error_estimate.py",),

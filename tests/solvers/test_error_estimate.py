@@ -4,13 +4,14 @@ and mostly not far below.
     ridge      h = ½ mean (xᵢᵀw − yᵢ)² + ½ Σ exp(λⱼ) wⱼ²          f = ½ mean (xᵢᵀw − yᵢ)² on other rows
     logistic   the same with mean log(1 + exp(−yᵢ xᵢᵀw))
 
-The truth is a dense float64 solution: Newton's method to rounding, then one solve with the Hessian.
+The truth is a dense float64 solution: Newton's method to rounding, then one solve with the Hessian. Below, one problem
+of each kind in which a hypergradient once was wrong and looked right; `experiments/reliability` has whole families.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from tests._helpers import tol
+from tests._helpers import together, tol
 
 DRAWS, ROWS, WIDTH = 200, 24, 6
 
@@ -131,3 +132,194 @@ def test_true_errors_are_below_the_estimate_and_not_far_below(kind, width, polis
     # Neither holds by itself: of estimates a tenth or ten times as large one would fail.
     assert np.mean(errors <= estimates / 10) < 0.95
     assert np.mean(errors >= estimates / 3) < 0.5
+
+
+# One problem of each kind: name -> (solver, start, hyperparameters, data, right hypergradient or None, may it be OK).
+def _graded() -> tuple[hg.Problem, Any, Any, np.ndarray]:
+    """Ridge with a spectrum over four decades, and its hypergradient."""
+    rng = np.random.default_rng(4)
+    turn = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    s, h = np.logspace(0, -2, WIDTH), np.full(WIDTH, -10.0)
+    x = rng.normal(size=(60, WIDTH)) * s @ turn.T
+    y = x @ (turn @ (rng.normal(size=WIDTH) / s)) / WIDTH**0.5 + 0.5 * rng.normal(size=60)
+    train, valid = (x[:30], y[:30]), (x[30:], y[30:])
+    return _problem("ridge"), h, (train, valid), _truth("ridge", h, train, valid)
+
+
+def _net(w, x):
+    return jnp.tanh(x @ w[:6].reshape(2, 3) + w[None, 6:9]) @ w[9:]
+
+
+def _fitted(model: Any) -> tuple[hg.Problem, Any]:
+    """Least squares with one decay, composed for Gauss-Newton products, and its inner loss."""
+    loss = lambda w, b: 0.5 * jnp.mean((model(w, b[0]) - b[1]) ** 2)
+    inner = lambda w, h, b: loss(w, b) + 0.5 * jnp.exp(h) * jnp.sum(w**2)
+    composed = hg.compose(
+        lambda w, h, b: model(w, b[0]),
+        lambda z, w, h, b: 0.5 * jnp.mean((z - b[1]) ** 2) + 0.5 * jnp.exp(h) * jnp.sum(w**2),
+    )
+    return hg.Problem(composed, lambda w, h, b: loss(w, b)), inner
+
+
+def _dense(inner: Any, outer: Any, w: Any, h: Any) -> np.ndarray:
+    """The hypergradient at the stationary point that Newton's method finds from `w`, in float64."""
+    with jax.enable_x64(True):
+        w, h = jnp.asarray(np.asarray(w, np.float64)), jnp.asarray(np.asarray(h, np.float64))
+        for _ in range(30):
+            w = w - jnp.linalg.solve(jax.hessian(inner)(w, h), jax.grad(inner)(w, h))
+        assert jnp.linalg.norm(jax.grad(inner)(w, h)) < 1e-10
+        v = jnp.linalg.solve(jax.hessian(inner)(w, h), jax.grad(outer)(w, h))
+        return np.asarray(jax.grad(outer, 1)(w, h) - jax.jvp(lambda w: jax.grad(inner, 1)(w, h), (w,), (v,))[1])
+
+
+def _honest(out: Any, right: Any) -> bool:
+    """Not usable, or at most ten times as wrong as it says."""
+    error = np.linalg.norm(np.asarray(out.grad, np.float64) - right) / np.linalg.norm(right)
+    assert not np.isnan(out.info.error_estimate)
+    return not hg.Status(int(out.info.status)).usable or bool(error <= 10 * out.info.error_estimate)
+
+
+@functools.cache
+def _budgets() -> dict[str, Any]:
+    problem, h, data, _ = _graded()
+    linears = {
+        "cg": hg.linear.cg(max_steps=5),
+        "neumann": hg.linear.neumann(300),
+        "gmres": hg.linear.gmres(max_steps=4),
+        "nystrom": hg.linear.nystrom(4, damping=0.01),
+        "identity": hg.linear.identity(),
+    }
+    solvers = {name: hg.implicit(problem, linear=linear) for name, linear in linears.items()}
+    solvers["damping"] = hg.implicit(problem, damping=0.1)
+    h = jnp.asarray(h)
+    given = {name: (solver.init(jnp.zeros(WIDTH), h), h, *data) for name, solver in solvers.items()}
+    return together({name: solver.hypergrad for name, solver in solvers.items()}, given)
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann", "gmres", "nystrom", "identity", "damping"])
+def test_what_a_budget_or_damping_leaves_out_is_in_the_estimate(method):
+    out, _ = _budgets()[method]
+    right = _graded()[3]
+    error = np.linalg.norm(np.asarray(out.grad, np.float64) - right) / np.linalg.norm(right)
+    assert error > 0.1  # or there is nothing to tell
+    assert _honest(out, right), f"error {error}, {out.info}"
+    assert hg.Status(int(out.info.status)).usable or method == "damping"  # a budget claims nothing
+
+
+@pytest.mark.parametrize("kind", ["network", "curve"])
+def test_what_gauss_newton_leaves_out_is_in_the_estimate(kind):
+    rng = np.random.default_rng(1)
+    if kind == "network":
+        model, w, h = _net, 0.5 * rng.normal(size=12), np.asarray(-4.0)
+        x = rng.normal(size=(60, 2))
+        y = np.sin(2 * x[:, 0]) * x[:, 1] + 0.5 * rng.normal(size=60)
+    else:
+        model, w, h = lambda w, x: w[0] + w[1] * jnp.exp(-w[2] * x), np.array([0.3, 1.5, 1.0]), np.asarray(-3.0)
+        x = rng.uniform(0, 3, 60)
+        y = 0.5 + 2 * np.exp(-1.2 * x) + 0.5 * rng.normal(size=60)
+    train, valid = (x[:30], y[:30]), (x[30:], y[30:])
+    problem, inner = _fitted(model)
+    solver = hg.implicit(problem, curvature="gauss_newton")
+    out, state = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(w), jnp.asarray(h)), jnp.asarray(h), train, valid)
+    with jax.enable_x64(True):
+        right = _dense(
+            lambda w, h: inner(w, h, train),
+            lambda w, h: 0.5 * jnp.mean((model(w, valid[0]) - valid[1]) ** 2),
+            state.params,
+            h,
+        )
+    assert _honest(out, right), f"right {right}, found {out}"
+
+
+@functools.cache
+def _points() -> dict[str, Any]:
+    """Small problems under default options."""
+    fold = hg.Problem(lambda w, h, b: w**4 / 4 - w**2 / 2 - h * w, lambda w, h, b: (w - 1) ** 2)
+    saddle = hg.Problem(
+        lambda w, h, b: 0.5 * (w[0] - h) ** 2 + 0.25 * w[1] ** 4 - 0.5 * h * w[1] ** 2,
+        lambda w, h, b: jnp.sum((w - 1.0) ** 2) + w[0] + 2 * w[1],
+    )
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    product = lambda w: w[:8].reshape(4, 2) @ w[8:].reshape(2, 3)
+    factors = hg.Problem(
+        lambda w, h, b: 0.5 * jnp.sum((product(w) - target) ** 2) + 0.5 * jnp.exp(h) * jnp.sum(w**2),
+        lambda w, h, b: 0.5 * jnp.sum((product(w) - target - 0.1) ** 2),
+    )
+    distances = lambda w: jnp.sqrt(jnp.sum((w[:, None] - w[None]) ** 2, -1) + jnp.eye(4))
+    lengths = jnp.asarray(np.random.default_rng(2).uniform(0.8, 1.2, (4, 4)))
+    spheres = hg.Problem(
+        lambda w, h, b: 0.5 * jnp.sum(jnp.triu((distances(w) - h * lengths) ** 2, 1)),
+        lambda w, h, b: jnp.sum(jnp.triu(lengths * distances(w), 1)),
+    )
+    slow = hg.inner.fixed_point(lambda w, h, b: w - 1e-6 * (w - h))
+    ball = hg.Problem(lambda w, h, b: jnp.sum(w**2), lambda w, h, b: jnp.sum((w - 1.0) ** 2))
+    square = jnp.asarray([[1.0, 0.2], [-0.1, 1.1], [-1.0, 0.1], [0.2, -1.2]])
+    edge = 2 / 3**1.5
+    rows = {
+        "fold": (hg.implicit(fold), jnp.asarray(-0.5774), jnp.asarray(edge * (1 - 1e-5))),
+        "loose fold": (
+            hg.implicit(fold, inner=hg.inner.newton(tol=1e-3), polish=0),
+            jnp.asarray(-0.58),
+            jnp.asarray(edge * (1 - 1e-4)),
+        ),
+        "saddle": (hg.implicit(saddle), jnp.zeros(2), jnp.asarray(0.5)),
+        "factors": (hg.implicit(factors), jnp.zeros(14), jnp.asarray(-3.0)),
+        "spheres": (hg.implicit(spheres), square, jnp.asarray(1.0)),
+        "slow": (hg.implicit(ball, inner=slow), jnp.zeros(2), jnp.asarray([0.3, 0.7])),
+    }
+    found = together(
+        {k: row[0].hypergrad for k, row in rows.items()},
+        {k: (solver.init(start, h), h) for k, (solver, start, h) in rows.items()},
+    )
+    return found
+
+
+@pytest.mark.parametrize(("name", "closeness"), [("fold", 1e-5), ("loose fold", 1e-4)])
+def test_near_a_fold_the_hessian_changes_by_its_own_size_and_the_estimate_knows(name, closeness):
+    out, _ = _points()[name]
+    level = np.float64(np.asarray(jnp.asarray(2 / 3**1.5 * (1 - closeness))))
+    roots = np.roots([1, 0, -1, -level])
+    w = np.real(roots[(np.abs(np.imag(roots)) < 1e-9) & (np.real(roots) < -(3**-0.5))])
+    assert len(w) == 1
+    right = 2 * (w[0] - 1) / (3 * w[0] ** 2 - 1)
+    assert _honest(out, right), f"right {right}, {out}"
+
+
+@pytest.mark.parametrize("name", ["saddle", "factors"])
+def test_a_saddle_is_seen_where_the_outer_gradient_does_not_point_down_from_it(name):
+    out, _ = _points()[name]
+    assert int(out.info.status) == hg.Status.NEG_CURVATURE
+
+
+def test_directions_that_a_symmetry_makes_flat_leave_the_estimate_finite():
+    out, _ = _points()["spheres"]
+    assert hg.Status(int(out.info.status)).usable
+    assert float(out.info.error_estimate) < tol(1e-3, np.inf)
+
+
+def test_a_map_that_moves_less_than_rounding_is_not_believed():
+    out, _ = _points()["slow"]
+    error = np.linalg.norm(np.asarray(out.grad, np.float64) - 2 * (np.array([0.3, 0.7]) - 1)) / 2
+    assert not hg.Status(int(out.info.status)).usable or error <= 10 * float(out.info.error_estimate)
+
+
+def test_beyond_the_precision_a_best_response_has_no_derivative():
+    """Ridge in float32 at a condition number of 1e6 to 1e9: what is finite is right."""
+    rng = np.random.default_rng(0)
+    turns = np.stack([np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] for _ in range(DRAWS)])
+    spectra = 10.0 ** -np.linspace(0, rng.uniform(3, 4.5, DRAWS), WIDTH).T
+    x = (rng.normal(size=(DRAWS, 30, WIDTH)) * spectra[:, None] @ turns.transpose(0, 2, 1)).astype(np.float32)
+    y = rng.normal(size=(DRAWS, 30)).astype(np.float32)
+    h = np.full(DRAWS, -18.0, np.float32)
+    w_star = hg.best_response(
+        hg.Problem(lambda w, h, b: _fit("ridge", w, b) + 0.5 * jnp.exp(h) * jnp.sum(w**2), lambda w, h, b: 0.0)
+    )
+    slope = jax.grad(lambda h, x, y: jnp.sum(w_star(h, jnp.zeros(WIDTH, jnp.float32), (x, y))))
+    found = np.asarray(jax.jit(jax.vmap(slope))(h, x, y), np.float64)
+    wide, decay = x.astype(np.float64), np.exp(np.float64(h[0]))
+    hessian = np.einsum("kni,knj->kij", wide, wide) / 30 + decay * np.eye(WIDTH)
+    w = np.linalg.solve(hessian, np.einsum("kni,kn->ki", wide, y.astype(np.float64))[..., None] / 30)
+    right = -decay * np.sum(np.linalg.solve(hessian, w)[..., 0], axis=1)
+    size = decay * np.linalg.norm(np.linalg.solve(hessian, w)[..., 0], axis=1)
+    wrong = np.isfinite(found) & (np.abs(found - right) > 0.1 * size)
+    assert wrong.sum() == 0, f"{wrong.sum()} of {np.isfinite(found).sum()} finite ones are wrong"

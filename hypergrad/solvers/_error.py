@@ -1,0 +1,509 @@
+r"""How wrong a hypergradient at an optimum may be, from what the two solves left over.
+
+    δ = H⁻¹F,   w⁺ = ŵ − 4δ,   r = ∂_w f(w⁺) − H(w⁺)v̂ + 3(∂_w f(ŵ) − Hv̂),   ε = H⁻¹r
+
+    a = ‖ĝ(ŵ, v̂) − ĝ(w⁺, v̂) + (∂²_{λw} h)ᵀε‖ / 4s + (‖δ‖/‖w‖ + ‖ε‖/40‖v̂‖ + eps·κ/20) ‖(∂²_{λw} h)ᵀv̂‖ / s
+
+    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖))
+
+A step of four times the distance to the optimum, in place of a derivative, sees what a derivative does not: a fold, at
+which the Hessian changes by its own size, and kinks. H is the true Hessian, whatever operator the adjoint system had,
+so that ∂_w f − Hv̂ holds the bias of damping and of Gauss-Newton products as well.
+
+H⁻¹ is first M⁻¹/μ, with M the preconditioner and μ the smallest eigenvalue of M⁻¹H: never too small, but κ times too
+large along stiff directions. Where the estimate is not small with it, a few steps of conjugate gradients take its place
+(x + M⁻¹(b − Hx)/μ, with x what they found). μ is the smallest Ritz value of the adjoint's own conjugate gradients and
+of Lanczos's process from a random start that holds F as well. The process runs at the first call and at every 32nd:
+what it found is carried in the state, and may rise by a quarter a call.
+
+Nothing is known, and the estimate is infinite, where H has negative curvature, where the process has not settled and
+the adjoint system was not solved, and where the Hessian changes by its own size within four times the distance to the
+optimum. Directions in which H is flat to rounding are tried out: along one of them ŵ is moved by a thousandth of its
+length, and v̂ by its own. If the hypergradient stays, as it does where a symmetry makes them flat, they are left
+out of μ; if it does not, nothing is known.
+
+Source: the first-order analysis is that of Pedregosa 2016, arXiv:1602.02355. Cost: at a warm call two products with H,
+one with ∂²_{λw} h, and a gradient of the outer loss; at a first call at most 24 products more. Memory O(|w|).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from hypergrad import _tree
+from hypergrad._curvature import System
+from hypergrad._solver import Status, code, first_failure, usable
+from hypergrad._tree import PyTree
+from hypergrad.inner._inner import Inner
+from hypergrad.inner._optimum import Optimum, linearize
+from hypergrad.linear._linear import Linear, LinearResult, Matvec
+from hypergrad.solvers._call import Call, Outer
+
+_SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py, experiments/reliability/families.py
+_STEPS = 24  # of Lanczos's process
+_REFINE = 12  # steps of conjugate gradients in place of M⁻¹/μ
+_COARSE = 2.5e-4  # the largest a that is left as it is
+_INSIDE = 0.25  # share of μ below which a direction's curvature is not that of the rest of the spectrum
+_FLAT = 32  # units of rounding of the largest eigenvalue, below which one cannot be told from zero
+_SETTLED = 0.5  # the largest error of the smallest Ritz value, relative to it
+_RISE = 1.25  # how much μ may grow from one call to the next
+_AGE = 32  # calls after which Lanczos's process runs again
+_ASIDE = 1e-3  # share of the length of w by which it is moved along a flat direction
+_LOST = 0.05  # condition number times rounding; the Ritz values from which it comes are too far inside by up to three
+_HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F, in place of zeros; and how large at most
+_NEAR = 1e-2  # relative inner residual above which no estimate would be finite
+
+
+class Spectrum(NamedTuple):
+    """What is known of the eigenvalues of M⁻¹H.
+
+    Attributes:
+        low: the smallest, or an estimate a little below it; 0 if nothing is known; negative if one is.
+        high: the largest; 0 if nothing is known.
+        age: int32, calls since Lanczos's process ran, counted from 1; 0 before it has.
+    """
+
+    low: Array
+    high: Array
+    age: Array
+
+
+def unknown_spectrum(like: PyTree) -> Spectrum:
+    """Before the first call."""
+    zero = jnp.zeros((), _tree.dtype(like))
+    return Spectrum(zero, jnp.zeros_like(zero), jnp.int32(0))
+
+
+def lost_to_rounding(adjoint: LinearResult, like: PyTree) -> Array:
+    """Whether the condition number leaves less than a digit of a solution, a boolean scalar."""
+    return _tree.eps(like) * jnp.asarray(adjoint.high) > _LOST * jnp.asarray(adjoint.low)
+
+
+class Point(NamedTuple):
+    """Where the hypergradient was taken, and what its parts are."""
+
+    params: PyTree
+    hparams: PyTree
+    rhs: PyTree  # ∂_w f
+    direct: PyTree  # ∂_λ f
+    adjoint: PyTree  # v̂
+    product: PyTree | None  # H v̂; None to have it computed where it is needed
+    indirect: PyTree  # (∂²_{λw} h)ᵀ v̂
+    grad: PyTree
+
+
+def estimate(
+    carried: Spectrum,
+    inner: Inner,
+    linear: Linear,
+    call: Call,
+    outer: Outer,
+    optimum: Optimum,
+    adjoint: LinearResult,
+    point: Point,
+    *,
+    exact: bool,
+) -> tuple[Array, Array, Spectrum]:
+    """The relative error to expect, and whether the hypergradient can be trusted with it.
+
+    Args:
+        carried: what the last call knew; `unknown_spectrum` before the first.
+        inner: how the parameters were found.
+        linear: how the adjoint system was solved.
+        call: the inner problem, and the key for the random start of Lanczos's process.
+        outer: `(params, hparams) -> (loss, metrics)`.
+        optimum: where the inner solve ended.
+        adjoint: what the linear solve returned.
+        point: the hypergradient and its parts.
+        exact: whether the adjoint system is that of the Hessian, without damping or another approximation.
+
+    Returns:
+        The estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless; inf where nothing is known); NEG_CURVATURE or INACCURATE where a
+        tolerance was claimed and the estimate says that it is worth nothing, else OK; the spectrum for the next call.
+    """
+    inf = jnp.full((), jnp.inf, carried.low.dtype)
+    if not linear.looks:
+        return inf, jnp.int32(Status.OK), carried
+    solved = usable(adjoint.status) & (linear.claims and exact)
+    low, high = (adjoint.low, adjoint.high) if exact else (jnp.inf, 0.0)
+    plausible = optimum.residual <= _NEAR
+    if inner.symmetric:
+        spectrum, flat = _look(
+            carried,
+            optimum.system.matvec,
+            optimum.precondition,
+            optimum.system.residual,
+            call.probe_key,
+            plausible=plausible,
+            noise=_FLAT * _tree.eps(point.params) + jnp.minimum(_HIDDEN * optimum.residual, _SMALL),
+            solved=solved,
+            low=low,
+            high=high,
+        )
+    else:
+        spectrum, flat = _seen(carried, low, high, solved), _tree.zeros_like(point.params)
+    error = _relative_error(
+        point,
+        optimum.system,
+        outer,
+        lambda w, v: linearize(inner, call.objective, w, point.hparams).both(v),
+        spectrum._replace(low=jnp.where(plausible, spectrum.low, 0)),
+        flat,
+        optimum.precondition,
+        adjoint.inverse if linear.exact and exact and inner.symmetric else None,
+        symmetric=inner.symmetric,
+        refine=True if linear.claims else spectrum.age == 1,
+    )
+    # A flat direction along which the hypergradient changes, or whose try was too coarse: nothing is known.
+    undecided = (_tree.max_abs(flat) > 0) & ~(error <= _ASIDE)
+    error = jnp.where(undecided, inf, error)
+    spectrum = spectrum._replace(low=jnp.where(undecided & (spectrum.low > 0), 0, spectrum.low))
+    large = jnp.isfinite(error) & (error > 1)
+    if not (inner.claims and linear.claims):  # a direction may be good where a size is not
+        return jnp.where(large, inf, error), jnp.int32(Status.OK), spectrum
+    falling = (spectrum.low < 0) & (linear.symmetric and exact)
+    return error, first_failure(code(falling, Status.NEG_CURVATURE), code(large, Status.INACCURATE)), spectrum
+
+
+def _look(
+    carried: Spectrum,
+    matvec: Matvec,
+    precondition: Matvec | None,
+    residual: PyTree,
+    key: Array,
+    *,
+    plausible: Array,
+    noise: Array,
+    solved: Array | bool,
+    low: ArrayLike,
+    high: ArrayLike,
+) -> tuple[Spectrum, PyTree]:
+    """Bring what is known up to date: by Lanczos's process if it is due, by the Ritz values of this call if not.
+
+    Args:
+        carried: from the last call.
+        matvec: `v -> H v`.
+        precondition: `v -> M⁻¹ v`, or None.
+        residual: F.
+        key: for the start of Lanczos's process.
+        plausible: whether an estimate could be finite at all, so that it is worth the products.
+        noise: eigenvalues of this size cannot be told from zero, in units of the largest.
+        solved: whether the adjoint system was solved to a tolerance, so that its Ritz values can be believed.
+        low: the smallest Ritz value of this call; infinite if there is none.
+        high: the largest; 0 if there is none.
+
+    Returns:
+        The spectrum, and a vector along which H is flat to rounding, of unit length in the geometry of M; zero if there
+        is none, or none was looked for.
+    """
+    dtype, eps = carried.low.dtype, _tree.eps(residual)
+    low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+    apply = precondition or (lambda v: v)
+    due = plausible & ((carried.age == 0) | (carried.age >= _AGE))
+    root = _root(precondition, residual)
+    signs = _tree.rademacher_like(key, residual)
+    random = signs if root is None else jax.tree.map(lambda s, r: (s * r).astype(s.dtype), signs, root)
+    start = _tree.add(_unit(random, apply), _unit(residual, apply))
+    size = min(_STEPS, max(_tree.size(residual), 1) + 1)
+    zero = _tree.zeros_like(start)
+    none = jnp.zeros(size, dtype)
+    first = _Process(
+        start, zero, none, none, jnp.zeros(size + 1, dtype), jnp.int32(0), jnp.zeros((), dtype), jnp.int32(0), due
+    )
+
+    def run(c: _Process) -> _Process:
+        """Turns 0 and 2 look for flat directions, turns 1 and 3 add them up; the second time from what was found."""
+        alpha, beta, count, here, flat = _lanczos(matvec, apply, c.start, c.weights, size, eps)
+        values, vectors = _tridiagonal(alpha, beta, count)
+        real = jnp.arange(size) < count
+        high = jnp.where(c.turn == 0, jnp.max(jnp.where(real, jnp.abs(values), 0)), c.high)
+        null = real & (jnp.abs(values) <= noise * high)
+        adding = c.turn % 2 == 1
+        weights = jnp.where(adding, 0, jnp.sum(vectors * (null * vectors[0])[None, :], axis=1)).astype(dtype)
+        looked = _tree.where(c.turn == 0, (alpha, beta, count), (c.alpha, c.beta, c.count))
+        return _Process(
+            start=_tree.where(adding, here, c.start),
+            flat=_tree.where(adding, flat, c.flat),
+            weights=weights,
+            alpha=looked[0],
+            beta=looked[1],
+            count=looked[2],
+            high=high,
+            turn=c.turn + 1,
+            more=(c.turn < 3) & (adding | jnp.any(null)),
+        )
+
+    c = jax.lax.while_loop(lambda c: c.more, run, first)
+    found = _read(c, size, noise)
+    # Conjugate gradients that met their tolerance have seen what their right-hand side sees; half of what they found,
+    # since it is never too small.
+    solved = jnp.asarray(solved) & jnp.isfinite(low)
+    fresh = jnp.minimum(found.low, jnp.where(found.settled, low, low / 2))
+    fresh = jnp.where(found.settled | solved, fresh, 0)
+    fresh = jnp.where(found.negative, -jnp.ones_like(fresh), fresh)
+    rise = jnp.where(jnp.isfinite(low), _RISE, 1)
+    kept = jnp.where(carried.low > 0, jnp.minimum(low, rise * carried.low), carried.low)
+    age = jnp.where(due, 1, jnp.where(carried.age > 0, carried.age + 1, 0)).astype(jnp.int32)
+    spectrum = Spectrum(
+        jnp.where(due, fresh, kept).astype(dtype),
+        jnp.maximum(jnp.where(due, found.high, carried.high), high).astype(dtype),
+        age,
+    )
+    return spectrum, c.flat
+
+
+def _seen(carried: Spectrum, low: ArrayLike, high: ArrayLike, solved: Array | bool) -> Spectrum:
+    """What the solve of this call alone tells, for an operator that is not symmetric: its smallest singular value."""
+    dtype = carried.low.dtype
+    low = jnp.asarray(low, dtype)
+    known = jnp.asarray(solved) & jnp.isfinite(low)
+    return Spectrum(jnp.where(known, low, 0).astype(dtype), jnp.asarray(high, dtype), jnp.int32(1))
+
+
+class _Process(NamedTuple):
+    start: PyTree
+    flat: PyTree
+    weights: Array  # with which the next run adds up its vectors
+    alpha: Array
+    beta: Array
+    count: Array
+    high: Array
+    turn: Array
+    more: Array
+
+
+class _Found(NamedTuple):
+    low: Array
+    high: Array
+    settled: Array
+    negative: Array
+
+
+def _lanczos(
+    matvec: Matvec, apply: Matvec, start: PyTree, weights: Array, size: int, eps: float
+) -> tuple[Array, Array, Array, PyTree, PyTree]:
+    """Lanczos's process for M⁻¹H in the inner product of M, which only M⁻¹ is needed for: the diagonal, what is beside
+    it, the number of steps, and the vectors of the process added with `weights`, times M and not.
+    """
+    dtype = weights.dtype
+
+    def step(c: Any) -> Any:
+        j, old, p, alpha, beta, here, flat, _ = c
+        q = apply(p)
+        length = jnp.sqrt(jnp.maximum(_tree.vdot(p, q).astype(dtype), 0))
+        safe = jnp.where(length > 0, length, 1)
+        p, q = _tree.scale(1 / safe, p), _tree.scale(1 / safe, q)
+        side = jnp.where(j > 0, length, 0)
+        product = matvec(q)
+        middle = _tree.vdot(q, product).astype(dtype)
+        closed = ~(length > _FLAT * eps * jnp.max(jnp.abs(alpha))) | ~jnp.isfinite(middle)
+        following = jax.tree.map(
+            lambda y, a, b: y - middle.astype(y.dtype) * a - side.astype(y.dtype) * b, product, p, old
+        )
+        put = lambda rows, i, x: jnp.where(closed, rows, rows.at[i].set(x))
+        share = jnp.where(closed, 0, weights[j])
+        here, flat = _tree.axpy(share, p, here), _tree.axpy(share, q, flat)
+        return (
+            jnp.where(closed, j, j + 1),
+            p,
+            following,
+            put(alpha, j, middle),
+            put(beta, j, side),
+            here,
+            flat,
+            closed,
+        )
+
+    zero = _tree.zeros_like(start)
+    first = (
+        jnp.int32(0),
+        zero,
+        start,
+        jnp.zeros(size, dtype),
+        jnp.zeros(size + 1, dtype),
+        zero,
+        zero,
+        jnp.asarray(False),
+    )
+    j, _, p, alpha, beta, here, flat, closed = jax.lax.while_loop(lambda c: (c[0] < size) & ~c[7], step, first)
+    after = jnp.sqrt(jnp.maximum(_tree.vdot(p, apply(p)).astype(dtype), 0))
+    beta = beta.at[j].set(jnp.where(closed, 0, after))
+    return alpha, beta, j, here, flat
+
+
+def _tridiagonal(alpha: Array, beta: Array, count: Array) -> tuple[Array, Array]:
+    """Eigenvalues and vectors of the part that was filled; those of the rest are beyond every other."""
+    size = alpha.shape[0]
+    used = jnp.arange(size) < count
+    scale = jnp.max(jnp.abs(alpha)) + jnp.max(beta)
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    side = jnp.where(used[1:], beta[1:size], 0) / scale
+    matrix = jnp.diag(jnp.where(used, alpha / scale, 4)) + jnp.diag(side, 1) + jnp.diag(side, -1)
+    values, vectors = jnp.linalg.eigh(jnp.where(jnp.isfinite(matrix), matrix, 0))
+    return values * scale, vectors
+
+
+def _read(c: _Process, size: int, noise: Array) -> _Found:
+    """The smallest eigenvalue that is not flat, and how far it can be believed."""
+    values, vectors = _tridiagonal(c.alpha, c.beta, c.count)
+    real = jnp.arange(size) < c.count
+    high = jnp.max(jnp.where(real, jnp.abs(values), 0))
+    at = jnp.maximum(c.count - 1, 0)
+    off = c.beta[c.count] * jnp.abs(vectors[at])  # the residual of each Ritz pair
+    noise = noise * high
+    above = real & (values > noise)
+    which = jnp.argmax(above)  # they are sorted
+    low = jnp.where(jnp.any(above), values[which], jnp.inf)
+    settled = jnp.any(above) & (off[which] <= _SETTLED * low)
+    return _Found(low, high, settled, jnp.any(real & (values < -noise)))
+
+
+def _relative_error(
+    point: Point,
+    system: System,
+    outer: Outer,
+    pull: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    spectrum: Spectrum,
+    flat: PyTree,
+    precondition: Matvec | None,
+    inverse: Matvec | None,
+    *,
+    symmetric: bool,
+    refine: Array | bool = True,
+) -> Array:
+    """Estimate of ‖ĝ − g‖ / max(‖g‖, 10⁻³ (‖direct‖ + ‖indirect‖)) (dimensionless); inf where nothing is known.
+
+    Args:
+        point: the hypergradient and its parts.
+        system: F linearized where it was taken.
+        outer: `(params, hparams) -> (loss, metrics)`.
+        pull: `(params, v) -> (H(params) v, (∂²_{λw} h)ᵀ v)` at any parameters.
+        spectrum: see `_look`.
+        flat: see `_look`.
+        precondition: `v -> M⁻¹ v`, or None.
+        inverse: `v -> H⁻¹ v` to working precision, or None.
+        symmetric: whether conjugate gradients may be used on H.
+        refine: whether they are worth their products.
+    """
+    params, hparams, v = point.params, point.hparams, point.adjoint
+    dtype, eps = spectrum.low.dtype, max(_tree.eps(params), _tree.eps(hparams))
+    apply = precondition or (lambda v: v)
+    known = (spectrum.low > 0) & _tree.all_finite(point.grad)
+    low = jnp.where(known, spectrum.low, 1)
+    wide = spectrum.high / low * _tree.eps(params)
+    positive = lambda x: jnp.where(x > 0, x, 1)
+    size = jnp.maximum(_tree.norm(point.grad), 1e-3 * (_tree.norm(point.direct) + _tree.norm(point.indirect))).astype(
+        dtype
+    )
+    through = _tree.norm(point.indirect).astype(dtype)
+    length, reach = _tree.norm(params).astype(dtype), _tree.norm(v).astype(dtype)
+    crosswise = _tree.norm(flat).astype(dtype)
+    aside = crosswise > 0
+    shift = _tree.scale(jnp.where(aside, _ASIDE * length / positive(crosswise), 0), flat)
+    # F is a sum, and is not known better than its parts are: what they are along v̂ moves ŵ along v̂ by as much.
+    parts = _total(point.indirect, hparams) + _total(point.rhs, params)
+    slope = jnp.abs(_tree.vdot(point.rhs, v))
+    shift = _tree.axpy(jnp.where(slope > 0, eps * parts / positive(slope), 0), v, shift)
+
+    def solve(b: PyTree, steps: Array) -> PyTree:
+        if inverse is not None:
+            return inverse(b)
+        return _inverse(system.matvec, apply, b, low, steps)
+
+    def attempt(c: tuple[Array, Array]) -> tuple[Array, Array]:
+        turn, _ = c
+        steps = jnp.where(turn > 0, _REFINE, 0)
+        here = system.matvec(v) if point.product is None else point.product
+        gap = _tree.sub(point.rhs, here)
+
+        def stage(i: Array, c: Any) -> Any:
+            b, step, _, _, _ = c
+            x = solve(b, steps)
+
+            def second() -> Any:
+                moved = _tree.axpy(-_SAFETY, _tree.add(x, shift), params)
+                (rhs, direct), (product, indirect) = (
+                    jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0],
+                    pull(moved, v),
+                )
+                r = _tree.axpy(_SAFETY - 1, gap, _tree.sub(rhs, product))
+                change = jax.tree.map(lambda g, d, i: g - (d - i.astype(d.dtype)), point.grad, direct, indirect)
+                bend = jnp.abs(_tree.vdot(v, _tree.sub(product, here)))
+                bent = bend > 0.5 * jnp.abs(_tree.vdot(v, here))
+                return r, x, x, change, bent
+
+            return jax.lax.cond(i == 0, second, lambda: (b, step, x, c[3], c[4]))
+
+        start = (
+            system.residual,
+            _tree.zeros_like(params),
+            _tree.zeros_like(params),
+            _tree.zeros_like(point.grad),
+            jnp.asarray(False),
+        )
+        _, step, adjoint, change, bent = jax.lax.fori_loop(0, 2, stage, start)
+        turned = _tree.axpy(jnp.where(aside, reach / positive(crosswise), 0), flat, adjoint)
+        change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), change, system.cross(turned))
+        first = _tree.norm(change).astype(dtype) / (_SAFETY * positive(size))
+        first = jnp.where(aside, first / _ASIDE, first)
+        loose = _tree.norm(step).astype(dtype) / positive(length)
+        loose += _tree.norm(adjoint).astype(dtype) / (10 * _SAFETY * positive(reach)) + wide / 20
+        a = first + loose * through / positive(size)
+        return turn + 1, jnp.where(bent | jnp.isnan(a), jnp.inf, a)
+
+    def proceed(c: tuple[Array, Array]) -> Array:
+        turn, a = c
+        more = (turn == 1) & ~(a <= _COARSE) & refine if symmetric and inverse is None else False
+        return known & ((turn == 0) | more)
+
+    _, a = jax.lax.while_loop(proceed, attempt, (jnp.int32(0), jnp.asarray(jnp.inf, dtype)))
+    found = jnp.where(a < 0.8, _SAFETY * a / (1 - jnp.minimum(a, 0.8)), 5 * _SAFETY * a) + eps
+    return jnp.where((size > 0) | (a == 0), found, jnp.inf)
+
+
+def _inverse(matvec: Matvec, apply: Matvec, b: PyTree, low: Array, steps: Array) -> PyTree:
+    """A rough H⁻¹b: x + M⁻¹(b − Hx) / μ, with x from some steps of conjugate gradients; M⁻¹b / μ without any."""
+    dtype = low.dtype
+
+    def step(c: Any) -> Any:
+        j, x, r, p, rz, pmp = c
+        product = matvec(p)
+        curvature = _tree.vdot(p, product).astype(dtype)
+        ok = (curvature > _INSIDE * low * pmp) & (rz > 0)  # or p is next to a flat direction, which has no inverse
+        alpha = jnp.where(ok, rz / jnp.where(ok, curvature, 1), 0)
+        x, r = _tree.axpy(alpha, p, x), _tree.axpy(-alpha, product, r)
+        z = apply(r)
+        fresh = _tree.vdot(r, z).astype(dtype)
+        beta = fresh / jnp.where(ok, rz, 1)
+        return jnp.where(ok, j + 1, steps), x, r, _tree.axpy(beta, p, z), fresh, fresh + beta**2 * pmp
+
+    z = apply(b)
+    square = _tree.vdot(b, z).astype(dtype)
+    first = (jnp.int32(0), _tree.zeros_like(b), b, z, square, square)
+    _, x, r, *_ = jax.lax.while_loop(lambda c: c[0] < steps, step, first)
+    return _tree.axpy(1 / low, apply(r), x)
+
+
+def _total(x: PyTree, y: PyTree) -> Array:
+    """Σ |xᵢ| |yᵢ|."""
+    return _tree.vdot(jax.tree.map(jnp.abs, x), jax.tree.map(jnp.abs, y))
+
+
+def _root(precondition: Matvec | None, like: PyTree) -> PyTree | None:
+    """The square root of the diagonal of M, if M is diagonal, as it mostly is; a scale of it otherwise."""
+    if precondition is None:
+        return None
+    ones = precondition(jax.tree.map(jnp.ones_like, like))
+    return jax.tree.map(lambda x: jnp.where(x != 0, jax.lax.rsqrt(jnp.where(x != 0, jnp.abs(x), 1)), 1), ones)
+
+
+def _unit(p: PyTree, apply: Matvec) -> PyTree:
+    length = jnp.sqrt(jnp.maximum(_tree.vdot(p, apply(p)), 0))
+    good = (length > 0) & jnp.isfinite(length)
+    return _tree.where(good, _tree.scale(1 / jnp.where(good, length, 1), p), _tree.zeros_like(p))
