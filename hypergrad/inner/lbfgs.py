@@ -48,6 +48,7 @@ class LbfgsState(NamedTuple):
         curvature: ⟨s, y⟩ / ⟨y, y⟩ of the newest pair.
         count: pairs so far, int32.
         unit: the size of F in which `y` is measured.
+        step: to be tried first: 1, or where a search along a line goes on that the last call had to leave.
     """
 
     s: PyTree
@@ -56,6 +57,7 @@ class LbfgsState(NamedTuple):
     curvature: Array
     count: Array
     unit: Array
+    step: Array
 
 
 class _Line(NamedTuple):
@@ -125,7 +127,7 @@ def _empty(params: PyTree, history: int) -> LbfgsState:
     # as they will be after the first call.
     rows = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * history), params)
     one = jnp.ones((), dtype)
-    return LbfgsState(rows, rows, jnp.zeros((history,), dtype), one, jnp.int32(0), one)
+    return LbfgsState(rows, rows, jnp.zeros((history,), dtype), one, jnp.int32(0), one, one)
 
 
 def _solve(
@@ -164,33 +166,35 @@ def _minimise(
         return (c.residual > tol) & (c.steps < max_steps) & (c.status == int(Status.OK))
 
     def body(c: _Carry) -> _Carry:
-        trial = _tree.axpy(c.line.step, c.direction, c.params)
+        # The last evaluation goes to the best point of the line so far, if there is one: no call ends in vain.
+        last = c.steps + 1 >= max_steps
+        step = jnp.where(last & (c.line.low > 0), c.line.low, c.line.step)
+        trial = _tree.axpy(step, c.direction, c.params)
         value, grads = evaluate(trial)
         value, slope = value.astype(dtype), _tree.vdot(grads, c.direction).astype(dtype)
         residual = jnp.sqrt(_tree.vdot(grads, grads)).astype(dtype)  # of order 1 or less, in units of the scale
         first = c.steps == 0  # looks at the starting point
         finite = jnp.isfinite(value) & jnp.isfinite(residual)
         noise = eps * jnp.abs(c.value)
-        lower = value <= c.value + _DECREASE * c.line.step * c.slope
+        lower = value <= c.value + _DECREASE * step * c.slope
         level = (value <= c.value + _NOISE * noise) & (slope <= (2 * _DECREASE - 1) * c.slope)
         down = finite & (lower | level)
-        last = c.steps + 1 >= max_steps  # what went down is kept for the next call
         accept = finite & (first | (down & ((slope >= _CURVATURE * c.slope) | last)))
 
         missing = jnp.where(jnp.isfinite(value), jnp.nan, jnp.inf)  # which of the two is not finite
         seen = jnp.where(finite, slope, missing.astype(dtype))
-        line = _bracket(c.line, c.slope, seen, down)
+        line = _bracket(c.line._replace(step=step), c.slope, seen, down)
         lost = ~accept & (line.trials >= _TRIALS)
         retry = lost & (c.memory.count > 0)
-        curved = c.line.step * (slope - c.slope)  # ⟨s, y⟩
-        memory = _learn(c.memory, _tree.scale(c.line.step, c.direction), _tree.sub(grads, c.grads), curved, accept)
+        curved = step * (slope - c.slope)  # ⟨s, y⟩
+        memory = _learn(c.memory, _tree.scale(step, c.direction), _tree.sub(grads, c.grads), curved, accept)
         memory = _forget(memory, retry)
         params, value_now, grads_now, residual_now = _tree.where(
             accept, (trial, value, grads, residual), (c.params, c.value, c.grads, c.residual)
         )
         direction, downhill = _aim(memory, grads_now, residual_now)
         direction, slope_now = _tree.where(accept | retry, (direction, downhill), (c.direction, c.slope))
-        line = _tree.where(accept | retry, _fresh(slope_now), line)
+        line = _tree.where(accept | retry, _fresh(slope_now, jnp.where(first, c.memory.step, 1)), line)
 
         best = jnp.fmin(c.best, residual)
         falling = finite & ((value < c.value - 4 * noise) | (residual < 0.99 * c.best))
@@ -208,16 +212,17 @@ def _minimise(
         return _Carry(*here, direction, slope_now, line, memory, best, idle, c.steps + 1, status)
 
     still = _tree.zeros_like(params)
-    line, none = _fresh(zero)._replace(step=zero), jnp.int32(0)
+    line, none = _fresh(zero, zero), jnp.int32(0)
     start = _Carry(params, zero, still, inf, still, zero, line, memory, inf, none, none, jnp.int32(Status.OK))
     c = jax.lax.while_loop(proceed, body, start)
     missed = (c.status == int(Status.OK)) & (c.residual > tol)
-    return c._replace(status=jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32))
+    status = jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32)
+    return c._replace(status=status, memory=c.memory._replace(step=jnp.where(missed, c.line.step, 1)))
 
 
-def _fresh(slope: Array) -> _Line:
+def _fresh(slope: Array, step: Array) -> _Line:
     zero = jnp.zeros_like(slope)
-    return _Line(zero, slope, zero + jnp.inf, zero, zero + 1, jnp.int32(0))
+    return _Line(zero, slope, zero + jnp.inf, zero, step.astype(zero.dtype), jnp.int32(0))
 
 
 def _aim(memory: LbfgsState, grads: PyTree, residual: Array) -> tuple[PyTree, Array]:
@@ -262,6 +267,7 @@ def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -
         jnp.where(good, curvature, memory.curvature),
         memory.count + good,
         memory.unit,
+        memory.step,
     )
 
 

@@ -79,10 +79,13 @@ def test_odd_pytrees_keep_their_dtypes():
     params = {"a": jnp.zeros((), jnp.float32), "b": [None, (jnp.zeros(2, jnp.bfloat16),)], "c": jnp.zeros((1, 2))}
     loss = lambda w, h, b: sum(jnp.sum((x.astype(jnp.float32) - 1.5) ** 2) for x in jax.tree.leaves(w))
     inner = hg.inner.lbfgs(tol=1e-3)
-    result = solve(inner, loss, params)
+    result = solve(inner, loss, params)  # measured against a scale of 1
     assert [x.dtype for x in jax.tree.leaves(result.params)] == [x.dtype for x in jax.tree.leaves(params)]
     assert jax.tree.structure(result.params) == jax.tree.structure(params)
-    assert all(np.allclose(np.asarray(x, np.float32), 1.5) for x in jax.tree.leaves(result.params))
+    # The tolerance asks for ‖F‖ ≤ 1e-3 with F = 2 (w − 1.5): half of that in the parameters, which bfloat16 holds to
+    # 2⁻⁸ of 1.5 and has exactly at the solution.
+    error = np.concatenate([np.ravel(np.asarray(x, np.float64)) - 1.5 for x in jax.tree.leaves(result.params)])
+    assert status(result) == "OK" and np.linalg.norm(error) <= 0.5e-3 * (1 + 1e-5)
     assert jax.tree.map(jnp.result_type, result.state) == jax.tree.map(jnp.result_type, inner.init(params, 0.0))
 
 

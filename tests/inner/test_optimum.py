@@ -69,15 +69,27 @@ def test_best_response_gets_past_the_saddle_as_well():
     assert relative_error(jax.jit(jax.vmap(slope))(params, h, factor), saddle_answer(h)) < tol(1e-8, 1e-4)
 
 
+BUDGETS = np.array([3, 4, 5, 8, 12, 20])  # with 2 there are only looks at where each phase begins
+
+
 def test_a_step_count_bounds_both_phases_and_a_miss_is_made_good_by_calling_again():
+    """Also where the steps end in the middle of a line search, or a line search takes more than there are."""
     params, h, factor = saddle_draws()
-    out = repeated(SADDLE, 16, inner=hg.inner.lbfgs(max_steps=12))(params, h, factor)
+    solver = hg.implicit(SADDLE, inner=hg.inner.lbfgs(max_steps=12))
+
+    def run(max_steps: Any, params: Any, hparams: Any, data: Any) -> Any:
+        state = solver.init(params, hparams)
+        state.options["inner"]["max_steps"] = max_steps
+        return jax.lax.scan(lambda s, _: solver.hypergrad(s, hparams, data)[::-1], state, None, length=60)[1]
+
+    every = jax.jit(jax.vmap(jax.vmap(run, (None, 0, 0, 0)), (0, None, None, None)))
+    out = every(jnp.asarray(BUDGETS, jnp.int32), params, h, factor)
     status, steps = np.asarray(out.info.status), np.asarray(out.info.inner_steps)
-    assert np.all(steps <= 12 + 2 * 8)  # and the Newton steps of each phase
-    assert np.mean(status[:, 0] == Status.INNER_MAX_STEPS) > 0.5
-    done = status[:, -1] <= Status.PRECISION_LIMITED
-    assert np.sum(done) >= 11
-    assert relative_error(np.asarray(out.grad[:, -1])[done], saddle_answer(h)[done]) < tol(1e-8, 1e-4)
+    assert np.all(steps <= BUDGETS[:, None, None] + 2 * 8)  # and the Newton steps of each phase
+    assert np.mean(status[..., 0] == Status.INNER_MAX_STEPS) > 0.5
+    assert np.all(status[..., -1] <= Status.PRECISION_LIMITED), status[..., -1]
+    for grad in out.grad[..., -1]:
+        assert relative_error(grad, saddle_answer(h)) < tol(1e-8, 1e-4)
 
 
 # The best response is exactly zero, at the start or on the way: targets that no feature explains.
@@ -92,13 +104,14 @@ def orthogonal(loss: str) -> Any:
             "logistic": lambda: jnp.sum(jax.nn.softplus(z) - (y > 0) * z),
             "poisson": lambda: jnp.sum(jnp.exp(z) - jnp.abs(jnp.sign(y)) * z),
             "robust": lambda: jnp.sum(jnp.sqrt(1 + (z - y) ** 2)),
+            "redescending": lambda: jnp.sum(jnp.log1p((z - y) ** 2)),
         }[loss]()
         return fit + 0.5 * jnp.exp(h) * jnp.sum(w**2)
 
     return hg.Problem(inner_loss, lambda w, h, data: jnp.sum((w - 1) ** 2) + jnp.sin(h))
 
 
-@pytest.mark.parametrize("loss", ["squares", "logistic", "poisson", "robust"])
+@pytest.mark.parametrize("loss", ["squares", "logistic", "poisson", "robust", "redescending"])
 def test_an_optimum_at_zero_is_recognised_from_there_and_from_elsewhere(loss):
     """F is a sum of terms that cancel: what is left of it is rounding, whatever it is compared with."""
     rng = np.random.default_rng(1)
@@ -108,6 +121,11 @@ def test_an_optimum_at_zero_is_recognised_from_there_and_from_elsewhere(loss):
     y = np.concatenate([y, -y], 1)
     starts = np.where(np.arange(12)[:, None] < 8, 0.0, 0.1 * rng.normal(size=(12, 4)) / np.abs(x).max((1, 2))[:, None])
     h = jnp.asarray(rng.uniform(-1, 1, 12))
+    if loss == "redescending":  # zero is a minimum only where most residuals are within the bulk
+        bend = (1 - y**2) / (1 + y**2) ** 2
+        keep = np.linalg.eigvalsh(np.einsum("bn,bni,bnj->bij", bend, x, x)).min(-1) > 0
+        assert np.sum(keep) >= 8
+        x, y, starts, h = x[keep], y[keep], starts[keep], h[keep]
     out = repeated(orthogonal(loss), 3)(jnp.asarray(starts), h, (jnp.asarray(x), jnp.asarray(y)))
     assert np.all(out.info.status <= Status.PRECISION_LIMITED), out.info.status
     for call in range(3):
@@ -144,16 +162,25 @@ def test_a_steep_start_loosens_no_tolerance(name):
     if name == "zakharov":
         starts[0] = [600, 700, 200, 100, 90, 1e4]
     h = np.where(np.arange(12) > 0, rng.uniform(1, 2, 12), 2.0)
-    run = repeated(problem, 2)
-    near = run(jnp.full((12, 6), 0.5), jnp.asarray(h), None)
-    out = run(jnp.asarray(starts), jnp.asarray(h), None)
-    assert np.all(near.info.status <= Status.PRECISION_LIMITED)
+    solver = hg.implicit(problem)
+
+    def run(start: Any, hparams: Any) -> Any:
+        def call(state: Any, _: Any) -> Any:
+            out, state = solver.hypergrad(state, hparams, None)
+            hessian = jax.hessian(lambda w: STEEP[name](w, hparams, None))(state.params)
+            return state, (out, state.params, hessian)
+
+        return jax.lax.scan(call, solver.init(start, hparams), None, length=2)[1]
+
+    out, params, hessian = jax.jit(jax.vmap(run))(jnp.asarray(starts), jnp.asarray(h))
+    params, hessian = np.asarray(params, np.float64), np.asarray(hessian, np.float64)
     assert np.all(out.info.status[:, 1] <= Status.PRECISION_LIMITED), out.info.status
-    same = np.abs(out.value[:, 1] / near.value[:, 1] - 1) < 0.05  # else it has found another minimum
-    assert np.sum(same) >= 11
-    for i in np.nonzero(same)[0]:
-        for call in range(2):
-            if out.info.status[i, call] <= Status.PRECISION_LIMITED:
-                assert relative_error(out.grad[i, call], near.grad[i, 1]) < tol(1e-6, 2e-2), (i, call)
+    # Rosenbrock's function has two minima: each is held against the derivative of its own.
+    assert np.all(np.linalg.eigvalsh(hessian[:, 1]) > 0)
+    cross = {"sixth power": -np.ones_like(params)}.get(name, params)  # ∂_h F
+    through = np.linalg.solve(hessian, cross[..., None])[..., 0]
+    right = -np.sum(2 * (params - 0.5) * through, -1)
+    usable = np.asarray(out.info.status) <= Status.PRECISION_LIMITED
+    assert relative_error(np.asarray(out.grad)[usable], right[usable]) < tol(1e-6, 2e-2)
     if name == "zakharov":
         assert relative_error(out.grad[0, 1], -0.053093) < tol(1e-4, 2e-2)
