@@ -99,7 +99,9 @@ _ADVICE = {
     Status.INNER_STALLED: (
         "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1), a "
         "discontinuous loss, or a condition number beyond the precision. Use `hg.inner.fixed_point` with a proximal "
-        "step for L1, smooth the loss, standardise the features, compute in float64, or unroll."
+        "step for L1, smooth the loss, standardise the features, compute in float64, or unroll. A network with kinks "
+        "tunes with a few steps a call that claim no optimum, as `inner=hg.inner.gradient(optax.adam(1e-2), steps=20)` "
+        "and `linear=hg.linear.cg(max_steps=5)` in `hg.implicit`."
     ),
     Status.NEG_CURVATURE: (
         "The inner Hessian has a direction of negative curvature: the parameters sit at a saddle, or an unconverged "

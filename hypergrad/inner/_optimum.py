@@ -77,13 +77,13 @@ class _Progress(NamedTuple):
     inner_state: PyTree
     model_state: PyTree
     inverse: list[Array]  # what the preconditioner consists of
-    norm: Array  # ‖F‖
+    norm: Array  # ‖F‖; within a turn, before its Newton steps
     size: Array  # natural size of F, as far as it is known
     noise: Array  # what rounding leaves of F
     aim: Array  # tolerance of the inner solver's next turn
     spent: Array  # steps of the inner solver
     polished: Array  # Newton steps
-    turns: Array
+    turns: Array  # -1 where the size of F is not known at all
     status: Array  # of the inner solver's last turn
     more: Array
 
@@ -151,46 +151,47 @@ def find_optimum(
         norm, size, noise = (x.astype(dtype) for x in _measure(inner, objective, w, hparams, params))
         return norm, jnp.maximum(size, noise / jnp.sqrt(tol)), noise
 
-    def turn(c: _Progress) -> _Progress:
+    def advance(c: _Progress) -> _Progress:
         size = jnp.maximum(c.size, scale)
         left = {} if most is None else {"max_steps": most - c.spent}
         found = solve(c.params, c.inner_state, c.model_state, size, tol=c.aim, **left)
-        spent, able = c.spent + found.steps, found.status == int(Status.OK)
-        params, polished = found.params, jnp.int32(0)
-        before, inverse = found.residual.astype(dtype), build(params)
+        params, before, inverse = found.params, found.residual.astype(dtype), build(found.params)
+        polished = jnp.int32(0)
         if polish_steps:
             # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran
             # out.
-            few = jnp.where(able, polish_steps, min(polish_steps, 2)).astype(jnp.int32)
+            few = jnp.where(found.status == int(Status.OK), polish_steps, min(polish_steps, 2)).astype(jnp.int32)
             precondition = None if preconditioner is None else rebuild(inverse)
             params, polished = polish(
                 objective.fixed, params, hparams, precondition, residual=before, target=tol * size, max_steps=few
             )
-        norm, natural, noise = measure(params)
-        if polish_steps:
-            able = able | (~_hard(found.status) & (norm < _PROGRESS * before))
-        short = norm > jnp.maximum(tol * jnp.maximum(natural, scale), noise)
-        more = short & able & (c.turns + 1 < _TURNS) & (jnp.asarray(False) if most is None else spent < most)
-        return _Progress(
-            params,
-            found.state,
-            found.model_state,
-            inverse,
-            norm,
-            natural,
-            noise,
-            tol,
-            spent,
-            c.polished + polished,
-            c.turns + 1,
-            found.status,
-            more,
+        return c._replace(
+            params=params,
+            inner_state=found.state,
+            model_state=found.model_state,
+            inverse=inverse,
+            norm=before,
+            aim=tol,
+            spent=c.spent + found.steps,
+            polished=c.polished + polished,
+            status=found.status,
         )
 
+    def turn(c: _Progress) -> _Progress:
+        looks = c.turns < 0  # at a state's first call, how large F is where it starts
+        c = once(~looks, advance, c)
+        norm, natural, noise = measure(c.params)
+        able = looks | (c.status == int(Status.OK))
+        if polish_steps:
+            able = able | (~_hard(c.status) & (norm < _PROGRESS * c.norm))
+        short = looks | (norm > jnp.maximum(tol * jnp.maximum(natural, scale), noise))
+        more = short & able & (c.turns + 1 < _TURNS) & (looks if most is None else c.spent < most)
+        return c._replace(norm=norm, size=natural, noise=noise, turns=c.turns + 1, more=more)
+
     none, zero = jnp.int32(0), jnp.zeros((), dtype)
-    begin = once(~(scale > 0), lambda _: measure(params)[1], scale)
+    turns = jnp.where(scale > 0, 0, -1).astype(jnp.int32)
     start = _Progress(
-        params, inner_state, model_state, empty, zero, begin, zero, handover, none, none, none, none, jnp.asarray(True)
+        params, inner_state, model_state, empty, zero, zero, zero, handover, none, none, turns, none, jnp.asarray(True)
     )
     c = jax.lax.while_loop(lambda c: c.more, turn, start)
     size = jnp.maximum(c.size, scale)
