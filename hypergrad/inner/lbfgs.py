@@ -122,12 +122,13 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
 
 
 def _empty(params: PyTree, history: int) -> LbfgsState:
-    dtype = _tree.dtype(params)
-    # Stacked from zeros like the parameters, and not made from a shape: where parameters are sharded the rows are too,
-    # as they will be after the first call.
-    rows = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * history), params)
-    one = jnp.ones((), dtype)
-    return LbfgsState(rows, rows, jnp.zeros((history,), dtype), one, jnp.int32(0), one, one)
+    # Everything is made from the parameters, and nothing from a shape: where they are sharded the rows are too and the
+    # scalars are on the same devices, as they will be after the first call, so that the second compiles nothing.
+    still = _tree.zeros_like(params)
+    rows = jax.tree.map(lambda x: jnp.stack([x] * history), still)
+    none = _tree.vdot(still, still).astype(_tree.dtype(params))
+    one = none + 1
+    return LbfgsState(rows, rows, jnp.stack([none] * history), one, none.astype(jnp.int32), one, one)
 
 
 def _solve(

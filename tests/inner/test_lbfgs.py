@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
 import hypergrad as hg
 from hypergrad._problem import bind_inner
 from hypergrad.inner.lbfgs import _learn
-from tests._helpers import assert_trees_equal, relative_error, tol
+from tests._helpers import assert_trees_equal, relative_error, shard_rows, tol
 from tests.inner._solve import problem, solve, status
 
 EIGENVALUES = np.geomspace(1.0, 300.0, 12)
@@ -99,6 +101,141 @@ def test_a_loss_of_another_scale_takes_the_same_steps(factor, data):
     assert int(result.steps) == int(expected.steps) and status(result) == "OK"
     assert relative_error(result.params, expected.params) < tol(1e-8, 1e-3)
     assert relative_error(result.residual, factor * expected.residual) < tol(1e-6, 1e-2)
+
+
+# Against SciPy's, on problems of the literature (Moré, Garbow & Hillstrom 1981, in twelve dimensions) and of practice.
+
+
+def _pairs(w):
+    return w.reshape(-1, 2).T
+
+
+def _extended_beale(w, x, y):
+    a, b = _pairs(w)
+    return jnp.sum((1.5 - a * (1 - b)) ** 2 + (2.25 - a * (1 - b**2)) ** 2 + (2.625 - a * (1 - b**3)) ** 2)
+
+
+def _extended_rosenbrock(w, x, y):
+    a, b = _pairs(w)
+    return jnp.sum(100 * (b - a**2) ** 2 + (1 - a) ** 2)
+
+
+def _extended_powell(w, x, y):
+    a, b, c, d = w.reshape(-1, 4).T
+    return jnp.sum((a + 10 * b) ** 2 + 5 * (c - d) ** 2 + (b - 2 * c) ** 4 + 10 * (a - d) ** 4)
+
+
+def _wood(w, x, y):
+    a, b, c, d = w.reshape(-1, 4).T
+    valleys = 100 * (b - a**2) ** 2 + (1 - a) ** 2 + 90 * (d - c**2) ** 2 + (1 - c) ** 2
+    return jnp.sum(valleys + 10 * (b + d - 2) ** 2 + 0.1 * (b - d) ** 2)
+
+
+def _trigonometric(w, x, y):
+    i = jnp.arange(1.0, 13.0, dtype=w.dtype)
+    return jnp.sum((12 - jnp.sum(jnp.cos(w)) + i * (1 - jnp.cos(w)) - jnp.sin(w)) ** 2)
+
+
+def _variably_dimensioned(w, x, y):
+    t = jnp.sum(jnp.arange(1.0, 13.0, dtype=w.dtype) * (w - 1))
+    return jnp.sum((w - 1) ** 2) + t**2 + t**4
+
+
+def _broyden(w, x, y):
+    left, right = jnp.concatenate([jnp.zeros(1, w.dtype), w[:-1]]), jnp.concatenate([w[1:], jnp.zeros(1, w.dtype)])
+    return jnp.sum(((3 - 2 * w) * w - left - 2 * right + 1) ** 2)
+
+
+FAMILIES = {  # name: loss, draws
+    "quadratic": (lambda w, x, y: 0.5 * jnp.sum((x @ w - y) ** 2), 12),
+    "logistic": (lambda w, x, y: jnp.sum(jax.nn.softplus(x @ w) - (y > 0) * (x @ w)) + 0.05 * jnp.sum(w**2), 8),
+    "poisson": (lambda w, x, y: jnp.sum(jnp.exp(0.3 * x @ w) - y**2 * (x @ w)) + 0.5 * jnp.sum(w**2), 4),
+    "huber": (lambda w, x, y: jnp.sum(jnp.sqrt(1 + (x @ w - y) ** 2)) + 0.01 * jnp.sum(w**2), 4),
+    "rosenbrock": (_extended_rosenbrock, 3),
+    "chain": (lambda w, x, y: jnp.sum(100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2), 3),
+    "beale": (_extended_beale, 3),
+    "powell": (_extended_powell, 3),
+    "brown": (lambda w, x, y: (w[0] - 1e6) ** 2 + (w[1] - 2e-6) ** 2 + (w[0] * w[1] - 2) ** 2 + 0 * w[2], 1),
+    "wood": (_wood, 3),
+    "trigonometric": (_trigonometric, 3),
+    "variably dimensioned": (_variably_dimensioned, 3),
+    "broyden": (_broyden, 3),
+}
+STARTS = {
+    "rosenbrock": np.tile([-1.2, 1.0], 6),
+    "chain": np.tile([-1.2, 1.0], 6),
+    "beale": np.ones(12),
+    "powell": np.tile([3.0, -1.0, 0.0, 1.0], 3),
+    "brown": np.ones(12),
+    "wood": np.tile([-3.0, -1.0, -3.0, -1.0], 3),
+    "trigonometric": np.full(12, 1 / 12),
+    "variably dimensioned": 1 - np.arange(1, 13) / 12,
+    "broyden": -np.ones(12),
+}
+
+
+def scipy_problems():
+    """Fifty of `(family, start, x, y)`."""
+    rng = np.random.default_rng(3)
+    for family, (_, draws) in FAMILIES.items():
+        for i in range(draws):
+            x, y = rng.normal(size=(24, 12)), rng.normal(size=24)
+            if family == "quadratic":  # condition numbers of the Hessian from 1 to 2.5e4
+                u, _, v = np.linalg.svd(x, full_matrices=False)
+                x = u * np.geomspace(1, 10 ** (-i / 5), 12) @ v
+            if family in ("logistic", "huber"):
+                x = x * np.geomspace(1, 10 ** (-i / 4), 12)
+            start = STARTS.get(family, np.zeros(12)) * (1 + 0.2 * i * rng.uniform(-1, 1, 12))
+            yield family, start, x, y
+
+
+def test_it_finds_what_scipys_finds_with_at_most_half_as_many_evaluations_more():
+    """On fifty problems, one compiled program for each side."""
+    losses = [loss for loss, _ in FAMILIES.values()]
+
+    def loss(w, kind, data):
+        return jax.lax.switch(kind, losses, w, *data)
+
+    evaluate = jax.jit(jax.value_and_grad(loss))
+    inner = hg.inner.lbfgs(tol=tol(1e-8, 1e-4), max_steps=2000)
+
+    @jax.jit
+    def run(start, kind, data, scale):
+        objective = bind_inner(problem(loss), data, None, None)
+        return inner.solve(objective, start, inner.init(start, kind), kind, None, scale=scale, options=inner.options)
+
+    ours, theirs = [], []
+    for family, start, x, y in scipy_problems():
+        kind, data, start = list(FAMILIES).index(family), (jnp.asarray(x), jnp.asarray(y)), jnp.asarray(start)
+        scale = np.linalg.norm(evaluate(start, kind, data)[1])
+        found, last = [], []
+
+        def counted(
+            w, kind=kind, data=data, dtype=start.dtype, aim=scale * inner.options["tol"], found=found, last=last
+        ):
+            value, grad = jax.device_get(evaluate(w.astype(dtype), kind, data))
+            last.append(value)
+            if np.linalg.norm(grad) <= aim:
+                found.append(value)
+                raise StopIteration
+            return float(value), grad.astype(np.float64)
+
+        options = {"gtol": 0, "ftol": 0, "maxiter": 2000, "maxfun": 5000}
+        with contextlib.suppress(StopIteration):
+            scipy.optimize.minimize(counted, np.asarray(start), jac=True, method="L-BFGS-B", options=options)
+        result = run(start, kind, data, jnp.asarray(scale))
+        value = float(evaluate(result.params, kind, data)[0])
+        if found:  # where SciPy's gives up above the tolerance there is nothing to compare
+            assert status(result) in ("OK", "PRECISION_LIMITED"), (family, status(result))
+            assert abs(value - found[0]) <= tol(1e-9, 1e-3) * (abs(value) + float(evaluate(start, kind, data)[0])), (
+                family
+            )
+            ours.append(int(result.steps))
+            theirs.append(len(last))
+    ratio = np.asarray(ours) / np.asarray(theirs)
+    assert len(ratio) >= tol(40, 25)
+    assert np.sum(ours) <= 1.2 * np.sum(theirs)
+    assert np.mean(ratio <= 1.5) >= 0.95
 
 
 # Carrying on.
@@ -237,6 +374,25 @@ def test_traced_tolerance_and_step_count_never_recompile():
         for t, m, s in ((1e-1, 50, 10.0), (1e-3, 50, 10.0), (1e-3, 4, 3.0))
     ]
     assert run._cache_size() == 1 and steps[0] < steps[1] and steps[2] == 4
+
+
+def test_sharded_parameters_compile_once(devices):
+    inner = hg.inner.lbfgs(tol=1e-3)
+    loss = lambda w, h, b: jnp.sum((w - h) ** 2 * jnp.arange(1.0, 17.0)[:, None])
+    objective = bind_inner(problem(loss), None, None, None)
+
+    def solve_from(params, state, hparams):
+        return inner.solve(objective, params, state, hparams, None, scale=jnp.ones(()), options=inner.options)
+
+    run: Any = jax.jit(solve_from)
+    params = shard_rows(jnp.zeros((16, 2)), devices)
+    state, counts = inner.init(params, 0.0), []
+    for k in range(3):
+        result = run(params, state, 1.0 + k)
+        params, state = result.params, result.state
+        counts.append(run._cache_size())
+        assert params.sharding.device_set == set(devices) and relative_error(params, np.full((16, 2), 1.0 + k)) < 1e-2
+    assert counts == [1, 1, 1]
 
 
 def test_lanes_of_a_vmap_are_independent(data):
