@@ -74,6 +74,7 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, nothing recomputed": lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", remat="none"),
     "unrolled, sqrt": lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", remat="sqrt"),
     "unrolled, tree": lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", remat="tree"),
+    "unrolled, gradient": lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", remat="gradient"),
     "unrolled, truncated": lambda p: hg.unrolled(p, inner=_sgd(), mode="reverse", truncate=4),
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),

@@ -1,12 +1,12 @@
 """What the error estimate of `hg.unrolled` is worth: families of runs in float32, their truth the same runs in float64.
 
     python experiments/reliability/unrolled_families.py --json             # every family
-    python experiments/reliability/unrolled_families.py --only adam --draws 100
+    python experiments/reliability/unrolled_families.py --seed 1 --draws 200 --only lion --only "logistic, rmsprop"
 
 A draw is *silent* if it is usable, its estimate is below .05 and its true error above 10 %; a *violation* if it is
-usable and its estimate is below a tenth of the true error. Draws whose reference is not determined, since float64
-itself is too coarse for it, are left out: where a nudged start moves it by a tenth of a percent, or where its own
-estimate is above a tenth.
+usable and its estimate is below a tenth of the true error. Draws for which float64 itself is too coarse are left out:
+where numbers given to it (start, hyperparameters, data) that are off by 1e-13 move the hypergradient by a thousandth.
+The factors in `hypergrad/unrolling/error.py` were chosen on seed 0, so that other seeds judge them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from experiments._common import experiment  # noqa: E402
 
 ROWS, WIDTH, HIDDEN = 24, 6, 6
 DRAWS = 250
+NUDGE, MOVED = 1e-13, 1e-3  # draws whose reference moves by the second when nudged by the first are left out
 
 Optimizer = Callable[[Any, Any, Any], optax.GradientTransformation]
 """`(rate, b1, b2) -> optimizer`, the rate a number or a schedule."""
@@ -169,30 +170,31 @@ def solver(family: Family, fixed: Any) -> hg.Solver:
     )
 
 
-def measure_family(family: Family, count: int, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
+def measure_family(family: Family, count: int, seed: int, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
     """Errors, estimates and statuses of `count` draws."""
     rng = np.random.default_rng([seed, *family.name.encode()])
     draws = [family.draw(rng) for _ in range(count)]
     given = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *draws)
 
-    def one(start: Any, hparams: Any, train: Any, valid: Any) -> Any:
+    def one(calls: Any, start: Any, hparams: Any, train: Any, valid: Any) -> Any:
         tuned = hparams if family.tuned == "all" else {family.tuned: hparams[family.tuned]}
         made = solver(family, hparams)
-        out = made.hypergrad(made.init(start, tuned), tuned, train, valid)[0]
+        state = made.init(start, tuned)
+        state = state._replace(trust=state.trust._replace(calls=calls))
+        out = made.hypergrad(state, tuned, train, valid)[0]
         return ravel_pytree(out.grad)[0], out.info.error_estimate, out.info.status
 
-    run = jax.jit(jax.vmap(one))
+    run = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
     cast = lambda tree, to: jax.tree.map(lambda x: jnp.asarray(x, to), tree)
-    grad, estimate, status = (np.asarray(x, np.float64) for x in run(*cast(given, dtype)))
-    wide = cast(given, jnp.float64)
-    exact, own, _ = (np.asarray(x) for x in run(*wide))
-    signs = lambda x: jnp.sign(jnp.sin(1e3 * (1 + jnp.arange(x.size)))).reshape(x.shape)
-    nudged = (jax.tree.map(lambda x: x * (1 + 1e-13 * signs(x)), wide[0]), *wide[1:])
+    grad, estimate, status = (np.asarray(x, np.float64) for x in run(jnp.int32(0), *cast(given, dtype)))
+    nudge = lambda x: np.float64(x) * (1 + NUDGE * rng.choice([-1, 1], x.shape))
+    both = jax.tree.map(lambda x: jnp.asarray(np.concatenate([np.float64(x), nudge(x)])), given)
+    exact, near = np.split(np.asarray(run(jnp.int32(1), *both)[0]), 2)  # only a first call measures its own error
     size = np.linalg.norm(exact, axis=1)
     with np.errstate(all="ignore"):
-        doubt = np.linalg.norm(np.asarray(run(*nudged)[0]) - exact, axis=1) / size
+        doubt = np.linalg.norm(near - exact, axis=1) / size
         error = np.linalg.norm(grad - exact, axis=1) / size
-    known = (doubt < 1e-3) & (own <= 0.1) & np.isfinite(size) & (size > 0)
+    known = (doubt < MOVED) & np.isfinite(size) & (size > 0)
     return {"error": error[known], "estimate": estimate[known], "status": status[known]}
 
 
@@ -216,13 +218,13 @@ def counts(found: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", default="", help="families whose name contains this")
+    parser.add_argument("--only", action="append", help="families whose name contains this (again for more)")
     parser.add_argument("--draws", type=int, default=DRAWS)
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for family in families():
-        if options.only not in family.name:
+        if options.only and not any(part in family.name for part in options.only):
             continue
         row = counts(measure_family(family, 5 if options.smoke else options.draws, options.seed))
         numbers[family.name] = row

@@ -82,7 +82,7 @@ class _Pass(NamedTuple):
     inner=STEPS,
     mode=Choice(("auto", "reverse", "forward")),
     truncate=Number(least=1, integer=True, static=True),
-    remat=Choice(("auto", "none", "step", "sqrt", "tree")),
+    remat=Choice(("auto", "none", "step", "sqrt", "tree", "gradient")),
     memory=Number(above=0, static=True),
 )
 def unrolled(
@@ -111,9 +111,11 @@ def unrolled(
         remat: what reverse mode stores. `"step"`: parameters and optimizer state at each of T steps, and the gradient
             where pulling back the optimizer needs it. `"sqrt"`: about 2√T of them, for one more training run. `"tree"`:
             k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: every intermediate, as plain
-            automatic differentiation does; for comparison. `"auto"`: the first of step, sqrt and tree whose storage
-            fits `memory`. What one step needs inside a deep model is the model's to reduce: wrap its blocks in
-            `jax.checkpoint`, and its layers in `jax.lax.scan`.
+            automatic differentiation does; for comparison. `"gradient"`: the gradient of each step and k log_k T points
+            more, and the optimizer's updates are replayed: for Adam a quarter of what `"step"` stores, for no further
+            gradient. `"auto"`: the first of step, sqrt and tree whose storage fits `memory`. What one step needs inside
+            a deep model is the model's to reduce: wrap its blocks in `jax.checkpoint`, and its layers in
+            `jax.lax.scan`.
         memory: bytes that `remat="auto"` may store. Default: 2³⁰ (1 GiB), or 16 times one state where that is more.
         warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result
             is the exact derivative of that run. True: each call goes on from where the last one ended, and the
@@ -125,9 +127,9 @@ def unrolled(
         Where that, or training itself, leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is
         the inner gradient of the last step over the largest of the run, `info.linear_residual` is NaN, and
         `info.error_estimate` is against the exact derivative of the run of T steps (with `warm_start`, of this call's
-        steps): `inf` where rounding may be as large as what was found. It is measured at a state's first call, which
-        takes up to four times as long, and at every sixteenth, which takes twice as long; other calls scale what was
-        measured. Model state (batch-norm statistics) follows the steps, and the derivative goes through it.
+        steps): `inf` where rounding may be a quarter of what was found, or more. It is measured at a state's first
+        call, which takes up to four times as long, and at every sixteenth, which takes twice as long; other calls scale
+        what was measured. Model state (batch-norm statistics) follows the steps, and the derivative goes through it.
 
     Raises:
         InputError: for an unknown option, an inner solver without a number of steps, or a truncation beyond them.
@@ -145,6 +147,11 @@ def unrolled(
             "unrolled: inner must be a number of differentiable steps, found a solver to a tolerance: "
             "write hg.inner.gradient(optimizer, steps=100) or hg.inner.fixed_point(map, steps=100), "
             "or use hg.implicit."
+        )
+    if remat == "gradient" and inner.update is None:
+        raise InputError(
+            'unrolled: remat="gradient" replays the updates of an optimizer, and the steps of hg.inner.fixed_point are '
+            'a map that has none: write remat="sqrt" or remat="tree".'
         )
     steps = inner.steps
     length = steps if truncate is None else int(truncate)
@@ -200,7 +207,8 @@ def unrolled(
         if remat == "none":
             return _reverse_whole(step, hparams, point, skip, length, record, floats, finish)
         layout = reverse_mode.plan(remat, length, _tree.nbytes(reverse_mode.stored_by_step(step, point)), memory)
-        return _reverse(step, layout, hparams, point, skip, length, record, floats, finish)
+        replays = remat == "gradient"
+        return _reverse(step, layout, replays, hparams, point, skip, length, record, floats, finish)
 
     def hypergrad(
         state: UnrolledState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
@@ -224,13 +232,15 @@ def unrolled(
         grad, _ = _seen(done)
         amplified = measured.amplified((done.point.params, hparams), length, done.growth)
         cancelled = measured.cancelled(outer(done.point), done.point.params, hparams, done.rhs[0], length)
-        rounding, trust = measured.rounding(spread, amplified * cancelled, (done.point.params, hparams), state.trust)
+        least = measured.least(grad, (done.point.params, hparams), length)
+        calm = measured.amplified(done.point.params, steps, jnp.ones_like(done.growth))
+        rounding, trust = measured.rounding(spread, amplified * cancelled, least, calm, state.trust)
         error = measured.estimate(grad, done.indirect, rounding, done.dropped)
         status = first_failure(
             training_status(inner, done.record, done.point.params),
             bad_loss(done.value),
             bad_grad(done.rhs, done.direct),
-            code(measured.exploded(rounding, amplified, done.growth, spread), Status.UNROLL_EXPLODED),
+            code(measured.exploded(rounding, amplified, done.growth, calm, spread), Status.UNROLL_EXPLODED),
             bad_grad(grad),
             no_influence(grad, done.rhs),
         )
@@ -309,6 +319,7 @@ def _forward(
 def _reverse(
     step: Step,
     layout: reverse_mode.Plan,
+    replays: bool,
     hparams: PyTree,
     point: Point,
     begin: int,
@@ -318,7 +329,11 @@ def _reverse(
     finish: Callable[[Point], Any],
 ) -> _Pass:
     sweep = lambda back: back
-    if length:
+    if length and replays:
+        start = point
+        point, kept, record = reverse_mode.train_and_keep_gradients(step, point, begin, length, record)
+        sweep = lambda back: reverse_mode.sweep_replayed(step, layout, kept, start, begin, length, begin + length, back)
+    elif length:
         point, stored, record = reverse_mode.train_and_store(step, layout, point, begin, length, record)
         sweep = lambda back: reverse_mode.sweep(step, layout, stored, begin, length, begin + length, back)
     (value, metrics), (rhs, direct) = finish(point)

@@ -4,7 +4,11 @@ Rounding is measured, not derived. A *twin* is the same run of training and the 
 each step leaves off by a unit of rounding; what twins differ by is what arithmetic may have done, whatever amplified
 it: an optimizer that does not settle, a chaotic map, a sum that cancels, a clipped step that is clipped or not.
 
-    s = √(mean ‖g_twin − g‖²) / ‖g‖,    m = c_k s for k twins,    estimate = m / (1 − 2 m),  inf from m = ½ on
+    s = √(mean ‖g_twin − g‖²) / ‖g‖,    p = √(mean ‖w_twin − w‖²) / ‖w‖ where training ended,
+    m = c_k s + c p² / (eps (1 + √T)) for k twins,    estimate = m / (1 − 4 m),  inf from m = ¼ on
+
+Where the path amplifies rounding by A, the derivative, which lives on the curvature of the path as well, amplifies it
+by A² with heavy tails, which three twins need not show: hence the term in p², which is nothing where A is near 1.
 
 Twins cost as much as the call itself, so that they run at a state's first call, and one of them at every sixteenth. In
 between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the cancellation in
@@ -31,9 +35,10 @@ from hypergrad._tree import PyTree
 _EVERY = 16  # calls from one twin to the next
 _MOST = 3  # twins at the first call
 _SURE = 1e-5  # spread below which one twin is enough
-_FACTOR = (60.0, 12.0, 6.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
+_FACTOR = (60.0, 8.0, 4.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
+_CURVED = 5.0  # of the square of the path's spread over what it would be without amplification
 _STALE = 2.0  # for calls between twins
-_ROUNDED = 2.0  # units of rounding in the result
+_ROUNDED = 2.0  # units of rounding in a sum, and for each further sixteen terms as if they were random
 
 _ROUNDING = 1.3  # calibrated in float32 against float64
 _TRUNCATION = 6.0  # calibrated on ridge and logistic regression, condition numbers 1 to 100
@@ -42,7 +47,7 @@ _SHORT = 16  # steps below which the sensitivity of the outer gradient is not wo
 
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
 _GROWN = 10.0  # growth from which that is called an explosion
-_CHAOTIC = 1e3  # units of rounding that twins end apart, above which training itself is noise
+_CHAOTIC = 1e3  # times what rounding adds up to, from which on twins that end as far apart say that training is noise
 
 T = TypeVar("T")
 
@@ -127,36 +132,50 @@ def cancelled(
     return 1 + _ratio(_tree.norm(moved), _tree.norm(rhs))
 
 
-def rounding(spread: Spread, predicted: Array, numbers: PyTree, trust: Trust) -> tuple[Array, Trust]:
-    """Error by rounding relative to ‖g‖ as it was found (dimensionless), and what the next call may trust."""
+def least(grad: PyTree, numbers: PyTree, length: int) -> Array:
+    """Error that a sum of `length` contributions has though its terms were exact, or that comes of underflow."""
+    sums = _ROUNDED * _tree.eps(numbers) * (1 + math.sqrt(length) / 4)
+    return sums + _tree.safe_divide(jnp.finfo(_tree.dtype(grad)).tiny, _tree.norm(grad), otherwise=0)
+
+
+def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust: Trust) -> tuple[Array, Trust]:
+    """Error by rounding relative to ‖g‖ as it was found (dimensionless), and what the next call may trust.
+
+    Args:
+        spread: of the twins of this call, if there were any.
+        predicted: what growth and cancellation predict.
+        least: what no twin sees.
+        calm: how far apart twins end where nothing is amplified.
+        trust: what the state carries.
+    """
     count = jnp.maximum(spread.count, 1)
     factor = jnp.asarray(_FACTOR, predicted.dtype)[count - 1]
-    twins = factor * jnp.sqrt(spread.grad / count) + _ROUNDED * _tree.eps(numbers)
+    twins = factor * jnp.sqrt(spread.grad / count) + _CURVED * spread.path / count / calm + least
     fresh, first = spread.count > 0, trust.calls == 0
     ratio = _tree.safe_divide(twins, predicted)
     ratio = jnp.where(first, ratio, jnp.fmax(ratio, trust.ratio / 4))
     ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
-    told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, _ROUNDED * _tree.eps(numbers)))
+    told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, least))
     # Of a call that was not finite nothing is kept: the next one measures again.
     trust = _tree.where(jnp.isfinite(ratio) & jnp.isfinite(predicted), Trust(trust.calls + 1, ratio), trust)
     return jnp.where(jnp.isnan(told), jnp.inf, told), trust
 
 
-def exploded(rounding: Array, amplified: Array, growth: Array, spread: Spread) -> Array:
+def exploded(rounding: Array, amplified: Array, growth: Array, calm: Array, spread: Spread) -> Array:
     """Whether the hypergradient is noise because something was amplified: the adjoint, or the path itself."""
-    path = jnp.sqrt(spread.path / jnp.maximum(spread.count, 1))
+    apart, path = (jnp.sqrt(x / jnp.maximum(spread.count, 1)) for x in (spread.grad, spread.path))
     adjoint = (rounding > _MEANINGLESS) & (amplified > _MEANINGLESS) & (growth > _GROWN)
-    return adjoint | ((rounding >= 1) & (path > _CHAOTIC * amplified / growth))
+    return adjoint | ((apart > _MEANINGLESS) & (path > _CHAOTIC * calm))
 
 
 def estimate(grad: PyTree, indirect: PyTree, rounding: Array, dropped: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless).
 
-    Rounding counts as a share of the truth, which may be smaller by that much than what was found; twice, since a run
-    that stopped moving rounds alike in all twins.
+    Rounding counts as a share of the truth, which may be smaller by that much than what was found; four times, since
+    what amplifies rounding that far has heavy tails, and a run that stopped moving rounds alike in all twins.
     """
     through = _ratio(_tree.norm(indirect), _tree.norm(grad))
-    told = jnp.where(2 * rounding < 1, _tree.safe_divide(rounding, 1 - 2 * rounding), jnp.inf)
+    told = jnp.where(4 * rounding < 1, _tree.safe_divide(rounding, 1 - 4 * rounding), jnp.inf)
     told = told + _TRUNCATION * jnp.where(dropped == 0, 0, dropped * through)
     return jnp.where(jnp.isnan(told) | ~_tree.all_finite(grad), jnp.inf, told)
 

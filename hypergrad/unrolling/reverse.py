@@ -6,18 +6,21 @@ What to store is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯
 children starts, and each child, when its turn comes, is run again from there in the same manner. (T) stores every step;
 (√T, √T) is the classical checkpointing; (k, ..., k) holds k log_k T points at a time.
 
+Where the gradients of all steps are kept, a step is run again by the optimizer's update alone, which costs next to
+nothing. Blocks are cut as in the tree; within the last ones every step is replayed from the block's start.
+
 Source: Franceschi et al. 2017, arXiv:1703.01785 (the recursion); Griewank 1992 and Engstrom et al. 2025 (REPLAY),
 arXiv:2503.13751 (the tree). Differs: mixed-mode steps (see `step.py`); contributions are summed block by block, so
 that rounding grows with the square root of what one running sum would give; the adjoint starts with unit norm.
 Cost for T steps: training once, once more for each level below the first, and about two gradients a step.
-Memory: (k_1 + ... + k_d) points.
+Memory: (k_1 + ... + k_d) points; with gradients kept T gradients, and (k_2 + ... + k_d) points.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +28,13 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._tree import PyTree
-from hypergrad.unrolling.step import Moving, Point, Record, Step
+from hypergrad.unrolling.step import Moving, Point, Record, Step, Taken
 
 _FAN = 8  # most children of a node of the tree
 _LONG = 64  # sums longer than this are taken block by block
 
 Plan = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Stored(NamedTuple):
@@ -43,6 +47,13 @@ class Stored(NamedTuple):
 
     point: Point
     grads: PyTree
+
+
+class Kept(NamedTuple):
+    """What a step can be replayed from, stacked: its gradient, and the model's state after it."""
+
+    grads: PyTree
+    model_state: PyTree
 
 
 class Backward(NamedTuple):
@@ -109,11 +120,25 @@ def train_and_store(
         point, stored, record = carry
         if size == 1:
             taken = step.take(point, begin + i)
-            return taken.point, _put(stored, i, Stored(point, taken.grads)), step.watch(record, taken, begin + i)
+            return taken.point, _put(stored, i, _stored(step, point, taken)), step.watch(record, taken, begin + i)
         after, record = train(step, point, begin + i * size, _length(layout, i, length), record)
         return after, _put(stored, i, Stored(point, None)), record
 
     return _loop(layout[0], child, (point, _room(step, layout, point), record))
+
+
+def train_and_keep_gradients(
+    step: Step, point: Point, begin: int, length: int, record: Record
+) -> tuple[Point, Kept, Record]:
+    """As `train`, keeping what the steps can be replayed from."""
+
+    def body(i: Any, carry: tuple[Point, Kept, Record]) -> tuple[Point, Kept, Record]:
+        point, kept, record = carry
+        taken = step.take(point, begin + i)
+        kept = _put(kept, i, Kept(taken.grads, taken.point.model_state))
+        return taken.point, kept, step.watch(record, taken, begin + i)
+
+    return _loop(length, body, (point, _stack(length, Kept(point.params, point.model_state)), record))
 
 
 def sweep(step: Step, layout: Plan, stored: Stored, begin: Any, length: Any, last: int, back: Backward) -> Backward:
@@ -141,6 +166,32 @@ def sweep(step: Step, layout: Plan, stored: Stored, begin: Any, length: Any, las
     return _sum_down(_count(layout, length), layout[0], child, back)
 
 
+def sweep_replayed(
+    step: Step, layout: Plan, kept: Kept, point: Point, begin: Any, length: Any, last: int, back: Backward
+) -> Backward:
+    """As `sweep`, of a block that starts at `point`, by replaying its steps; `kept` ends with the last of the run."""
+    size, first = math.prod(layout[1:]), last - jax.tree.leaves(kept.grads)[0].shape[0]
+
+    def again(point: Point, t: Any) -> Taken:
+        grads, model_state = jax.tree.map(lambda x: x[t - first], kept)
+        zero = jnp.zeros((), _tree.dtype(point.params))
+        return Taken(step.replay(point, grads, model_state, t), zero, zero, grads)
+
+    replayed = step._replace(take=again)
+    starts = _store(replayed, layout, point, begin, length) if size > 1 else None
+
+    def child(i: Any, back: Backward) -> Backward:
+        at = begin + i * size
+        if size > 1:
+            part = _length(layout, i, length)
+            here = jax.tree.map(lambda x: x[i], starts).point
+            return sweep_replayed(step, layout[1:], kept, here, at, part, last, back)
+        here = _loop(i, lambda k, p: again(p, begin + k).point, point)
+        return _pull(step, Stored(here, jax.tree.map(lambda x: x[at - first], kept.grads)), at, last, back)
+
+    return _sum_down(_count(layout, length), layout[0], child, back)
+
+
 def _pull(step: Step, here: Stored, t: Any, last: int, back: Backward) -> Backward:
     adjoint, contribution = step.pull(here.point, here.grads, t, back.adjoint)
     size = jnp.sqrt(_tree.vdot(adjoint.params, adjoint.params)).astype(back.growth.dtype)
@@ -162,7 +213,7 @@ def _store(step: Step, layout: Plan, point: Point, begin: Any, length: Any) -> S
         point, stored = carry
         if size == 1:
             taken = step.take(point, begin + i)
-            return taken.point, _put(stored, i, Stored(point, taken.grads))
+            return taken.point, _put(stored, i, _stored(step, point, taken))
         after = _loop(size, lambda k, p: step.take(p, begin + i * size + k).point, point)
         return after, _put(stored, i, Stored(point, None))
 
@@ -203,15 +254,21 @@ def _sum_down(count: Any, most: int, body: Callable[[Any, Backward], Backward], 
 
 
 def stored_by_step(step: Step, point: Point) -> Stored:
-    """Shapes of what is kept of one step."""
-    return Stored(point, jax.eval_shape(step.take, point, 0).grads)
+    """What is kept of one step; a gradient is like the parameters."""
+    return Stored(point, point.params if step.uses_grads else None)
+
+
+def _stored(step: Step, point: Point, taken: Taken) -> Stored:
+    return Stored(point, taken.grads if step.uses_grads else None)
 
 
 def _room(step: Step, layout: Plan, point: Point) -> Stored:
-    grads = stored_by_step(step, point).grads if len(layout) == 1 else None
-    one = Stored(point, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads))
-    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (layout[0], *x.shape)), one)
+    return _stack(layout[0], stored_by_step(step, point) if len(layout) == 1 else Stored(point, None))
 
 
-def _put(stored: Stored, i: Any, here: Stored) -> Stored:
+def _stack(count: int, one: T) -> T:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), one)
+
+
+def _put(stored: T, i: Any, here: T) -> T:
     return jax.tree.map(lambda room, x: room.at[i].set(x), stored, here)

@@ -71,7 +71,7 @@ class Taken(NamedTuple):
         point: where the next one starts.
         height: inner loss before the step; for a map, how far it moved.
         residual: largest entry of the gradient before the step; for a map, how far it moved.
-        grads: the gradient, where pulling back the step can use it; else None.
+        grads: the gradient before the step; None for a map.
     """
 
     point: Point
@@ -86,13 +86,18 @@ class Step(NamedTuple):
     Attributes:
         take: `(point, t) -> Taken`.
         pull: `(point, grads, t, cotangent) -> (cotangent, contribution)`, the second a pytree like the hyperparameters;
-            `grads` as in `Taken`.
+            `grads` as in `Taken`, or None unless it `uses_grads`.
+        uses_grads: whether pulling back can use the gradient.
+        replay: `(point, grads, model_state, t) -> point`, the step once more where its gradient and the model's state
+            after it are known; None for a map.
         through: `(moving, hparams, point, t) -> (moving, Taken)`, differentiable in the first two.
         watch: `(record, taken, t) -> record`, with the step entered.
     """
 
     take: Callable[[Point, Any], Taken]
     pull: Callable[[Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
+    uses_grads: bool
+    replay: Callable[[Point, PyTree, PyTree, Any], Point] | None
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     watch: Callable[[Record, Taken, Any], Record]
 
@@ -100,41 +105,63 @@ class Step(NamedTuple):
 def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point, twin: Any = 0) -> Step:
     """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`).
 
-    Steps of a `twin` other than 0 end with parameters that are off by a few units of rounding, by a factor that depends
-    on the twin and the step. Zeros stay zeros, as they do in arithmetic.
+    Steps of a `twin` other than 0 end with parameters that are each off by a unit of rounding, up or down. Zeros stay
+    zeros, as they do in arithmetic.
     """
     descends = inner.update is not None
-    exact, pull = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
+    rule = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
 
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
-        after, taken = exact(here, hparams, point, t)
-        off = lambda params: _off(params, twin, t)
-        return (
-            after._replace(params=off(after.params)),
-            taken._replace(point=taken.point._replace(params=off(taken.point.params))),
-        )
+        after, taken = rule.through(here, hparams, point, t)
+        return off(after, t), taken._replace(point=off(taken.point, t))
+
+    def off(at: Any, t: Any) -> Any:
+        return at._replace(params=_off(at.params, twin, t))
 
     def take(point: Point, t: Any) -> Taken:
         return through(moving(point), hparams, point, t)[1]
 
     return Step(
         take,
-        lambda point, grads, t, cotangent: pull(hparams, point, grads, t, cotangent),
+        lambda point, grads, t, cotangent: rule.pull(hparams, point, grads, t, cotangent),
+        rule.uses_grads,
+        (lambda point, grads, model, t: off(rule.replay(hparams, point, grads, model), t)) if rule.replay else None,
         through,
         lambda record, taken, t: _watch(record, taken, t, inner.steps or 0),
     )
 
 
 def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
-    """Parameters times 1 ± `_ULPS` units of rounding; times 1 for twin 0."""
+    """Each number times 1 ± `_ULPS` units of rounding; times 1 for twin 0.
+
+    The sign is a hash of the number, the step and the twin. Like the error of arithmetic it is the same for numbers
+    that are the same, so that what is symmetric stays so.
+    """
+    if isinstance(twin, int) and twin == 0:
+        return params
     seed = jnp.uint32(t) * jnp.uint32(2654435761) + jnp.uint32(twin) * jnp.uint32(0x9E3779B1)
-    seed = (seed ^ (seed >> 15)) * jnp.uint32(0x846CA68B)
-    sign = jnp.where(twin == 0, 0, 1 - 2 * ((seed ^ (seed >> 16)) & 1).astype(jnp.int32))
-    factor = lambda dtype: (1 + _ULPS * jnp.finfo(dtype).eps * sign).astype(dtype)
-    return jax.tree.map(lambda leaf: leaf * factor(leaf.dtype), params)
+    size = jnp.where(twin == 0, 0, _ULPS)
+
+    def off(leaf: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(leaf)).astype(jnp.float32), jnp.uint32)
+        bits = (bits ^ seed) * jnp.uint32(0x846CA68B)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
+        sign = jnp.where(bits >> 31, -size, size).astype(leaf.dtype)
+        return leaf * (1 + jnp.finfo(leaf.dtype).eps * sign)
+
+    return jax.tree.map(off, params)
 
 
-def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> tuple[Any, Any]:
+class _Rule(NamedTuple):
+    """What `Step` is made of, with the hyperparameters as an argument."""
+
+    through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
+    pull: Callable[[PyTree, Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
+    uses_grads: bool = False
+    replay: Callable[[PyTree, Point, PyTree, PyTree], Point] | None = None
+
+
+def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> _Rule:
     def loss_at(point: Point, t: Any) -> Callable[[PyTree, list[Array], PyTree], tuple[Array, PyTree]]:
         _, combine = _tree.partition(point.model_state)
 
@@ -174,7 +201,7 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
         evaluate = evaluate if symmetric else released(evaluate)
         (loss, model_state), grads = evaluate(here.params, here.model, hparams)
         after = Point(*updated(grads, here.params, here.floats, hparams, point), model_state)
-        return moving(after), Taken(after, loss, _tree.max_abs(grads), grads if wanted else None)
+        return moving(after), Taken(after, loss, _tree.max_abs(grads), grads)
 
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         loss, model = loss_at(point, t), moving(point).model
@@ -188,10 +215,13 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
             curved, mixed, cross = _tree.add((curved, mixed, cross), seen)
         return Moving(_tree.add(kept, curved), floats, mixed), _tree.add(contribution, cross)
 
-    return through, pull if symmetric else _plain(through)
+    def replay(hparams: PyTree, point: Point, grads: PyTree, model_state: PyTree) -> Point:
+        return Point(*updated(grads, point.params, moving(point).floats, hparams, point), model_state)
+
+    return _Rule(through, pull if symmetric else _plain(through), wanted, replay)
 
 
-def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
+def _map(move: Any, objective: Objective) -> _Rule:
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         _, combine = _tree.partition(point.state)
         params, state = move(objective, here.params, combine(here.floats), hparams, t)
@@ -203,7 +233,7 @@ def _map(move: Any, objective: Objective) -> tuple[Any, Any]:
         after = Point(params, state, point.model_state)
         return moving(after)._replace(model=here.model), Taken(after, size, size, None)
 
-    return through, _plain(through)
+    return _Rule(through, _plain(through))
 
 
 def _plain(through: Any) -> Any:
