@@ -97,7 +97,7 @@ class Step(NamedTuple):
     take: Callable[[Point, Any], Taken]
     pull: Callable[[Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
     uses_grads: bool
-    replay: Callable[[Point, PyTree, PyTree, Any], Point] | None
+    replay: Any
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     watch: Callable[[Record, Taken, Any], Record]
 
@@ -158,7 +158,7 @@ class _Rule(NamedTuple):
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     pull: Callable[[PyTree, Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
     uses_grads: bool = False
-    replay: Callable[[PyTree, Point, PyTree, PyTree], Point] | None = None
+    replay: Any = None
 
 
 def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -> _Rule:
