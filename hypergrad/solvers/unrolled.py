@@ -112,9 +112,9 @@ def unrolled(
             where pulling back the optimizer needs it. `"sqrt"`: about 2√T of them, for one more training run. `"tree"`:
             k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: every intermediate, as plain
             automatic differentiation does; for comparison. `"gradient"`: the gradient of each step and k log_k T points
-            more, and the optimizer's updates are replayed: for Adam a quarter of what `"step"` stores, for no further
-            gradient. `"auto"`: the first of step, sqrt and tree whose storage fits `memory`. What one step needs inside
-            a deep model is the model's to reduce: wrap its blocks in `jax.checkpoint`, and its layers in
+            more, and the optimizer's updates are replayed: for Adam a third to a quarter of what `"step"` stores, for
+            no further gradient. `"auto"`: the first of step, sqrt and tree whose storage fits `memory`. What one step
+            needs inside a deep model is the model's to reduce: wrap its blocks in `jax.checkpoint`, and its layers in
             `jax.lax.scan`.
         memory: bytes that `remat="auto"` may store. Default: 2³⁰ (1 GiB), or 16 times one state where that is more.
         warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result
