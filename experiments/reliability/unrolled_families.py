@@ -6,8 +6,8 @@
 A draw is *silent* if it is usable, its estimate is below .05 and its true error above 10 %; a *violation* if it is
 usable and its estimate is below a tenth of the true error. Draws for which float64 itself is too coarse are left out:
 where numbers given to it (start, hyperparameters, data) that are off by 1e-13 move the hypergradient by a thousandth.
-The factors in `hypergrad/unrolling/error.py` were chosen on seed 0, and made larger after one draw of seed 1: later seeds
-judge them.
+The factors in `hypergrad/unrolling/error.py` were chosen on seed 0, and made larger after one draw of seed 1: later
+seeds judge them.
 """
 
 from __future__ import annotations
