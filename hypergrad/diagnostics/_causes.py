@@ -98,6 +98,8 @@ def _status(e: Evidence) -> Iterator[str]:
             yield f"failed: the solver reports status {e.status}."
     elif e.status == Status.PRECISION_LIMITED:
         yield f"precision: {e.status.advice}"
+    elif e.status == Status.INACCURATE and e.about.biases:
+        return  # the biases that the caller chose are what is inaccurate, and are named below
     elif not e.status.usable:
         word = {
             Status.NONFINITE_LOSS: "non-finite",
@@ -105,6 +107,7 @@ def _status(e: Evidence) -> Iterator[str]:
             Status.SINGULAR: "singular",
             Status.NEG_CURVATURE: "indefinite",
             Status.UNROLL_EXPLODED: "chaotic",
+            Status.INACCURATE: "inaccurate",
         }.get(e.status, "unconverged")
         yield f"{word}: status {e.status.name}. {e.status.advice}"
 

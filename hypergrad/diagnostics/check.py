@@ -238,7 +238,9 @@ def check(
                     f"contradicted: the error is {error:.1g}, the solver's own estimate {estimate:.1g}, and in an "
                     f"accurate run the error is still {left:.1g}: the hypergradient is biased."
                 )
-        if again is not None:
+        # Parameters that a NaN keeps where they are say nothing that the status has not said.
+        broken = int(run.out.info.status) in (Status.NONFINITE_LOSS, Status.NONFINITE_GRAD)
+        if again is not None and not broken:
             faults += _start_faults(again, kind, center.settled, state_value=float(run.out.value))
         own = getattr(solver, "evaluate", None) is not None
         if center.calm and kind in ("optimum", "path", "unknown"):

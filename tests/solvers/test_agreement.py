@@ -165,7 +165,9 @@ def test_damping_equals_the_dense_damped_solve_at_the_documented_scale_and_may_b
     for given, damping in (({}, 0.6), ({"damping": 0.05}, 0.05), ({"damping": 0.0}, 0.0)):
         v = np.linalg.solve(hess + damping * scale * np.eye(len(f_w)), f_w)
         out = hypergradient(solver, case, **given)
-        assert int(out.info.status) == hg.Status.OK
+        # The solve is as asked; its bias against the undamped hypergradient may exceed the hypergradient's own size.
+        expected = (hg.Status.OK, hg.Status.INACCURATE) if damping else (hg.Status.OK,)
+        assert int(out.info.status) in expected
         np.testing.assert_allclose(float(out.info.extra["damping"]), damping * scale, rtol=tol(1e-6, 1e-4))
         assert relative_error(flatten(out.grad), f_h - cross @ v) <= tol(1e-7, 1e-4)
 
