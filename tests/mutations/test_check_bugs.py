@@ -45,7 +45,7 @@ def test_the_same_program_without_a_bug_is_confirmed(ridge):
     assert case.check(make(None)).ok and case.check(make(None, bare=True)).ok
 
 
-@pytest.mark.experiment
+@pytest.mark.table
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_planted_bug_is_refused(name):
     (case,) = (case for case in cases() if case.name == name)
@@ -62,7 +62,7 @@ def test_every_planted_bug_is_refused(name):
     assert shown >= 80 and not missed
 
 
-@pytest.mark.experiment
+@pytest.mark.table
 def test_right_solvers_are_confirmed():
     reports = [(name, call()) for name, call in right_solvers()]
     # One that says itself that it did not get there is not right.
