@@ -105,6 +105,7 @@ def _is_domain(x: Any) -> bool:
 
 
 def prefix(domain: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
+    """The leaves of a tree of domains with their paths, and its structure; None is a leaf."""
     return jax.tree_util.tree_flatten_with_path(domain, is_leaf=_is_domain)
 
 
@@ -146,6 +147,7 @@ def _mismatch(leaves: list[tuple[Any, Any]], hparams: PyTree) -> str:
 
 
 def check_domain(path: Any, leaf: Any) -> None:
+    """Raise unless a leaf of a tree of domains is a domain or None, naming its path."""
     if _is_domain(leaf):
         return
     hint = (

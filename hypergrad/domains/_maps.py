@@ -20,10 +20,12 @@ compiled_between = functools.partial(jax.jit, static_argnums=(0, 1), inline=True
 
 
 def tiny(u: Any) -> float:
+    """The smallest normal number of the dtype."""
     return float(jnp.finfo(u.dtype).tiny)
 
 
 def huge(u: Array) -> float:
+    """A number of the dtype that may still be doubled without overflow."""
     return float(jnp.finfo(u.dtype).max) / 4
 
 
@@ -57,6 +59,7 @@ def bounds(lo: float, hi: float, u: Array) -> tuple[np.ndarray, np.ndarray]:
 
 @compiled_between
 def sigmoid(lo: float, hi: float, u: Array) -> Array:
+    """`lo + (hi − lo) σ(u)`, with both ends to relative accuracy."""
     low, high = bounds(lo, hi, u)
     width = high - low
     return jnp.where(u < 0, low + width * jax.nn.sigmoid(u), high - width * jax.nn.sigmoid(-u))
@@ -64,6 +67,7 @@ def sigmoid(lo: float, hi: float, u: Array) -> Array:
 
 @compiled_between
 def logit(lo: float, hi: float, x: Array) -> Array:
+    """The inverse of `sigmoid`; an end is mapped to where the sigmoid reaches it within rounding."""
     low, high = bounds(lo, hi, x)
     above, below, far = x - low, high - x, reach(x)
     inside = (above > 0) & (below > 0)
@@ -72,6 +76,7 @@ def logit(lo: float, hi: float, x: Array) -> Array:
 
 
 def settle_sigmoid(u: Array, before: Array) -> Array:
+    """A step from `before` to u, stopped on either side where the sigmoid still has a derivative."""
     return jnp.clip(u, creep(before), -creep(-before))
 
 
