@@ -75,9 +75,9 @@ def group(v: ArrayLike, strength: ArrayLike, axis: int | tuple[int, ...] = -1) -
     Raises:
         InputError: for a concrete strength below 0.
 
-    >>> import hypergrad as hg, jax.numpy as jnp
-    >>> print(hg.prox.group(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0).round(2))
-    [[2.4 3.2]
+    >>> import hypergrad as hg, jax.numpy as jnp, numpy as np
+    >>> print(np.asarray(hg.prox.group(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 2.5)).round(3))
+    [[1.5 2. ]
      [0.  0. ]]
     """
     v = jnp.asarray(v)
@@ -101,8 +101,8 @@ def nuclear(v: ArrayLike, strength: ArrayLike) -> Array:
     Raises:
         ValueError: for an array that is not a matrix.
 
-    >>> import hypergrad as hg, jax.numpy as jnp
-    >>> print(hg.prox.nuclear(jnp.diag(jnp.array([3.0, 0.5])), 1.0).round(2) + 0.0)
+    >>> import hypergrad as hg, jax.numpy as jnp, numpy as np
+    >>> print(np.asarray(hg.prox.nuclear(jnp.diag(jnp.array([3.0, 0.5])), 1.0)).round(2) + 0.0)
     [[2. 0.]
      [0. 0.]]
     """

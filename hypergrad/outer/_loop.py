@@ -33,6 +33,7 @@ from hypergrad.outer._step import Loop, make_block, words
 from hypergrad.outer.callbacks import Callback, Progress, end, shows
 
 _LOG = logging.getLogger("hypergrad")
+_VANISHED = 1e-3  # share of the largest hypergradient of a run below which one has vanished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Driver:
         """Why the run ends here; None if it goes on."""
         tally, limits = self.run.tally, self.limits
         if tally.in_a_row >= limits.max_failures:
-            return TuneStatus.FAILED
+            return TuneStatus.CONVERGED if vanished(self.notes, self.run) else TuneStatus.FAILED
         if tally.rejected >= limits.max_rejections:
             return TuneStatus.CONVERGED
         if limits.patience is not None and tally.accepted and tally.waited >= limits.patience:
@@ -244,6 +245,20 @@ class Driver:
             else "No step before it was usable: result.best is the start. What was trained since is in result.params."
         )
         warn(f"tune: stopped after {tally.in_a_row} unusable hypergradients in a row. {where} The last was {advice}")
+
+
+def vanished(notes: Notes, run: Run) -> bool:
+    """Whether the steps since the last usable one failed for the best of reasons: at an optimum of the outer loss the
+    hypergradient is smaller than its error, however small that error is beside the hypergradients before.
+    """
+    column = notes.columns["floats"].index
+    rows = notes.taken(0, run.count)
+    norms, errors = (rows.scalars[:, column(name)] for name in ("grad_norm", "error_estimate"))
+    status = rows.integers[:, notes.columns["integers"].index("status")]
+    before, since = np.split(np.arange(run.count), [run.count - run.tally.in_a_row])
+    largest = np.max(norms[before], where=status[before] <= int(Status.INSENSITIVE), initial=0)
+    small = norms[since] * np.maximum(errors[since], 1) <= _VANISHED * largest
+    return bool(np.all(small & (status[since] == int(Status.INACCURATE))))
 
 
 def next_steps(count: int, limits: Limits) -> int:

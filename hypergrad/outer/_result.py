@@ -23,8 +23,9 @@ class TuneStatus(enum.StrEnum):
     Attributes:
         FINISHED: all steps were taken.
         STOPPED: a callback asked for it.
-        CONVERGED: `patience` accepted steps went by without a new best, or `max_rejections` trials in a row were
-            rejected.
+        CONVERGED: `patience` accepted steps went by without a new best, `max_rejections` trials in a row were
+            rejected, or the hypergradient vanished: for `max_failures` steps in a row it was smaller than its own
+            error, and that error below a thousandth of the largest hypergradient of the run.
         FAILED: too many hypergradients in a row were unusable, or none was usable at all.
         INTERRUPTED: Ctrl-C or SIGTERM.
         RAISED: an exception came out of a callback or the data; the result is its attribute `result`.

@@ -117,7 +117,7 @@ def tune(
         model_state: state of the model beside its parameters, for `hg.Problem(..., model_state=True)`.
         callbacks: one function or several, `fn(step, metrics)`, called after each step; a true return value stops the
             run. See `hg.outer.Callback`.
-        max_failures: unusable steps in a row after which to stop.
+        max_failures: unusable steps in a row after which to stop; see also `TuneStatus.CONVERGED`.
         max_rejections: usable trials that a controller rejected in a row, after which the run counts as converged.
         patience: accepted steps without a new best after which to stop; None for no such limit.
         min_delta: by how much the outer loss must fall to count as a new best for `patience`, in its unit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,31 @@ def test_five_failures_in_a_row_stop_with_the_best_so_far():
     assert caught[0].filename == _ridge.__file__
     with pytest.warns(UserWarning, match="in a row"):
         assert len(run(ridge(nan_at(2, 3)), steps=50, max_failures=2).history.value) == 4
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "expected"),
+    [(1e-6, 2.0, TuneStatus.CONVERGED), (1.0, 2.0, TuneStatus.FAILED), (1e-6, 1e5, TuneStatus.FAILED)],
+)
+def test_a_hypergradient_that_vanishes_below_its_own_error_has_converged(share, error, expected):
+    """At the optimum nothing is accurate relative to zero; what counts is the error beside what there was before."""
+    inner = ridge(
+        lambda call, loss, grad, status: (
+            loss,
+            jax.tree.map(lambda g: jnp.where(call >= 3, share, 1.0) * g, grad),
+            jnp.where(call >= 3, int(Status.INACCURATE), status),
+        )
+    )
+
+    def hypergrad(*args, **kwargs):
+        out, state = inner.hypergrad(*args, **kwargs)
+        return out._replace(info=out.info._replace(error_estimate=jnp.asarray(error))), state
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run(inner._replace(hypergrad=hypergrad), steps=50)
+    assert result.status is expected and len(result.history.value) == 8
+    assert bool(caught) == (expected is TuneStatus.FAILED)
 
 
 def test_a_run_without_a_usable_step_returns_the_start():
