@@ -111,7 +111,8 @@ def evaluate(program: Any, inputs: Sequence[Any], replace: Replace) -> list[Any]
     Args:
         program: a jaxpr, closed or not.
         inputs: arrays, concrete or traced.
-        replace: `(operation, inputs) -> outputs`, or None to run it as it is.
+        replace: `(operation, inputs) -> outputs`, or None to look into an operation that holds programs, and to run any
+            other as it is.
     """
     jaxpr = inner_jaxpr(program)
     env = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
@@ -127,10 +128,11 @@ def evaluate(program: Any, inputs: Sequence[Any], replace: Replace) -> list[Any]
 
 
 def _apply(eqn: Any, inputs: list[Any], replace: Replace) -> Sequence[Any]:
-    if eqn.primitive.name in _NESTED:
-        return _NESTED[eqn.primitive.name](eqn, inputs, replace)
     replaced = replace(eqn, inputs)
-    return bind(eqn, inputs) if replaced is None else replaced
+    if replaced is not None:
+        return replaced
+    nested = _NESTED.get(eqn.primitive.name)
+    return bind(eqn, inputs) if nested is None else nested(eqn, inputs, replace)
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax import Array
 
 from hypergrad._checks import caller_level
 from hypergrad._data import Stream
-from hypergrad._jaxpr.walk import inner_jaxpr, parts
+from hypergrad._jaxpr.convolutions import fast_convolutions
 from hypergrad._solver import Status, usable
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained
@@ -29,7 +29,7 @@ from hypergrad.outer._keeper import Keeper, save
 from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
 from hypergrad.outer._run import Cursor, Notes, Run, counted, metrics_of, note, shown_rows, with_keys
 from hypergrad.outer._signals import Interrupts
-from hypergrad.outer._step import Loop, make_block, words
+from hypergrad.outer._step import make_block
 from hypergrad.outer.callbacks import Callback, Progress, end, shows
 
 _LOG = logging.getLogger("hypergrad")
@@ -266,44 +266,20 @@ def next_steps(count: int, limits: Limits) -> int:
     return min(limits.per_call - count % limits.per_call, limits.steps - count)
 
 
-def several(
-    unit: Any, trace: Callable[[], Any], streams: Mapping[str, Stream], most: int, *, show: bool
-) -> Callable[..., Any]:
+def several(unit: Any, streams: Mapping[str, Stream], most: int, *, show: bool) -> Callable[..., Any]:
     """The compiled step as `Driver.call` has it: at most `most` steps in a call.
 
     Args:
         unit: one step, under `jax.jit`.
-        trace: traces it.
         streams: by the name of the argument that they feed.
         most: steps in one call.
         show: whether there are callbacks.
     """
     if most == 1:
         return lambda loop, steps, train, valid, key: unit(loop, train, valid, key)
-    # XLA on CPU convolves by another routine inside a loop: forty times slower, and with other last digits.
-    if jax.default_backend() == "cpu" and _has(trace().jaxpr, "conv_general_dilated"):
-        return functools.partial(_in_turn, unit, streams, show)
-    block = jax.jit(make_block(unit, most, tuple(streams), show=show))
+    # Convolutions have the same speed and the same last digits as in one step alone.
+    block = jax.jit(fast_convolutions(make_block(unit, most, tuple(streams), show=show)))
     return lambda loop, steps, train, valid, key: block(loop, np.int32(steps), train, valid, key)
-
-
-def _in_turn(
-    unit: Any, streams: Collection[str], show: bool, loop: Loop, steps: int, train: PyTree, valid: PyTree, key: Any
-) -> Any:
-    """Several steps as several calls, without waiting between them."""
-    pick = lambda name, data, i: jax.tree.map(lambda x: x[i], data) if name in streams else data
-    rows = []
-    for i in range(steps):
-        loop, shown, report = unit(loop, pick("train", train, i), pick("valid", valid, i), key)
-        rows.append((words(shown) if show else {}, report))
-    return loop, *jax.tree.map(lambda *row: np.stack([np.asarray(x) for x in row]), *rows)
-
-
-def _has(program: Any, primitive: str) -> bool:
-    return any(
-        eqn.primitive.name == primitive or any(_has(part, primitive) for part in parts(eqn))
-        for eqn in inner_jaxpr(program).eqns
-    )
 
 
 def attach(error: BaseException, finish: Callable[[], Result]) -> None:

@@ -201,7 +201,7 @@ def tune(
             )  # fmt: skip
             run = resume(keeper, made, run, notes, templates, streams, limits.steps, limits.min_delta)
         driver = Driver(
-            call=several(unit, trace, streams, limits.per_call, show=bool(functions)),
+            call=several(unit, streams, limits.per_call, show=bool(functions)),
             respond=respond,
             domain=domain,
             key=step_key,

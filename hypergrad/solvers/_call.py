@@ -6,6 +6,8 @@
     info = report(status, steps, like=value, ...)
     return Hypergradient(value, grad, info, metrics), state                # finite, whatever happened
 
+    return framed(init, hypergrad, response, evaluate, about)              # the solver, whose loops convolve fast
+
 So the file of a method holds its mathematics, and what it alone needs.
 """
 
@@ -22,8 +24,9 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import check_data, check_hparams
+from hypergrad._jaxpr.convolutions import fast_convolutions
 from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
-from hypergrad._solver import Info, InputError, Status, code
+from hypergrad._solver import About, Info, InputError, Solver, Status, code
 from hypergrad._tree import PyTree
 from hypergrad.inner._optimum import Optimum
 
@@ -192,6 +195,17 @@ def option_names(options: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in options.items():
         names += [f"{name}.{part}" for part in option_names(value)] if isinstance(value, Mapping) else [name]
     return tuple(names)
+
+
+def framed(
+    init: Callable[..., Any],
+    hypergrad: Callable[..., Any],
+    response: Callable[..., PyTree],
+    evaluate: Callable[..., Any],
+    about: About,
+) -> Solver:
+    """A solver that owns its state, and whose convolutions are as fast inside its loops as outside."""
+    return Solver(owned(init), fast_convolutions(hypergrad), response, fast_convolutions(evaluate), about)
 
 
 def owned(init: Callable[..., State]) -> Callable[..., State]:

@@ -33,10 +33,10 @@ from hypergrad.solvers._call import (
     bind,
     current_params,
     differentiate_outer,
+    framed,
     go_on_from,
     no_influence,
     option_names,
-    owned,
     report,
 )
 
@@ -150,4 +150,4 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
         return value, info, go_on_from(state, optimum)
 
-    return Solver(owned(init), hypergrad, current_params, evaluate, about)
+    return framed(init, hypergrad, current_params, evaluate, about)

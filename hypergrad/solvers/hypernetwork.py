@@ -51,9 +51,9 @@ from hypergrad.solvers._call import (
     bind,
     differentiate_outer,
     finite_or,
+    framed,
     no_influence,
     option_names,
-    owned,
     report,
     require_key,
 )
@@ -288,7 +288,7 @@ def hypernetwork(
     def respond(state: HypernetworkState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, unconstrained(check_hparams(hparams)), state.centre)
 
-    return Solver(owned(init), hypergrad, respond, evaluate, about)
+    return framed(init, hypergrad, respond, evaluate, about)
 
 
 def _go_on_from(state: HypernetworkState, fitted: InnerResult, weights: Weights, u: PyTree) -> HypernetworkState:

@@ -58,10 +58,10 @@ from hypergrad.solvers._call import (
     bind,
     current_params,
     differentiate_outer,
+    framed,
     go_on_from,
     no_influence,
     option_names,
-    owned,
     report,
 )
 from hypergrad.solvers._error import Point, Spectrum, estimate, unknown_spectrum
@@ -311,7 +311,7 @@ def implicit(
         info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
         return value, info, go_on_from(state, optimum)
 
-    return Solver(owned(init), hypergrad, current_params, evaluate, about)
+    return framed(init, hypergrad, current_params, evaluate, about)
 
 
 def _biases(inner: Inner, linear: Linear, curvature: str, damping: ArrayLike | None) -> tuple[str, ...]:

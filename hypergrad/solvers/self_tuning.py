@@ -57,9 +57,9 @@ from hypergrad.solvers._call import (
     bad_loss,
     bind,
     finite_or,
+    framed,
     no_influence,
     option_names,
-    owned,
     report,
     require_key,
 )
@@ -308,7 +308,7 @@ def self_tuning(
     def respond(state: SelfTuningState, hparams: PyTree) -> PyTree:
         return chosen.apply(state.weights, to_unconstrained(domain, check_hparams(hparams)), state.centre)
 
-    return Solver(owned(init), hypergrad, respond, evaluate, about)
+    return framed(init, hypergrad, respond, evaluate, about)
 
 
 def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: PyTree) -> SelfTuningState:

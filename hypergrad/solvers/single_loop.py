@@ -51,9 +51,9 @@ from hypergrad.solvers._call import (
     bad_loss,
     bind,
     current_params,
+    framed,
     no_influence,
     option_names,
-    owned,
     report,
     require_key,
 )
@@ -262,7 +262,7 @@ def single_loop(
         params, model_state = _tree.where(_tree.all_finite(after), after, before)
         return step.seen.value, info, state._replace(params=params, model_state=model_state)
 
-    return Solver(owned(init), hypergrad, current_params, evaluate, about)
+    return framed(init, hypergrad, current_params, evaluate, about)
 
 
 def _failed(step: Step) -> Array:

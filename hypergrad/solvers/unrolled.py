@@ -34,7 +34,7 @@ from hypergrad._problem import PROBLEM, Problem
 from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import STEPS, Inner
-from hypergrad.solvers._call import Call, bad_grad, bad_loss, bind, current_params, no_influence, owned, report
+from hypergrad.solvers._call import Call, bad_grad, bad_loss, bind, current_params, framed, no_influence, report
 from hypergrad.unrolling import error as measured
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
@@ -265,7 +265,7 @@ def unrolled(
         residual = _tree.safe_divide(record.residual, record.peak)
         return value, report(status, steps, like=residual, inner_residual=residual), _go_on_from(state, end)
 
-    return Solver(owned(init), hypergrad, current_params, evaluate, about)
+    return framed(init, hypergrad, current_params, evaluate, about)
 
 
 def _go_on_from(state: UnrolledState, end: Point) -> UnrolledState:
