@@ -154,7 +154,8 @@ class Info(NamedTuple):
         linear_steps: int32, products with the operator of the adjoint system in this call.
         error_estimate: estimate of the relative error of `grad` against the exact hypergradient of what the method
             claims to differentiate (dimensionless). `inf` where nothing is known (T1-T2 on a fixed budget).
-        extra: solver-specific scalars by name (`"damping"`, `"adjoint_growth"`, `"curvature"`, ...).
+        extra: scalars of the method's own, by name (`"damping"`, `"adjoint_growth"`, ...). They go into the history;
+            no part of the library recognises a method by them.
     """
 
     status: Array

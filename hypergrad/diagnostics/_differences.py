@@ -12,7 +12,8 @@ Cost: four to six evaluations of F a direction and step size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad._solver import Solver
+from hypergrad._solver import About, Solver, about_of
 from hypergrad._tree import PyTree, is_float
+from hypergrad.outer.controllers import set_options
 
 _CALLS = 50
 _TIGHT = 1e-12
@@ -65,7 +67,7 @@ class Slope(NamedTuple):
     jump: float
 
 
-class Problem(NamedTuple):
+class Setting(NamedTuple):
     """Everything that a call of the solver needs, in one precision."""
 
     solver: Solver
@@ -77,7 +79,7 @@ class Problem(NamedTuple):
     model_state: PyTree
 
 
-def in_float64(problem: Problem) -> Problem:
+def in_float64(problem: Setting) -> Setting:
     """The same problem with floating leaves in float64; call it, and use it, under `jax.enable_x64(True)`."""
 
     def cast(x: Any) -> Any:
@@ -102,7 +104,7 @@ def flatten(hparams: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves]), unflatten
 
 
-def make_resolve(problem: Problem, compiled: Callable[..., Any] | None = None) -> Callable[..., Solution]:
+def make_resolve(problem: Setting, compiled: Callable[..., Any] | None = None) -> Callable[..., Solution]:
     """`(vector, calls=None, tight=True, **changed) -> Solution`: as `make_solve`, without the state."""
     solve = make_solve(problem, compiled)
 
@@ -112,11 +114,11 @@ def make_resolve(problem: Problem, compiled: Callable[..., Any] | None = None) -
     return resolve
 
 
-def make_solve(problem: Problem, compiled: Callable[..., Any] | None = None) -> Callable[..., tuple[Solution, Any]]:
+def make_solve(problem: Setting, compiled: Callable[..., Any] | None = None) -> Callable[..., tuple[Solution, Any]]:
     """`(vector, calls=None, tight=True, **changed) -> (Solution, state)`, with the solver's calls compiled once.
 
     With `calls`, exactly as many are made. With `tight`, the inner tolerance is lowered to rounding level where the
-    solver's state has it among its options, see `tighten`. `changed` replaces fields of the problem: `params`, `train`
+    solver declares that it may be, see `tighten`. `changed` replaces fields of the problem: `params`, `train`
     or `valid` of the same shapes. The outer loss is the solver's `evaluate`, so that it does not come from the code
     under test. For a solver without one it is what `hypergrad` reports: by `compiled`, the compiled `solver.hypergrad`,
     or else by a function that leaves out the derivative where the next call does not need it.
@@ -145,7 +147,7 @@ def make_solve(problem: Problem, compiled: Callable[..., Any] | None = None) -> 
     def solve(vector: np.ndarray, calls: int | None = None, tight: bool = True, **changed: Any) -> tuple[Solution, Any]:
         hparams, given = unflatten(vector), problem._replace(**changed)
         state = solver.init(given.params, hparams, key=init_key, model_state=given.model_state)
-        state, values, eps = tighten(state) if tight else state, [], 0.0
+        state, values, eps = tighten(state, about_of(solver)) if tight else state, [], 0.0
         for _ in range(calls or _CALLS):
             value, state = call(state, hparams, given.train, given.valid)
             values.append(float(value))
@@ -169,36 +171,31 @@ def settled(values: list[float], eps: float) -> bool:
     return len(values) > 3 and change <= eps**0.6 * size and change >= 0.5 * abs(values[-2] - values[-3])
 
 
-def tighten(state: Any, linear: bool = False) -> Any:
+def tighten(state: Any, about: About, linear: bool = False) -> Any:
     """A solver's state with an inner tolerance near rounding level, where it has one; a learned response's with no
     spread and more steps, so that it is trained at the hyperparameters alone; else the state itself.
 
-    With `linear` the tolerance of the adjoint system is lowered as well.
+    Only options that `about.options` names are replaced. A fixed budget stays one. With `linear` the tolerance of the
+    adjoint system is lowered as well.
     """
-    options = getattr(state, "options", None)
-    if not isinstance(options, dict) or not hasattr(state, "_replace"):
-        return state
-    inner = options.get("inner")
-    if isinstance(inner, dict) and "scale" in options and "max_steps" in inner:
-        longer = {**inner, "max_steps": jnp.maximum(inner["max_steps"], _TRAIN)}
-        return state._replace(options={**options, "inner": longer, "scale": jnp.zeros_like(options["scale"])})
-    tighter = {
-        name: _tighter(options[name])
-        for name in ("inner", "linear")[: 1 + linear]
-        if isinstance(options.get(name), dict) and "tol" in options[name]
-    }
-    return state._replace(options={**options, **tighter}) if tighter else state
+    table = getattr(state, "options", None)
+    found = {name: functools.reduce(_entry, name.split("."), table) for name in about.options}
+    given = {name: jnp.asarray(value) for name, value in found.items() if value is not None}
+    new: dict[str, Array] = {}
+    if about.differentiates == "response" and {"scale", "inner.max_steps"} <= given.keys():
+        new = {"scale": jnp.zeros(()), "inner.max_steps": jnp.maximum(given["inner.max_steps"], _TRAIN)}
+    for part in ("inner", "linear")[: 1 + linear]:
+        tol, steps = given.get(f"{part}.tol"), given.get(f"{part}.max_steps")
+        if tol is not None:
+            least = jnp.maximum(_TIGHT, 8 * jnp.finfo(tol.dtype).eps)
+            new[f"{part}.tol"] = jnp.where(tol > 0, jnp.minimum(tol, least), tol)
+            if steps is not None:
+                new[f"{part}.max_steps"] = jnp.where(tol > 0, jnp.maximum(steps, _MAX_STEPS), steps)
+    return set_options(state, new) if new else state
 
 
-def _tighter(options: dict[str, Any]) -> dict[str, Any]:
-    """A tolerance near rounding level and the steps for it; without a tolerance a fixed budget, which stays one."""
-    tol = jnp.asarray(options["tol"])
-    tight = jnp.where(tol > 0, jnp.minimum(tol, jnp.maximum(_TIGHT, 8 * jnp.finfo(tol.dtype).eps)), tol)
-    new = {**options, "tol": tight.astype(tol.dtype)}
-    if "max_steps" in options:
-        steps = jnp.asarray(options["max_steps"])
-        new["max_steps"] = jnp.where(tol > 0, jnp.maximum(steps, _MAX_STEPS), steps).astype(steps.dtype)
-    return new
+def _entry(table: Any, name: str) -> Any:
+    return table.get(name) if isinstance(table, Mapping) else None
 
 
 def slopes(

@@ -19,7 +19,7 @@ import numpy as np
 
 from hypergrad._solver import Hypergradient, usable
 from hypergrad._tree import PyTree, is_float
-from hypergrad.diagnostics._differences import Problem, Solution
+from hypergrad.diagnostics._differences import Setting, Solution
 
 _MOVE = 1e-3  # of the parameters' size, off the solution
 _LEFT = 10  # times the move: whoever goes further was not at a minimum
@@ -43,7 +43,7 @@ class Again(NamedTuple):
 
 def solve_again(
     solve: Callable[..., tuple[Solution, Any]],
-    problem: Problem,
+    problem: Setting,
     hparams: PyTree,
     at: np.ndarray,
     center: Solution,
@@ -81,7 +81,7 @@ def solve_again(
 
 
 def unused_data(
-    solve: Callable[..., tuple[Solution, Any]], problem: Problem, at: np.ndarray, center: Solution
+    solve: Callable[..., tuple[Solution, Any]], problem: Setting, at: np.ndarray, center: Solution
 ) -> list[str]:
     """What the outer loss does not depend on: `"train"`, `"half of the rows of valid"`.
 
@@ -99,7 +99,7 @@ def unused_data(
 
 def is_stale(
     compiled: Callable[..., tuple[Hypergradient, Any]],
-    problem: Problem,
+    problem: Setting,
     hparams: PyTree,
     used: tuple[Any, Hypergradient],
     noise: float,

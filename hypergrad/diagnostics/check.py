@@ -34,7 +34,7 @@ from hypergrad._tree import PyTree
 from hypergrad.diagnostics import _probes
 from hypergrad.diagnostics._causes import Evidence, find_causes, is_unrolled
 from hypergrad.diagnostics._differences import (
-    Problem,
+    Setting,
     Slope,
     Solution,
     flatten,
@@ -163,7 +163,7 @@ def check(
                 f"check: {name} must be arrays, found hg.stream, which cannot be read twice: pass one batch."
             )
         check_concrete_data(name, data)
-    problem = Problem(
+    problem = Setting(
         solver, params, check_hparams(hparams), prepare("train", train), prepare("valid", valid), key, model_state
     )
     check_finite("hparams", problem.hparams)
@@ -218,7 +218,8 @@ def check(
             for members, row in leaf_rows
             if len(members) == 1 and not np.any(grad[members[0].where]) and np.isfinite(row.settled.value)
         }
-        floor = max(_FLOOR * abs(center.settled), 1e-3 * rms(scales) * float(info.extra.get("indirect_norm", 0.0)))
+        through = float(info.extra.get("indirect_norm", 0.0)) if kind in ("optimum", "response") else 0.0
+        floor = max(_FLOOR * abs(center.settled), 1e-3 * rms(scales) * through)
         error, doubt = _errors(rows, grad, floor)
         settled_error, _ = _errors(rows, run.settled_grad, floor)
         one_call_error, _ = _errors([row._replace(settled=row.first) for row in rows], grad, floor)
@@ -332,7 +333,7 @@ class _Reference(NamedTuple):
     """
 
     context: Callable[[], Any]
-    problem: Problem
+    problem: Setting
     solve: Callable[..., tuple[Solution, Any]]
     precision: str
 
@@ -340,7 +341,7 @@ class _Reference(NamedTuple):
         return flatten(self.problem.hparams)[1](vector)
 
 
-def _run(problem: Problem, at: np.ndarray, scales: np.ndarray) -> _Run:
+def _run(problem: Setting, at: np.ndarray, scales: np.ndarray) -> _Run:
     solver, (_, unflatten) = problem.solver, flatten(problem.hparams)
     about = about_of(solver)
     compiled = jax.jit(solver.hypergrad)
@@ -411,7 +412,7 @@ def _misshapen(grad: PyTree, hparams: PyTree) -> str:
     return ""
 
 
-def _reference(problem: Problem, at: np.ndarray, run: _Run) -> _Reference:
+def _reference(problem: Setting, at: np.ndarray, run: _Run) -> _Reference:
     """The problem to take differences of: in float64, unless the losses fail there or draw other random numbers."""
     # The derivative of training costs more than to compile the training once more.
     compiled = None if is_unrolled(about_of(problem.solver)) else run.compiled
@@ -435,7 +436,7 @@ def _accurate(
     hparams = reference.unflatten(at)
     init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
     state = problem.solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
-    state, grad = tighten(state, linear=True), np.full_like(at, np.nan)
+    state, grad = tighten(state, about_of(problem.solver), linear=True), np.full_like(at, np.nan)
     for _ in range(calls):
         out, state = compiled(state, hparams, problem.train, problem.valid, key=call_key)
         grad = flatten(out.grad)[0]

@@ -22,7 +22,7 @@ from hypergrad._data import Stream, prepare
 from hypergrad._options import SOLVER, options
 from hypergrad._solver import InputError, Solver
 from hypergrad._tree import PyTree, keystr
-from hypergrad.diagnostics._differences import Problem, flatten, make_resolve
+from hypergrad.diagnostics._differences import Setting, flatten, make_resolve
 
 
 class Landscape(NamedTuple):
@@ -101,7 +101,7 @@ def landscape(
     for name, batch in (("train", train), ("valid", valid)):
         if isinstance(batch, Stream):
             raise InputError(f"landscape: {name} must be arrays, found hg.stream, which cannot be read twice.")
-    problem = Problem(solver, params, hparams, prepare("train", train), prepare("valid", valid), key, model_state)
+    problem = Setting(solver, params, hparams, prepare("train", train), prepare("valid", valid), key, model_state)
     resolve, (at, _) = make_resolve(problem), flatten(hparams)
     index = tuple(known[name] for name in along)
     grid = np.full(tuple(len(axis) for axis in axes), np.nan)

@@ -582,7 +582,16 @@ def test_nan_in_the_data_is_a_warning_and_a_report():
 
 def test_of_a_solver_that_says_nothing_only_what_is_true_of_it_is_said():
     """Whatever it calls its numbers: that of a library's method, or what its residuals mean, is not guessed."""
-    theirs = {"adjoint_growth": 1.0, "direct_norm": 1.0, "response_residual": 1.0, "outer_grad_norm": 1.0, "damping": 1}
+    names = (
+        "adjoint_growth",
+        "direct_norm",
+        "response_residual",
+        "outer_grad_norm",
+        "damping",
+        "gauss_newton",
+        "scale",
+    )
+    theirs = dict.fromkeys(names, 1.0) | {"indirect_norm": 1e6}
     unknown = {"linear_residual": jnp.asarray(jnp.nan), "error_estimate": jnp.asarray(jnp.inf)}
     info = lambda grad: ridge.make_info(extra={k: jnp.asarray(v, float) for k, v in theirs.items()}, **unknown)
     right = run(ridge.solver(info=info), directions=5)
@@ -590,6 +599,20 @@ def test_of_a_solver_that_says_nothing_only_what_is_true_of_it_is_said():
     report = run(ridge.solver(lambda total, direct: {**total, "l2": total["l2"][::-1]}, info), directions=5)
     assert not report.ok and words(report) - {"off"} == {"wrong"}
     assert any("the method approximates on purpose, or" in cause for cause in report.causes)
+
+
+def test_options_of_a_solver_that_declares_none_are_left_as_they_are():
+    """Here `scale` multiplies the outer loss: setting it to zero, as for a learned response, changes the problem."""
+    plain, options = ridge.solver(), {"inner": {"tol": jnp.asarray(1e-3), "max_steps": 5}, "scale": jnp.asarray(0.5)}
+
+    def hypergrad(state, *args, **kwargs):
+        out, after = plain.hypergrad(state, *args, **kwargs)
+        factor = 1 + state.options["scale"]
+        return out._replace(value=factor * out.value, grad=scale(out.grad, factor)), after
+
+    init = lambda *args, **kwargs: plain.init(*args, **kwargs)._replace(options=options)
+    report = run(plain._replace(init=init, hypergrad=hypergrad), directions=5)
+    assert report.ok and not report.causes
 
 
 def single_loop():

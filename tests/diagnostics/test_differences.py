@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hypergrad as hg
 from hypergrad.diagnostics._differences import Solution, settled, slopes, tighten
 from tests.diagnostics import _ridge as ridge
 
@@ -70,14 +71,26 @@ def test_a_sequence_settles_at_rounding_level_and_not_before():
 def test_tightening_changes_the_inner_tolerance_alone_and_keeps_types():
     inner = {"tol": jnp.asarray(1e-3, jnp.float32), "max_steps": jnp.int32(7)}
     state = ridge.State(jnp.ones(2), (), None, {"inner": inner, "linear": {"tol": jnp.asarray(1e-3)}})
-    tight = tighten(state)
+    about = hg.About("mine", "optimum", options=("inner.tol", "inner.max_steps", "linear.tol"))
+    tight = tighten(state, about)
     assert float(tight.options["inner"]["tol"]) < 1e-5 and int(tight.options["inner"]["max_steps"]) > 1000
     assert tight.options["linear"] == state.options["linear"]
     assert all(a.dtype == b.dtype for a, b in zip(tight.options["inner"].values(), inner.values(), strict=True))
     for other in (jnp.ones(2), (1, 2), state._replace(options={}), state._replace(options={"inner": {}})):
-        assert tighten(other) is other
+        assert tighten(other, about) is other
     budget = state._replace(options={"inner": {"tol": jnp.zeros(()), "max_steps": jnp.int32(7)}})
-    assert int(tighten(budget).options["inner"]["max_steps"]) == 7  # a fixed budget stays one
+    assert int(tighten(budget, about).options["inner"]["max_steps"]) == 7  # a fixed budget stays one
+
+
+def test_tightening_replaces_only_options_that_the_solver_declares():
+    options = {"inner": {"tol": jnp.asarray(1e-3), "max_steps": jnp.int32(7)}, "scale": jnp.asarray(0.1)}
+    state = ridge.State(jnp.ones(2), (), None, options)
+    every = ("inner.tol", "inner.max_steps", "scale")
+    assert tighten(state, hg.About()) is state
+    assert tighten(state, hg.About("mine", "response")) is state
+    assert float(tighten(state, hg.About("mine", "optimum", options=every)).options["scale"]) == float(options["scale"])
+    learned = tighten(state, hg.About("mine", "response", options=every)).options
+    assert float(learned["scale"]) == 0 and int(learned["inner"]["max_steps"]) > 7
 
 
 def test_a_function_that_bends_within_a_thousandth_is_followed_by_smaller_steps():
