@@ -35,7 +35,8 @@ class Problem:
     no key. `params`, `hparams` and `batch` are any pytrees; the leaves of `params` and `hparams` are floating point.
 
     Args:
-        inner_loss: the training loss. None only for `hg.inner.fixed_point`, whose map replaces it.
+        inner_loss: the training loss. It is None only for `hg.inner.fixed_point` and `hg.inner.root`, whose map and
+            equations take its place.
         outer_loss: the validation loss. May return `(scalar, metrics)` with a dict of scalars.
         model_state: True for losses with state beside the parameters (batch-norm statistics): both then take a last
             argument `model_state`, and `inner_loss` returns `(scalar, model_state)`. `outer_loss` sees it frozen.
@@ -211,7 +212,8 @@ def inner_value(
     """Training loss and the new model state (None without one)."""
     if problem.inner_loss is None:
         raise InputError(
-            "inner_loss is None, which only hg.inner.fixed_point can work with: give hg.Problem an inner_loss."
+            "inner_loss is None, which only hg.inner.fixed_point and hg.inner.root can work with: give hg.Problem an "
+            "inner_loss."
         )
     result = _call(problem, problem.inner_loss, "inner_loss", params, hparams, batch, key, model_state)
     if problem.model_state:

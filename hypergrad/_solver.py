@@ -307,9 +307,9 @@ def about_of(solver: Any) -> About:
     return getattr(solver, "about", None) or About()
 
 
-def usable(status: ArrayLike) -> Array:
-    """Whether a code is good enough to take a step with; elementwise, under `jit` as well."""
-    return jnp.asarray(status) <= int(Status.INSENSITIVE)
+def usable(status: ArrayLike) -> Any:
+    """Whether a code is good enough to take a step with; elementwise, also under `jit`, and in NumPy for its arrays."""
+    return (status if isinstance(status, np.ndarray) else jnp.asarray(status)) <= int(Status.INSENSITIVE)
 
 
 def failure(status: ArrayLike) -> Array:

@@ -47,16 +47,22 @@ def max_abs(x: PyTree) -> Array:
 def norm(x: PyTree) -> Array:
     """Euclidean norm, a scalar; scaled by the largest entry, so that 1e-30 neither under- nor overflows in float32."""
     peak = max_abs(x)
-    safe = jnp.where(peak > 0, peak, 1)
+    safe = positive(peak)
     return peak * jnp.sqrt(
         _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
     )
 
 
+def positive(x: ArrayLike) -> Array:
+    """`x` where it is positive and 1 elsewhere: a size that anything can be divided by, and still is finite."""
+    x = jnp.asarray(x)
+    return jnp.where(x > 0, x, 1)
+
+
 def safe_divide(x: ArrayLike, y: ArrayLike, *, where: ArrayLike | None = None, otherwise: Any = None) -> Array:
     """`x / y` where `where` holds (default: y > 0), and elsewhere `otherwise` (default: x itself).
 
-    Nothing is ever divided by zero, so derivatives are finite on both sides.
+    Nothing is divided by zero, so that derivatives are finite on both sides.
     """
     y = jnp.asarray(y)
     good = y > 0 if where is None else where

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from hypergrad import _tree
 from hypergrad._options import Number, options
 
 _STRENGTH = Number(least=0, every=True, advice="keep it there by tuning it with domain=hg.domains.positive()")
@@ -127,7 +128,7 @@ def _nuclear_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tup
     u, sigma, vt = jnp.linalg.svd(v, full_matrices=False)
     kept = (sigma > strength).astype(v.dtype)
     shrunk = jnp.maximum(sigma - strength, 0)
-    ratio = lambda top, bottom, limit: jnp.where(bottom > 0, top / jnp.where(bottom > 0, bottom, 1), limit)
+    ratio = lambda top, bottom, limit: _tree.safe_divide(top, bottom, otherwise=limit)
     gap = sigma[:, None] - sigma[None, :]
     near = jnp.abs(gap) <= jnp.finfo(v.dtype).eps ** 0.5 * (sigma[:, None] + sigma[None, :])
     slopes = jnp.where(

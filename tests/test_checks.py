@@ -99,7 +99,7 @@ def test_a_missing_key():
 
 
 def test_a_missing_inner_loss():
-    with pytest.raises(ValueError, match=r"inner_loss is None, which only hg.inner.fixed_point can work with"):
+    with pytest.raises(ValueError, match=r"inner_loss is None, which only hg.inner.fixed_point and hg.inner.root"):
         _call(None, _quadratic)
 
 

@@ -43,6 +43,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hypergrad import _tree
 from hypergrad._jaxpr.walk import evaluate
 from hypergrad._tree import PyTree, is_key
 
@@ -80,7 +81,7 @@ def _power_ok(params: dict[str, Any], x: Array, y: Array) -> Array:
     in_base = _finite(y * x ** (y - 1))
     if jnp.issubdtype(jnp.result_type(y), jnp.integer):
         return in_base
-    return in_base & (x >= 0) & _finite(jnp.log(jnp.where(x > 0, x, 1)) * x**y)
+    return in_base & (x >= 0) & _finite(jnp.log(_tree.positive(x)) * x**y)
 
 
 # Where the derivatives of a primitive, as JAX computes them, are finite. Products are among them: in a branch that was

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad import _tree
 from hypergrad.domains._domain import Domain
 from hypergrad.domains._maps import compiled, creep, huge, tiny
 
@@ -41,4 +42,4 @@ def _softplus(u: Array) -> Array:
 @compiled
 def _softplus_inverse(x: Array) -> Array:
     y = x - tiny(x)
-    return jnp.where(y > 0, y + jnp.log(-jnp.expm1(-jnp.where(y > 0, y, 1))), math.log(tiny(x))).astype(x.dtype)
+    return jnp.where(y > 0, y + jnp.log(-jnp.expm1(-_tree.positive(y))), math.log(tiny(x))).astype(x.dtype)

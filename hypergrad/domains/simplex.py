@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad import _tree
 from hypergrad.domains._domain import Domain
 from hypergrad.domains._maps import compiled, creep, huge, reach
 
@@ -55,5 +56,5 @@ def _softmax(u: Array) -> Array:
 @compiled
 def _softmax_inverse(x: Array) -> Array:
     peak = jnp.log(jnp.max(x, axis=-1, keepdims=True))
-    u = jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), peak - reach(x))
+    u = jnp.where(x > 0, jnp.log(_tree.positive(x)), peak - reach(x))
     return u - jnp.mean(u, axis=-1, keepdims=True)

@@ -15,9 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad._checks import check_same_structure
-from hypergrad._options import Slot
-from hypergrad._problem import Objective
-from hypergrad._solver import InputTypeError
+from hypergrad._jaxpr.semigradient import released
+from hypergrad._options import Slot, default_tol
+from hypergrad._problem import Objective, key_use
+from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, keystr
 
 
@@ -94,6 +95,96 @@ def gradient_residual(objective: Objective, params: PyTree, hparams: PyTree) -> 
     return jax.grad(objective.fixed)(params, hparams)
 
 
+Iterate = Callable[[Objective, PyTree, PyTree, Any, Array], tuple[PyTree, Array, Array, Array]]
+
+
+def iterative(
+    iterate: Iterate,
+    *,
+    residual: Callable[[Objective, PyTree, PyTree], PyTree],
+    tol: ArrayLike | None,
+    max_steps: ArrayLike,
+    symmetric: bool = False,
+    claims: bool = True,
+    steps: int | None = None,
+    move: Callable[[Objective, PyTree, PyTree, PyTree, Any], tuple[PyTree, PyTree]] | None = None,
+) -> Inner:
+    """An `Inner` that keeps no state of its own between calls, from a function that iterates.
+
+    Args:
+        iterate: `(objective, params, hparams, target, max_steps) -> (params, ‖F‖, steps, status)`; `target` is the ‖F‖
+            at which to stop, None where nothing is claimed.
+        residual: see `Inner`.
+        tol: relative tolerance; None for what the precision supports.
+        max_steps: most steps.
+        symmetric: see `Inner`.
+        claims: see `Inner`.
+        steps: of an unrolled run, or None.
+        move: a step of an unrolled run; it is used where `steps` is given.
+    """
+
+    def solve(
+        objective: Objective,
+        params: PyTree,
+        state: PyTree,
+        hparams: PyTree,
+        model_state: PyTree,
+        *,
+        scale: Array,
+        options: Mapping[str, ArrayLike],
+    ) -> InnerResult:
+        target = default_tol(options["tol"], params) * scale if claims else None
+        most = jnp.asarray(options["max_steps"], jnp.int32)
+        solution, left, taken, status = iterate(objective, params, hparams, target, most)
+        return InnerResult(solution, state, model_state, left, taken, status)
+
+    return Inner(
+        lambda params, hparams: (),
+        solve,
+        ({"tol": tol} if claims else {}) | {"max_steps": max_steps},
+        claims=claims,
+        symmetric=symmetric,
+        residual=residual,
+        steps=None if steps is None else int(steps),
+        move=None if steps is None else move,
+    )
+
+
+def map_of(name: str, function: Any, returns: str) -> Callable[[PyTree, PyTree, PyTree, Array | None], PyTree]:
+    """A user's `(params, hparams, batch[, key]) -> pytree like params`, as a checked function of four arguments.
+
+    Args:
+        name: of the argument that it is, `"root: equations"`.
+        function: the user's.
+        returns: what it returns, for the message.
+
+    Raises:
+        InputTypeError: for something that is not such a function. When it is called: for a result of another dtype
+            than the parameters.
+        InputError: when it is called: for a missing key, and for a result of another structure or shape.
+    """
+    if not callable(function):
+        raise InputTypeError(
+            f"{name} must be a function (params, hparams, batch[, key]) -> {returns}, found {type(function).__name__}."
+        )
+    use = key_use(function, name, False)
+    differentiable = released(function)
+    result = "{}: the result of {}".format(*name.split(": "))
+
+    def apply(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
+        if use == "required" and key is None:
+            raise InputError(
+                f"{name} takes a key, but none was given: pass key=jax.random.key(0) to hypergrad or tune, or give the "
+                "key a default."
+            )
+        keys = () if key is None or use == "none" else (key,)
+        found = differentiable(params, hparams, batch, *keys)
+        check_like_params(result, found, params)
+        return found
+
+    return apply
+
+
 INNER = Slot(
     Inner,
     "an inner solver",
@@ -106,7 +197,7 @@ def check_like_params(what: str, result: PyTree, params: PyTree) -> None:
     """Raise unless what a user's function returned has the structure, shapes and dtypes of the parameters.
 
     Args:
-        what: "fixed_point: the map's result", say.
+        what: "fixed_point: the result of map", say.
         result: what it returned.
         params: what it was given.
     """

@@ -12,7 +12,7 @@ Cost: an evaluation of Φ a step. Memory: two points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +21,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._jaxpr.semigradient import released
-from hypergrad._options import Number, default_tol, options
-from hypergrad._problem import Objective, key_use
-from hypergrad._solver import InputError, InputTypeError, Status
+from hypergrad._options import Number, options
+from hypergrad._problem import Objective
+from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner, InnerResult, check_like_params
+from hypergrad.inner._inner import Inner, iterative, map_of
 
 _MAX_STEPS = 10_000
 _PATIENCE = 1000  # steps without a new smallest residual; accelerated maps may go up for long before they come down
@@ -81,24 +80,7 @@ def fixed_point(
     ...     return jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.5 * l1, 0.0)
     >>> inner = hg.inner.fixed_point(proximal_step, tol=1e-6)
     """
-    if not callable(map):
-        raise InputTypeError(
-            "fixed_point: map must be a function (params, hparams, batch[, key]) -> params, found "
-            f"{type(map).__name__}."
-        )
-    use = key_use(map, "fixed_point: map", False)
-    differentiable_map = released(map)
-
-    def apply(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
-        if use == "required" and key is None:
-            raise InputError(
-                "fixed_point: map takes a key, but none was given: pass key=jax.random.key(0) to "
-                "hypergrad or tune, or give the map's key a default."
-            )
-        keys = () if key is None or use == "none" else (key,)
-        result = differentiable_map(params, hparams, batch, *keys)
-        check_like_params("fixed_point: the map's result", result, params)
-        return result
+    apply = map_of("fixed_point: map", map, "params")
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
         return _tree.sub(params, apply(params, hparams, *objective.fixed_batch))
@@ -106,34 +88,14 @@ def fixed_point(
     def move(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, step: Any) -> tuple[PyTree, PyTree]:
         return apply(params, hparams, *objective.batch(step)), state
 
-    def solve(
-        objective: Objective,
-        params: PyTree,
-        state: PyTree,
-        hparams: PyTree,
-        model_state: PyTree,
-        *,
-        scale: Array,
-        options: Mapping[str, ArrayLike],
-    ) -> InnerResult:
-        step = lambda w: apply(w, hparams, *objective.fixed_batch)
-        target = default_tol(options["tol"], params) * scale if claims else None
-        params, residual, taken, status = _iterate(step, params, target, jnp.asarray(options["max_steps"], jnp.int32))
-        return InnerResult(params, state, model_state, residual, taken, status)
+    def iterate(
+        objective: Objective, params: PyTree, hparams: PyTree, target: Array | None, most: Array
+    ) -> tuple[PyTree, Array, Array, Array]:
+        return _iterate(lambda w: apply(w, hparams, *objective.fixed_batch), params, target, most)
 
     claims = tol is not None or steps is None
     most = max_steps if max_steps is not None else _MAX_STEPS if steps is None else int(steps)
-    options: dict[str, Any] = {"max_steps": most} | ({"tol": tol} if claims else {})
-    return Inner(
-        lambda params, hparams: (),
-        solve,
-        options,
-        claims=claims,
-        symmetric=False,
-        residual=residual,
-        steps=None if steps is None else int(steps),
-        move=None if steps is None else move,
-    )
+    return iterative(iterate, residual=residual, tol=tol, max_steps=most, claims=claims, steps=steps, move=move)
 
 
 def _iterate(

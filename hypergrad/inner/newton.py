@@ -11,7 +11,7 @@ scaled problems, and tolerances below 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,11 +21,11 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._curvature import loss_system
-from hypergrad._options import Number, default_tol, options
+from hypergrad._options import Number, options
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner, InnerResult, gradient_residual
+from hypergrad.inner._inner import Inner, gradient_residual, iterative
 from hypergrad.linear._linear import Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.cg import cg
@@ -64,30 +64,14 @@ def newton(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None) -> 
     >>> import hypergrad as hg
     >>> inner = hg.inner.newton(tol=1e-8)
     """
-    options = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Inner(
-        init=lambda params, hparams: (),
-        solve=_solve,
-        options=options,
-        claims=True,
-        symmetric=True,
-        residual=gradient_residual,
-    )
+    most = _MAX_STEPS if max_steps is None else max_steps
+    return iterative(_iterate, residual=gradient_residual, tol=tol, max_steps=most, symmetric=True)
 
 
-def _solve(
-    objective: Objective,
-    params: PyTree,
-    state: PyTree,
-    hparams: PyTree,
-    model_state: PyTree,
-    *,
-    scale: Array,
-    options: Mapping[str, ArrayLike],
-) -> InnerResult:
+def _iterate(
+    objective: Objective, params: PyTree, hparams: PyTree, target: Array, max_steps: Array
+) -> tuple[PyTree, Array, Array, Array]:
     loss = objective.fixed
-    target = default_tol(options["tol"], params) * scale
-    max_steps = jnp.asarray(options["max_steps"], jnp.int32)
     value, grad = jax.value_and_grad(loss)(params, hparams)
     first = _tree.norm(grad)
 
@@ -114,8 +98,7 @@ def _solve(
     ).astype(jnp.int32)
     c = jax.lax.while_loop(proceed, step, _Carry(params, value, first, jnp.int32(0), broken))
     missed = (c.status == int(Status.OK)) & (c.residual > target)
-    status = jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32)
-    return InnerResult(c.params, state, model_state, c.residual, c.steps, status)
+    return c.params, c.residual, c.steps, jnp.where(missed, int(Status.INNER_MAX_STEPS), c.status).astype(jnp.int32)
 
 
 def newton_direction(matvec: Matvec, grads: PyTree, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:

@@ -15,7 +15,7 @@ Cost: a gradient and a value of h a step, and ten products with ∂²h a call. M
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,11 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._jaxpr.semigradient import check_gradient, released
-from hypergrad._options import Number, default_tol, options
+from hypergrad._options import Number, options
 from hypergrad._problem import Objective
 from hypergrad._solver import InputError, InputTypeError, Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner, InnerResult, check_like_params
+from hypergrad.inner._inner import Inner, check_like_params, iterative
 from hypergrad.linear.neumann import largest_growth
 
 _MAX_STEPS = 10_000
@@ -121,38 +121,19 @@ def proximal(
         step = natural_step(objective, params, hparams)
         return _tree.sub(params, forward(params, jax.grad(objective.fixed)(params, hparams), hparams, step))
 
-    def solve(
-        objective: Objective,
-        params: PyTree,
-        state: PyTree,
-        hparams: PyTree,
-        model_state: PyTree,
-        *,
-        scale: Array,
-        options: Mapping[str, ArrayLike],
-    ) -> InnerResult:
+    def iterate(
+        objective: Objective, params: PyTree, hparams: PyTree, target: Array, most: Array
+    ) -> tuple[PyTree, Array, Array, Array]:
         check_gradient(lambda w: objective.fixed(w, hparams), params, "hg.inner.proximal")
-        target = default_tol(options["tol"], params) * scale
-        most = jnp.asarray(options["max_steps"], jnp.int32)
         measure = lambda w: _tree.norm(residual(objective, w, hparams)).astype(target.dtype)
-        solution, found, taken, status = _accelerate(objective, forward, measure, params, hparams, target, most)
-        return InnerResult(solution, state, model_state, found, taken, status)
+        return _accelerate(objective, forward, measure, params, hparams, target, most)
 
     def move(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, step: Any) -> tuple[PyTree, PyTree]:
         grad = released(jax.grad(lambda w, h: objective.stochastic(w, h, None, step)[0]))(params, hparams)
         return forward(params, grad, hparams, jnp.asarray(step_size, _tree.dtype(params))), state
 
-    traced: dict[str, Any] = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Inner(
-        lambda params, hparams: (),
-        solve,
-        traced,
-        claims=True,
-        symmetric=False,
-        residual=residual,
-        steps=None if steps is None else int(steps),
-        move=None if steps is None else move,
-    )
+    most = _MAX_STEPS if max_steps is None else max_steps
+    return iterative(iterate, residual=residual, tol=tol, max_steps=most, steps=steps, move=move)
 
 
 def natural_step(objective: Objective, params: PyTree, hparams: PyTree) -> Array:

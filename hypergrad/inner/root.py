@@ -11,7 +11,7 @@ Cost: one linearization of F and a few products a step. Memory: GMRES's basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._jaxpr.semigradient import released
-from hypergrad._options import Number, default_tol, options
-from hypergrad._problem import Objective, key_use
-from hypergrad._solver import InputError, InputTypeError, Status
+from hypergrad._options import Number, options
+from hypergrad._problem import Objective
+from hypergrad._solver import Status
 from hypergrad._tree import PyTree
-from hypergrad.inner._inner import Inner, InnerResult, check_like_params
+from hypergrad.inner._inner import Inner, iterative, map_of
 from hypergrad.linear._linear import Matvec
 from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.gmres import gmres
@@ -81,43 +80,15 @@ def root(
     >>> print(f"{out.value:.4f} {out.grad:.4f}")  # w = (r, r) / √2
     1.4142 0.7071
     """
-    if not callable(equations):
-        raise InputTypeError(
-            "root: equations must be a function (params, hparams, batch[, key]) -> F, found "
-            f"{type(equations).__name__}."
-        )
-    use = key_use(equations, "root: equations", False)
-    differentiable_equations = released(equations)
+    at = map_of("root: equations", equations, "F")
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
         return at(params, hparams, *objective.fixed_batch)
 
-    def at(params: PyTree, hparams: PyTree, batch: PyTree, key: Array | None) -> PyTree:
-        if use == "required" and key is None:
-            raise InputError(
-                "root: equations takes a key, but none was given: pass key=jax.random.key(0) to hypergrad or tune, or "
-                "give the key of equations a default."
-            )
-        keys = () if key is None or use == "none" else (key,)
-        found = differentiable_equations(params, hparams, batch, *keys)
-        check_like_params("root: the result of equations", found, params)
-        return found
-
-    def solve(
-        objective: Objective,
-        params: PyTree,
-        state: PyTree,
-        hparams: PyTree,
-        model_state: PyTree,
-        *,
-        scale: Array,
-        options: Mapping[str, ArrayLike],
-    ) -> InnerResult:
-        target = default_tol(options["tol"], params) * scale
-        most = jnp.asarray(options["max_steps"], jnp.int32)
-        f = lambda w: residual(objective, w, hparams)
-        solution, found, taken, status = _newton(f, params, target, most)
-        return InnerResult(solution, state, model_state, found, taken, status)
+    def iterate(
+        objective: Objective, params: PyTree, hparams: PyTree, target: Array, most: Array
+    ) -> tuple[PyTree, Array, Array, Array]:
+        return _newton(lambda w: residual(objective, w, hparams), params, target, most)
 
     def move(objective: Objective, params: PyTree, state: PyTree, hparams: PyTree, step: Any) -> tuple[PyTree, PyTree]:
         f = lambda w: at(w, hparams, *objective.batch(step))
@@ -125,17 +96,8 @@ def root(
         exact = lambda matvec, b: _direction(matvec, b, _tree.eps(params) * 16)
         return _tree.sub(params, jax.lax.custom_linear_solve(push, value, exact, transpose_solve=exact)), state
 
-    traced: dict[str, Any] = {"tol": tol, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
-    return Inner(
-        lambda params, hparams: (),
-        solve,
-        traced,
-        claims=True,
-        symmetric=False,
-        residual=residual,
-        steps=None if steps is None else int(steps),
-        move=None if steps is None else move,
-    )
+    most = _MAX_STEPS if max_steps is None else max_steps
+    return iterative(iterate, residual=residual, tol=tol, max_steps=most, steps=steps, move=move)
 
 
 def _direction(matvec: Matvec, rhs: PyTree, forcing: ArrayLike) -> PyTree:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._options import Slot, as_options
-from hypergrad._solver import Status
+from hypergrad._solver import Status, usable
 from hypergrad._tree import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
@@ -141,7 +141,7 @@ def solve(
         options=as_options(dict(linear.options) | dict(options or {}), rhs),
     )
     solution = _tree.where(zero, _tree.zeros_like(rhs), _tree.scale(jnp.where(zero, 1, size), result.solution))
-    fine = _tree.all_finite(solution) | (result.status > int(Status.INSENSITIVE))
+    fine = _tree.all_finite(solution) | ~usable(result.status)
     status = jnp.where(fine, result.status, int(Status.NONFINITE_GRAD))
     return LinearResult(
         solution=solution,
@@ -167,7 +167,7 @@ def fit(matvec: Matvec, rhs: PyTree, start: PyTree) -> tuple[PyTree, PyTree, PyT
     good = jnp.isfinite(length) & (size > 0)
     length = jnp.where(good, length, 0)
     unit = _tree.where(good, unit, _tree.zeros_like(rhs))
-    x = _tree.scale(length / jnp.where(good, size, 1), start)
+    x = _tree.scale(_tree.safe_divide(length, size, where=good), start)
     return x, _tree.axpy(-length, unit, rhs), _tree.scale(length, unit)
 
 

@@ -129,7 +129,7 @@ def _solve(
         curvature = _tree.vdot(product, apply(product)) / _tree.vdot(x, product)
         if truncate:  # along negative curvature the length that fits best is one back
             x, r = _tree.where(curvature > 0, (x, r), (_tree.zeros_like(rhs), rhs))
-        return x, r, jnp.where(curvature > 0, curvature, 1).astype(dtype), jnp.int32(1)
+        return x, r, _tree.positive(curvature).astype(dtype), jnp.int32(1)
 
     def squares(r: PyTree, z: PyTree) -> tuple[Array, Array]:
         rz = _tree.vdot(r, z).astype(dtype)
@@ -161,11 +161,11 @@ def _solve(
                 jnp.where(c.rz > 0, int(Status.NEG_CURVATURE), int(Status.LINEAR_BREAKDOWN)),
             ),
         )
-        alpha = c.rz / jnp.where(ok, pap, 1)
+        alpha = _tree.safe_divide(c.rz, pap, where=ok)
         x, r = _tree.axpy(alpha, c.p, c.x), _tree.axpy(-alpha, ap, c.r)
         z = apply(r)
         rz, residual = squares(r, z)
-        beta = rz / jnp.where(ok, c.rz, 1)
+        beta = _tree.safe_divide(rz, c.rz, where=ok)
         p = _tree.axpy(beta, c.p, z)
         return _Carry(
             _tree.where(ok, x, c.x),
@@ -202,7 +202,7 @@ def _truncated(result: LinearResult, c: _Carry, apply: Matvec) -> LinearResult:
     indefinite = result.status == int(Status.NEG_CURVATURE)
     image = jnp.sqrt(jnp.abs(_tree.vdot(c.r, apply(c.r))) * c.pmp)  # ‖A p‖ ‖p‖ ≥ |pᵀAp|, and so no step too long
     first = indefinite & (_tree.max_abs(c.x) == 0)
-    x = _tree.where(first, _tree.scale(c.rz / jnp.where(first, image, 1), c.p), result.solution)
+    x = _tree.where(first, _tree.scale(_tree.safe_divide(c.rz, image, where=first), c.p), result.solution)
 
     def inverse(v: PyTree) -> PyTree:
         return _tree.where(indefinite, unknown_inverse(v), result.inverse(v))
@@ -229,7 +229,7 @@ def _extended(ritz: _Ritz, alpha: Array, beta: Array) -> _Ritz:
     # The eigenvector of [[corner, side], [side, alpha]], from the row in which nothing cancels.
     s, c = jnp.where(half >= 0, half + root, off), jnp.where(half >= 0, off, root - half)
     length = jnp.hypot(s, c)
-    s, c = s / jnp.where(length > 0, length, 1), jnp.where(length > 0, c / jnp.where(length > 0, length, 1), 1)
+    s, c = _tree.safe_divide(s, length), _tree.safe_divide(c, length, otherwise=1)
     return _Ritz(square, (c - s * jnp.sqrt(ritz.edge) * ritz.last) * jnp.sqrt(alpha), beta / alpha)
 
 

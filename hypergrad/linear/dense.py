@@ -59,7 +59,8 @@ def _solve(
     # A non-finite matrix becomes the identity: factorisations may not return on NaN.
     matrix = jnp.where(finite, columns.T, jnp.eye(n, dtype=dtype))
     size = jnp.max(jnp.abs(matrix))
-    matrix = matrix / jnp.where(size > 0, size, 1)
+    scale = _tree.positive(size)
+    matrix = matrix / scale
     apply_lu, singular = _factorise(matrix, key, eps)
     b = ravel(rhs)
 
@@ -71,7 +72,6 @@ def _solve(
     x = apply(b)
     x = x + apply(b - _dot(matrix, x))
     residual = jnp.sqrt(jnp.sum((b - _dot(matrix, x)) ** 2))
-    scale = jnp.where(size > 0, size, 1)
     # What the best solution of a nearly singular system leaves of b is rounding, or a part of b that nothing reaches.
     rounding = n**0.5 * eps * jnp.sqrt(jnp.sum(x**2))  # the largest entry of the matrix is 1
     missed = jnp.where(singular & (residual > rounding), int(Status.SINGULAR), int(Status.PRECISION_LIMITED))
@@ -84,7 +84,7 @@ def _solve(
         jnp.int32(n),
         status,
         lambda r: unravel(apply(ravel(r)) / scale),
-        low=jnp.where(growth > 0, scale / jnp.where(growth > 0, growth, 1), jnp.inf),
+        low=_tree.safe_divide(scale, growth, otherwise=jnp.inf),
         high=_growth(lambda z: _dot(matrix, z), jax.random.normal(key, (n,), dtype)) * scale,
     )
 
@@ -95,7 +95,7 @@ def _growth(apply: Callable[[Array], Array], z: Array) -> Array:
     def step(_: Array, c: tuple[Array, Array]) -> tuple[Array, Array]:
         product = apply(c[0])
         size = jnp.sqrt(jnp.sum(product**2))
-        return product / jnp.where(size > 0, size, 1), size
+        return _tree.safe_divide(product, size), size
 
     return jax.lax.fori_loop(0, 3, step, (z / jnp.sqrt(jnp.sum(z**2)), jnp.zeros((), z.dtype)))[1]
 
@@ -103,9 +103,9 @@ def _growth(apply: Callable[[Array], Array], z: Array) -> Array:
 def _factorise(matrix: Array, key: Array, eps: float) -> tuple[Callable[[Array], Array], Array]:
     """`b -> A⁻¹ b` by LU after scaling rows and columns, and whether A is singular to working precision."""
     rows = jnp.max(jnp.abs(matrix), axis=1)
-    rows = jnp.where(rows > 0, rows, 1)
+    rows = _tree.positive(rows)
     columns = jnp.max(jnp.abs(matrix) / rows[:, None], axis=0)
-    columns = jnp.where(columns > 0, columns, 1)
+    columns = _tree.positive(columns)
     scaled = matrix / rows[:, None] / columns[None, :]
     factors = lu_factor(scaled)
 
@@ -128,7 +128,7 @@ def _factorise(matrix: Array, key: Array, eps: float) -> tuple[Callable[[Array],
 def _pseudo_inverse(matrix: Array, eps: float) -> Array:
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     kept = s > _FLAT * eps * jnp.max(s)
-    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    inverse = _tree.safe_divide(1, s, where=kept, otherwise=0)
     return jnp.matmul(vt.T * inverse[None, :], u.T, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -191,7 +191,7 @@ def _arnoldi(
     dtype = norm.dtype
 
     def empty(leaf: Array) -> Array:
-        row = leaf.astype(jnp.promote_types(leaf.dtype, dtype)) / jnp.where(norm > 0, norm, 1)
+        row = leaf.astype(jnp.promote_types(leaf.dtype, dtype)) / _tree.positive(norm)
         return jnp.zeros((size + 1, *leaf.shape), leaf.dtype).at[0].set(row.astype(leaf.dtype))
 
     def proceed(k: _Cycle) -> Array:
@@ -215,8 +215,7 @@ def _arnoldi(
         pivot = jnp.hypot(column[j], after)
         high = jnp.maximum(k.high, jnp.maximum(before, pivot))
         singular = ~(pivot > _FLAT * eps * high)
-        safe = jnp.where(pivot > 0, pivot, 1)
-        cos, sin = jnp.where(pivot > 0, column[j] / safe, 1), after / safe
+        cos, sin = _tree.safe_divide(column[j], pivot, otherwise=1), _tree.safe_divide(after, pivot)
         upper, lower = k.q[j], k.q[j + 1]
         q = k.q.at[j].set(cos * upper + sin * lower).at[j + 1].set(cos * lower - sin * upper)
         r = k.r.at[:, j].set(column.at[j].set(pivot).at[j + 1].set(0))
@@ -241,7 +240,7 @@ def _least_squares(k: _Cycle, norm: Array) -> tuple[Array, Array]:
     size = k.r.shape[1]
     used = jnp.arange(size) < k.count - k.singular
     both = used[:, None] & used[None, :]
-    scale = jnp.where(k.high > 0, k.high, 1)
+    scale = _tree.positive(k.high)
     triangle = jnp.where(both, k.r[:size], 0) / scale + jnp.diag(jnp.where(used, 0, 1).astype(k.r.dtype))
     sides = jnp.concatenate([jnp.where(used, norm * k.q[:size, 0], 0)[:, None], jnp.eye(size, dtype=k.r.dtype)], axis=1)
     solved = solve_triangular(triangle, sides, lower=False)

@@ -145,7 +145,7 @@ def _solve(
 
     def inverse(v: PyTree) -> PyTree:
         known = curvature > 0
-        return _tree.where(known, _tree.scale(1 / jnp.where(known, curvature, 1), v), unknown_inverse(v))
+        return _tree.where(known, _tree.scale(_tree.safe_divide(1, curvature, where=known), v), unknown_inverse(v))
 
     missed = jnp.where(c.norm <= tol, int(Status.PRECISION_LIMITED), int(Status.LINEAR_MAX_STEPS))
     status = jnp.where((c.norm <= asked) | (asked == 0), int(Status.OK), missed)
@@ -167,8 +167,8 @@ def largest_growth(matvec: Matvec, like: PyTree, key: Array, steps: int) -> Arra
         z, largest = carry
         product = matvec(z)
         growth = _tree.norm(product)
-        safe = jnp.where(growth > 0, growth, 1)
+        safe = _tree.positive(growth)
         return _tree.scale(1 / safe, product), jnp.maximum(largest, growth)
 
     _, largest = jax.lax.fori_loop(0, steps, step, (_tree.scale(1 / size, signs), jnp.zeros_like(size)))
-    return jnp.where(largest > 0, largest, 1)
+    return _tree.positive(largest)

@@ -86,7 +86,7 @@ def _solve(
 
     # Everything below is in units of the operator's size, so that no square of it can leave the range of the dtype.
     size = _tree.norm(images).astype(dtype) / rank**0.5
-    size = jnp.where(size > 0, size, 1)
+    size = _tree.positive(size)
     images = _tree.scale(1 / size, images)
     rho = options["damping"]
     core = _gram(tests, images)

@@ -108,7 +108,7 @@ def hutchinson_diagonal(
 
     def standard_error(s: Array, m: Array) -> Array:
         peak = jnp.max(jnp.abs(s), axis=0)  # squares of the entries themselves might leave the range of the dtype
-        gaps = (s - m[None]) / jnp.where(peak > 0, peak, 1)[None]
+        gaps = (s - m[None]) / _tree.positive(peak)[None]
         return peak * jnp.sqrt(jnp.sum(gaps**2, axis=0) / (max(probes - 1, 1) * probes))
 
     return mean, jax.tree.map(standard_error, samples, mean)

@@ -256,7 +256,7 @@ def vanished(notes: Notes, run: Run) -> bool:
     norms, errors = (rows.scalars[:, column(name)] for name in ("grad_norm", "error_estimate"))
     status = rows.integers[:, notes.columns["integers"].index("status")]
     before, since = np.split(np.arange(run.count), [run.count - run.tally.in_a_row])
-    largest = np.max(norms[before], where=status[before] <= int(Status.INSENSITIVE), initial=0)
+    largest = np.max(norms[before], where=usable(status[before]), initial=0)
     small = norms[since] * np.maximum(errors[since], 1) <= _VANISHED * largest
     return bool(np.all(small & (status[since] == int(Status.INACCURATE))))
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from hypergrad._checks import install
-from hypergrad._solver import HypergradError, InputError, Solver, Status, evaluation
+from hypergrad._solver import HypergradError, InputError, Solver, Status, evaluation, usable
 from hypergrad._tree import PyTree, keystr, size
 
 TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
@@ -107,7 +107,7 @@ class History(NamedTuple):
     @property
     def usable(self) -> np.ndarray:
         """Whether each step's hypergradient could be trusted, a boolean array `[steps]`."""
-        return self.status <= int(Status.INSENSITIVE)
+        return usable(self.status)
 
     def to_pandas(self) -> Any:
         """A DataFrame with one row a step.

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad._solver import InputError, Status
+from hypergrad._solver import InputError, usable
 from hypergrad._tree import PyTree, is_key
 from hypergrad.checkpoints._durable import Damaged
 from hypergrad.checkpoints._log import parse
 from hypergrad.outer._config import fingerprint
 from hypergrad.outer._result import Layout, Rows
-from hypergrad.outer._step import Loop, Report, words
+from hypergrad.outer._step import Loop, Packet, words
 
 
 class Cursor(NamedTuple):
@@ -111,7 +111,7 @@ class Notes:
         return Rows(*[table[first:last] for table in self.rows])
 
 
-def note(notes: Notes, count: int, steps: int, report: Report) -> None:
+def note(notes: Notes, count: int, steps: int, report: Packet) -> None:
     """Wait for a call and write down what it reports of its steps, as rows `count` and on."""
     floats, integers = np.asarray(report.floats), np.asarray(report.integers)
     if notes.layout != report.layout:
@@ -186,7 +186,7 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
     """The tally after these steps."""
     floats, integers = notes.columns["floats"].index, notes.columns["integers"].index
     rows = notes.taken(first, last)
-    good = rows.integers[:, integers("status")] <= _USABLE
+    good = usable(rows.integers[:, integers("status")])
     taken = rows.integers[:, integers("accepted")] != 0
     values = rows.scalars[taken, floats("value")].tolist()
     waited, reference = tally.waited, tally.reference
@@ -196,20 +196,17 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
         else:
             waited, reference = 0, value
     estimates = rows.scalars[taken, floats("error_estimate")]
-    usable, accepted = int(np.count_nonzero(good)), len(values)
-    rejected = int(np.count_nonzero(good[len(good) - _after_last(taken) :])) if accepted else tally.rejected + usable
+    sound, accepted = int(np.count_nonzero(good)), len(values)
+    rejected = int(np.count_nonzero(good[len(good) - _after_last(taken) :])) if accepted else tally.rejected + sound
     return Tally(
-        skipped=tally.skipped + len(good) - usable,
-        in_a_row=_after_last(good) if usable else tally.in_a_row + len(good),
+        skipped=tally.skipped + len(good) - sound,
+        in_a_row=_after_last(good) if sound else tally.in_a_row + len(good),
         accepted=tally.accepted + accepted,
         rejected=rejected,
         waited=waited,
         reference=reference,
         unknown=tally.unknown + int(np.count_nonzero(estimates == np.inf)),
     )
-
-
-_USABLE = int(Status.INSENSITIVE)
 
 
 def _after_last(flags: np.ndarray) -> int:

@@ -77,8 +77,8 @@ class Loop(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What one step sends to the host.
+class Packet:
+    """What one step sends to the host, in few arrays.
 
     Attributes:
         floats: scalars, then hyperparameters or their summary.
@@ -115,12 +115,12 @@ def start(
     nan = jnp.asarray(jnp.nan, jnp.result_type(float))
     best = Kept(jnp.int32(-1), nan, hparams, response, state if keep_state else None)
     accepted = free if isinstance(outer, Controller) else None
-    return Loop(*(strong(part) for part in (jnp.int32(0), state, accepted, free, outer.init(free), best)))
+    return Loop(*(_tree.strong(part) for part in (jnp.int32(0), state, accepted, free, outer.init(free), best)))
 
 
-def make_step(
+def make_advance(
     solver: Solver, outer: Any, domain: PyTree, shows: Collection[str] = (), seen: dict[str, Any] | None = None
-) -> Callable[..., tuple[Loop, dict[str, PyTree], Report]]:
+) -> Callable[..., tuple[Loop, dict[str, PyTree], Packet]]:
     """`(loop, train, valid, key) -> (loop, shown, report)`, to be compiled once.
 
     Args:
@@ -136,23 +136,25 @@ def make_step(
     take = _controlled(solver, outer, domain, seen) if controlled else _always(solver, outer, domain, seen)
     compares = controlled and outer.compares
 
-    def advance(loop: Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Loop, dict[str, PyTree], Report]:
+    def advance(loop: Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Loop, dict[str, PyTree], Packet]:
         hparams, pull = jax.vjp(functools.partial(to_constrained, domain), loop.trial)
         if not compares:
             key = None if key is None else jax.random.fold_in(key, loop.step)
         taken = take(loop, hparams, pull, train, valid, key)
-        _check_part("state of the solver", strong(taken.solver), loop.solver)
-        _check_part("state of outer", strong(taken.outer), loop.outer)
-        response = strong(solver.response(taken.visited, hparams))
+        _check_part("state of the solver", _tree.strong(taken.solver), loop.solver)
+        _check_part("state of outer", _tree.strong(taken.outer), loop.outer)
+        response = _tree.strong(solver.response(taken.visited, hparams))
         _check_part("what the solver's response returns", response, loop.best.params)
         value = jnp.asarray(taken.out.value, loop.best.value.dtype)
         better = taken.ok if compares else taken.ok & ~(value >= loop.best.value)  # the first best value is NaN
-        here = Kept(loop.step, value, hparams, response, None if loop.best.state is None else strong(taken.visited))
+        here = Kept(
+            loop.step, value, hparams, response, None if loop.best.state is None else _tree.strong(taken.visited)
+        )
         best = _tree.where(better, here, loop.best)
-        new = strong(Loop(loop.step + 1, taken.solver, taken.accepted, taken.trial, taken.outer, best))
+        new = _tree.strong(Loop(loop.step + 1, taken.solver, taken.accepted, taken.trial, taken.outer, best))
         shown = {"hparams": hparams, "params": response, "state": taken.visited}
         shown = {name: tree for name, tree in shown.items() if name == "hparams" or name in shows}
-        return new, shown, _make_report(taken, hparams)
+        return new, shown, _pack(taken, hparams)
 
     return advance
 
@@ -192,7 +194,7 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
         train, valid, key = data
         out, after = solver.hypergrad(solver_state, hparams, train, valid, key=key)
         grad = _in_free(out, hparams, pull)
-        _check_part("state of the solver", after := strong(after), loop.solver)
+        _check_part("state of the solver", after := _tree.strong(after), loop.solver)
         status = _status(out.info.status, out.value, _tree.all_finite((out.grad, grad)))
         good = usable(status)
         told = out._replace(
@@ -212,15 +214,15 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
     def take(loop: Loop, hparams: PyTree, pull: Any, train: PyTree, valid: PyTree, key: Array | None) -> Taken:
         prepared = outer.prepare(loop.outer, loop.solver)
         if outer.judge is None:
-            return strong(differentiate(loop, prepared, loop.outer, hparams, pull, train, valid, key))
+            return _tree.strong(differentiate(loop, prepared, loop.outer, hparams, pull, train, valid, key))
         value, info, after = evaluation(solver)(prepared, hparams, train, valid, key=key)
-        _check_part("state of the solver", after := strong(after), loop.solver)
+        _check_part("state of the solver", after := _tree.strong(after), loop.solver)
         status = _status(info.status, value, jnp.bool_(True))
         good = usable(status)
         told = jnp.where(good, value, jnp.inf)
         _note(seen, outer.judge, told, loop.outer, loop.trial, info)
         proposed, moved, wants = _verdict("judge", outer.judge(told, loop.outer, loop.trial, info), loop)
-        run = lambda: strong(differentiate(loop, after, moved, hparams, pull, train, valid, key))
+        run = lambda: _tree.strong(differentiate(loop, after, moved, hparams, pull, train, valid, key))
         nothing = jax.tree.map(_nothing, jax.eval_shape(run).out)
 
         def refuse() -> Taken:
@@ -231,7 +233,7 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
             )
             kept = _tree.where(finite, moved, loop.outer)
             no = jnp.bool_(False)
-            return strong(Taken(loop.solver, loop.accepted, trial, kept, out, status, no, no, after))
+            return _tree.strong(Taken(loop.solver, loop.accepted, trial, kept, out, status, no, no, after))
 
         return lax.cond(good & (wants | (loop.best.step < 0)), run, refuse)
 
@@ -239,8 +241,8 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
 
 
 def make_block(
-    advance: Callable[..., tuple[Loop, dict[str, PyTree], Report]], most: int, streams: Collection[str], *, show: bool
-) -> Callable[..., tuple[Loop, dict[str, PyTree], Report]]:
+    advance: Callable[..., tuple[Loop, dict[str, PyTree], Packet]], most: int, streams: Collection[str], *, show: bool
+) -> Callable[..., tuple[Loop, dict[str, PyTree], Packet]]:
     """`(loop, count, train, valid, key) -> (loop, shown, report)`: `count` steps, at most `most`, in one call.
 
     How many is a traced number: one program serves the last, shorter call as well, and a run that goes on with another
@@ -258,8 +260,8 @@ def make_block(
 
     def block(
         loop: Loop, count: Array, train: PyTree, valid: PyTree, key: Array | None
-    ) -> tuple[Loop, dict[str, PyTree], Report]:
-        def one(loop: Loop, step: Any) -> tuple[Loop, tuple[dict[str, PyTree], Report]]:
+    ) -> tuple[Loop, dict[str, PyTree], Packet]:
+        def one(loop: Loop, step: Any) -> tuple[Loop, tuple[dict[str, PyTree], Packet]]:
             loop, shown, report = advance(loop, batch("train", train, step), batch("valid", valid, step), key)
             return loop, (words(shown) if show else {}, report)
 
@@ -280,11 +282,6 @@ def make_block(
 def words(tree: PyTree) -> PyTree:
     """The tree with typed keys as plain integers, which can stand in a buffer."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if _tree.is_key(x) else x, tree)
-
-
-def strong(tree: PyTree) -> PyTree:
-    """Arrays without weak types, so that the second call has the types of the first."""
-    return jax.tree.map(lambda x: x if _tree.is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
 
 
 def _in_free(out: Hypergradient, hparams: PyTree, pull: Any) -> PyTree:
@@ -311,7 +308,7 @@ def _verdict(name: str, returned: Any, loop: Loop) -> tuple[PyTree, Any, Array]:
         raise InputTypeError(f"tune: outer.{name} must return (next, outer, accepted), found {returned!r}.")
     free, outer, ok = returned
     check_same_structure(f"the trial that outer.{name} proposes", free, loop.trial, "return a pytree like `free`.")
-    outer = strong(outer)
+    outer = _tree.strong(outer)
     _check_part("state of outer", outer, loop.outer)
     if jnp.shape(ok) != ():
         raise InputError(f"tune: outer.{name} must accept or reject by one boolean, found shape {jnp.shape(ok)}.")
@@ -334,7 +331,7 @@ def _without_hypergradient(info: Info, nothing: Info) -> Info:
     return Info(**fields, extra=extra)
 
 
-def _make_report(taken: Taken, hparams: PyTree) -> Report:
+def _pack(taken: Taken, hparams: PyTree) -> Packet:
     out, info = taken.out, taken.out.info
     scalars: dict[str, Any] = {
         "value": out.value,
@@ -362,7 +359,7 @@ def _make_report(taken: Taken, hparams: PyTree) -> Report:
     integers = jnp.stack([x.astype(jnp.result_type(int)) for kind in ("int", "bool") for x in of(kind)])
     naturals = [x.astype(jnp.result_type(jnp.uint32, *of("uint"))) for x in of("uint")]
     layout = Layout(tuple(kinds.items()), tuple(out.metrics), tuple(info.extra))
-    return Report(floats, integers, jnp.stack(naturals) if naturals else None, layout)
+    return Packet(floats, integers, jnp.stack(naturals) if naturals else None, layout)
 
 
 def _kind(dtype: Any) -> str:

@@ -117,7 +117,7 @@ def hoag(
         ok = ~broken & (first | (value <= state.value + jnp.abs(state.value) * tol * room))
 
         length = _tree.norm(grad) / _tree.size(free) ** 0.5
-        natural = jnp.where(length > 0, length, 1) if step_size is None else state.inverse_step
+        natural = _tree.positive(length) if step_size is None else state.inverse_step
         after = jnp.where(first, natural, _LONGER * state.inverse_step)
         shorter = jnp.where(broken, _BROKEN, _SHORTER) * state.inverse_step
         inverse_step = jnp.where(ok, after, shorter).astype(state.inverse_step.dtype)

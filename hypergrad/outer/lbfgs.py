@@ -100,7 +100,7 @@ def lbfgs(*, history: int = 10) -> Controller:
         ok = (state.count == 0) | (rise <= _ARMIJO * jnp.minimum(expected, 0)) | (jnp.abs(rise) <= noise)
         ok &= jnp.isfinite(value)
         bent = 2 * (rise - expected)
-        best = -expected / jnp.where(bent > 0, bent, 1)  # of the parabola, as a share of t
+        best = _tree.safe_divide(-expected, bent)  # of the parabola, as a share of t
         share = jnp.where(jnp.isfinite(value), jnp.clip(best, _SHORTEST, _LONGEST), _SHORTEST)
         shorter = state._replace(size=(share * state.size).astype(state.size.dtype))
         return _tree.axpy(shorter.size, shorter.direction, shorter.free), _tree.where(ok, state, shorter), ok
@@ -157,6 +157,6 @@ def _two_loops(grad: PyTree, steps: PyTree, changes: PyTree, inverse: Array) -> 
     newest = at(changes, pairs - 1)
     square = _tree.vdot(newest, newest).astype(inverse.dtype)
     length = _tree.norm(grad).astype(inverse.dtype)
-    plain = 1 / jnp.where(length > 0, length, 1)
-    gain = jnp.where(inverse[-1] > 0, 1 / jnp.where(inverse[-1] > 0, inverse[-1] * square, 1), plain)
+    plain = _tree.safe_divide(1, length)
+    gain = _tree.safe_divide(1, inverse[-1] * square, where=inverse[-1] > 0, otherwise=plain)
     return jax.lax.fori_loop(0, pairs, forth, _tree.scale(gain, q))

@@ -42,7 +42,7 @@ from hypergrad.outer._loop import Driver, Limits, next_steps, several
 from hypergrad.outer._result import Result, TuneStatus
 from hypergrad.outer._run import Cursor, Notes, Run, Tally
 from hypergrad.outer._signals import interruptible
-from hypergrad.outer._step import make_step, start
+from hypergrad.outer._step import make_advance, start
 from hypergrad.outer.callbacks import Callback, check_callbacks, progress_bar, shows
 from hypergrad.outer.controllers import Controller, check_controller
 
@@ -186,13 +186,13 @@ def tune(
         stack.callback(give_back, streams, lambda: (driver.run if driver else run).cursors)
         batches = pull(streams, *sources, next_steps(0, limits))
         first = of_one_step(tuple(streams), *batches, limits.per_call)
-        unit = jax.jit(make_step(solver, outer, domain, shows(functions), seen))
+        unit = jax.jit(make_advance(solver, outer, domain, shows(functions), seen))
         trace = functools.partial(unit.trace, loop, *first, step_key)  # kept by JAX for the first step
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
             # What callbacks want is no part of the run: it may differ when it goes on.
-            plain = jax.jit(make_step(solver, outer, domain, (), seen := {})) if shows(functions) else unit
+            plain = jax.jit(make_advance(solver, outer, domain, (), seen := {})) if shows(functions) else unit
             made = config(
                 plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,

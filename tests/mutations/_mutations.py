@@ -132,7 +132,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "CG: steepest descent (no conjugacy)",
         "linear/cg.py",
-        "beta = rz / jnp.where(ok, c.rz, 1)",
+        "beta = _tree.safe_divide(rz, c.rz, where=ok)",
         "beta = 0 * rz",
         ("tests/linear/test_cg.py",),
     ),

@@ -18,7 +18,7 @@ from hypergrad._data import minibatches, stream
 from hypergrad._solver import About, InputError, InputTypeError, Solver, Status
 from hypergrad.domains import to_unconstrained
 from hypergrad.outer import Controller, TuneStatus, set_options
-from hypergrad.outer._step import make_step, start
+from hypergrad.outer._step import make_advance, start
 from tests._helpers import assert_trees_equal, tol
 from tests.outer._controllers import backtracking, every_second, failing, recording
 from tests.outer._ridge import START, TRAIN, VALID, counted, info, optimum, ridge, run
@@ -391,7 +391,7 @@ def test_with_optax_there_is_nothing_to_accept_or_take_back():
     for outer in (optax.sgd(0.1), every_second()):
         loop = start(solver.response, outer, state, free, free)
         selects[type(outer)] = count(
-            jax.make_jaxpr(make_step(solver, outer, None))(loop, TRAIN, VALID, None), "select_n"
+            jax.make_jaxpr(make_advance(solver, outer, None))(loop, TRAIN, VALID, None), "select_n"
         )
         assert (loop.accepted is None) == (not isinstance(outer, Controller))
     plain, controlled = selects.values()
