@@ -102,7 +102,7 @@ class Stream:
             del self.recent[:-1]
 
     def forget(self) -> None:
-        """What was handed out so far has been used and will not be put back."""
+        """Forget the items handed out so far: they have been used and will not be put back."""
         self.recent.clear()
 
     def _pull(self) -> PyTree:

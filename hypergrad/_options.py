@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class Option(Protocol):
-    """What an option may be: a `Number`, a `Choice`, a `Slot`, or anything else that can check a value."""
+    """The range of an option: a `Number`, a `Choice`, a `Slot`, or anything else that can check a value."""
 
     def check(self, function: str, name: str, value: Any) -> None:
         """Raise an `InputError` or `InputTypeError` that names function and option, unless the value is allowed."""

@@ -60,7 +60,7 @@ class Status(enum.IntEnum):
 
     @property
     def advice(self) -> str:
-        """What happened, why, and what to try."""
+        """A paragraph that says what happened, why, and what to try."""
         return _ADVICE[self]
 
 
@@ -143,7 +143,7 @@ _ADVICE = {
 
 
 class Info(NamedTuple):
-    """What a person wants to know about one hypergradient. All leaves are scalar arrays.
+    """The diagnostics of one hypergradient, for a person to read. All leaves are scalar arrays.
 
     Attributes:
         status: int32 code, see `Status`.
@@ -226,7 +226,7 @@ Differentiates = Literal["optimum", "path", "response", "direct", "unknown"]
 
 
 class About(NamedTuple):
-    """What a solver is, declared by its author; static, never guessed from what it reports.
+    """The description of a solver, declared by its author: it is static, and never guessed from reported numbers.
 
     Of a solver that declares nothing, only what is true of every solver is said.
 
@@ -303,7 +303,7 @@ def evaluation(solver: Solver) -> EvaluateFn:
 
 
 def about_of(solver: Any) -> About:
-    """What a solver says of itself; nothing, for one that says nothing."""
+    """The description that a solver gives of itself, or an empty one."""
     return getattr(solver, "about", None) or About()
 
 

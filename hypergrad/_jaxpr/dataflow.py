@@ -3,6 +3,11 @@
 A forward walk over a jaxpr. Values that depend on integer data and on constants only are kept as recipes, computed
 when one of them indexes an axis or is compared with 0, …, K − 1; all others are unknown. Beside each value goes its
 place, the entry of the data that it came from. The turns of loops are computed at once, on leading axes.
+
+Why recipes and places, where it would be shorter to follow labels only as long as the loss leaves them as they are:
+that check refuses losses that are right, those which mask padding (a label of −100) after the cross-entropy, since it
+does not see the comparison; and it misses fancy indices `log_probs[rows, labels]`, labels that the loss shifts, and
+labels in a column of a table.
 """
 
 from __future__ import annotations
@@ -104,7 +109,7 @@ class Finding:
 
 @dataclasses.dataclass
 class Found:
-    """What the walk met.
+    """The findings of the walk.
 
     Attributes:
         findings: labels out of range.

@@ -165,7 +165,7 @@ def _is_integer(leaf: Any) -> bool:
 
 
 def _cut(name: str, data: PyTree) -> _Data:
-    """How a batch is cut out of the data."""
+    """The recipe by which a batch is cut out of the data."""
     tree = jax.tree.map(lambda x: np.asarray(x) if _is_integer(x) else x, _arrays(data))
     if isinstance(data, Stacked):
         chunks = jax.tree.leaves(tree)[0].shape[0]
@@ -231,7 +231,7 @@ def _known(leaf: _Leaf, axis: int) -> Known | None:
 
 
 def _masked(finding: Finding, masks: Sequence[Known]) -> np.ndarray:
-    """Which entries a comparison in the loss tells from every good label."""
+    """The entries that a comparison in the loss tells from every good label."""
     told = np.zeros(finding.places.size, bool)
     for mask in masks:
         places, values = evaluate(mask)

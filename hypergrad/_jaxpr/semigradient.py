@@ -42,7 +42,7 @@ Site = tuple[int, ...]
 
 
 class _Weight(NamedTuple):
-    """How a value depends on one that is held back, s.
+    """The way in which a value depends on one that is held back, s.
 
     Attributes:
         kind: `"line"`, c s; `"sum"`, v + c s + q log s; `"product"`, v e^{c s} s^q; `"other"`.
@@ -60,7 +60,7 @@ _OTHER = _Weight("other")
 
 
 class _Known(NamedTuple):
-    """What is known of a value.
+    """The knowledge about a value.
 
     Attributes:
         reach: leaves of the parameters that its derivative could flow back to if nothing were held back, as bits.
@@ -86,7 +86,7 @@ class Suspect(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a walk meets: the operations that hold parameters back, and those with a custom rule."""
+    """The findings of a walk: the operations that hold parameters back, and those with a custom rule."""
 
     sites: dict[Site, int]
     rules: dict[int, tuple[Any, int]]
@@ -262,7 +262,7 @@ _MOVES = frozenset({"broadcast_in_dim", "transpose", "reshape", "squeeze", "redu
 
 
 def suspects(loss: Callable[[PyTree], Any], params: PyTree, *, factor: bool) -> tuple[Any, list[Suspect]]:
-    """Where the gradient of a loss, as JAX computes it, may not be its gradient, and the loss as a program.
+    """The places where the gradient of a loss, as JAX computes it, may not be its gradient, and the loss as a program.
 
     Args:
         loss: `params -> scalar`.

@@ -50,7 +50,7 @@ class _Reach(NamedTuple):
 
 
 class Influence(NamedTuple):
-    """What one leaf does to the output of a function.
+    """The effect of one leaf on the output of a function.
 
     Attributes:
         value: whether the output's value can depend on it.
@@ -62,7 +62,7 @@ class Influence(NamedTuple):
 
 
 def influence(fn: Callable[..., PyTree], tree: PyTree, *args: PyTree) -> dict[str, Influence]:
-    """What each leaf of `tree` can do to the floating outputs of `fn(tree, *args)`.
+    """The effect that each leaf of `tree` can have on the floating outputs of `fn(tree, *args)`.
 
     Args:
         fn: any traceable function.
@@ -238,7 +238,7 @@ def _union(reaches: Iterable[_Reach]) -> _Reach:
 
 
 def _walk(program: Any, ins: Sequence[_Reach]) -> list[_Reach]:
-    """What reaches each output of a program, given what reaches its inputs."""
+    """The influences that reach each output of a program, given those that reach its inputs."""
     # What an operation with effects writes to a reference is read by later operations.
     written = lambda eqn, ins: _union(ins)
     return forward(program, ins, _operation, lambda value: _Reach(), written)

@@ -44,7 +44,7 @@ def called(eqn: Any) -> Any:
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's inputs are constants and how many are carried."""
+    """The number of a scan's inputs that are constants, and of those that are carried."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
@@ -52,7 +52,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def while_counts(eqn: Any) -> tuple[int, int]:
-    """How many inputs are constants of a loop's condition, and how many of its body."""
+    """The number of inputs that are constants of a loop's condition, and of those of its body."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 

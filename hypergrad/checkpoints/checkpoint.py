@@ -61,7 +61,7 @@ class Store(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What `hg.outer.load` returns.
+    """The result of `hg.outer.load`.
 
     Attributes:
         step: the number under which it was saved.
@@ -260,7 +260,7 @@ def newest(
     like: Callable[[dict[str, Any]], PyTree],
     check: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> Found | None:
-    """The newest checkpoint that is whole; None if there is none at all.
+    """The newest checkpoint that is whole, or None if no checkpoint exists at all.
 
     Args:
         store: where.
@@ -324,7 +324,7 @@ def _newest(
 
 
 def _identity(path: Path) -> Any:
-    """Which folder there is under this name; None if there is none."""
+    """The folder that exists under this name, or None if no folder does."""
     with contextlib.suppress(OSError):
         found = os.lstat(path)
         return found.st_dev, found.st_ino
@@ -391,7 +391,7 @@ def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:
 
 
 def _malformed(manifest: Any) -> str:
-    """What a manifest has that `write` does not write, though its checksum is right; "" if there is nothing."""
+    """The entry of a manifest that `write` does not write, though its checksum is right; "" if there is none such."""
     number = lambda x: type(x) is int and 0 <= x < 1 << 62
     text = lambda x: isinstance(x, str)
     each = lambda x, kind: isinstance(x, list) and all(map(kind, x))

@@ -84,7 +84,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def _target(leaf: Any) -> Any:
-    """Where an array is to go; what is no JAX array stays on the host."""
+    """The place where an array is to go; a leaf that is not a JAX array stays on the host."""
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return leaf if isinstance(leaf, (jax.ShapeDtypeStruct, np.ndarray)) else np.asarray(leaf)

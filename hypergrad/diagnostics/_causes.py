@@ -26,7 +26,7 @@ _UNCONVERGED = (
 
 
 class Evidence(NamedTuple):
-    """What was measured; the names of `Report`, and:
+    """The measurements; they have the names of `Report`, and:
 
     Attributes:
         about: what the solver says of itself.

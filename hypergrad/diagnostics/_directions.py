@@ -48,7 +48,7 @@ def parts_of(hparams: PyTree) -> list[Part]:
 
 
 def scales_of(at: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
-    """What a relative change of one is, for each entry: the root mean square of its leaf; 1 for a leaf of zeros."""
+    """The size of a relative change of one, for each entry: the root mean square of its leaf; 1 for a leaf of zeros."""
     scales = np.ones_like(at)
     for part in parts:
         scales[part.where] = rms(at[part.where]) or 1.0

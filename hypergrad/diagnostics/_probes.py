@@ -50,7 +50,7 @@ def solve_again(
     state: Any,
     rng: np.random.Generator,
 ) -> Again:
-    """Where training goes from parameters that are moved by a thousandth off the solution at λ.
+    """Train again from parameters that are moved by a thousandth off the solution at λ, and say where that leads.
 
     Args:
         solve: `(vector, params=...) -> (Solution, state)`.
@@ -83,7 +83,7 @@ def solve_again(
 def unused_data(
     solve: Callable[..., tuple[Solution, Any]], problem: Setting, at: np.ndarray, center: Solution
 ) -> list[str]:
-    """What the outer loss does not depend on: `"train"`, `"half of the rows of valid"`.
+    """The data on which the outer loss does not depend: `"train"`, `"half of the rows of valid"`.
 
     Rows are replaced by other rows of the same data, so that labels, tokens and counts stay what they were.
     """

@@ -42,7 +42,7 @@ class Leaf(NamedTuple):
 
 
 class Metasmoothness(NamedTuple):
-    """How far a hypergradient of training holds: its agreement with the one after a step downhill.
+    """The agreement of a hypergradient of training with the one after a step downhill.
 
     After Engstrom et al. 2025, arXiv:2503.13751: where they disagree, the loss over hyperparameters is too rough for
     gradients, and descent will not work however exact they are. Smoother training helps: warm-up, a lower learning
@@ -60,7 +60,7 @@ class Metasmoothness(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `hg.check` found; print it.
+    """The findings of `hg.check`; print it to read them.
 
     Attributes:
         ok: whether the hypergradient is confirmed: its relative error is below `tol`, and the finite differences are

@@ -81,7 +81,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _entries(part: Part, ours: np.ndarray, theirs: np.ndarray, wrong: list[bool]) -> str:
-    """What is off in a leaf of which every entry is known."""
+    """The entries that are off, in a leaf of which every entry is known."""
     which = np.flatnonzero(wrong)
     if not which.size:
         return f"off: hparams{part.path}, in a sum of its entries more than in any of them."
@@ -104,7 +104,7 @@ def _entries(part: Part, ours: np.ndarray, theirs: np.ndarray, wrong: list[bool]
 
 
 def _relation(ours: float, theirs: float) -> str:
-    """What a wrong number is to the right one, where that is a simple thing."""
+    """The relation of a wrong number to the right one, where it is a simple one."""
     if ours == 0:
         return ": exactly zero"
     if not theirs:

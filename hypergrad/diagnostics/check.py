@@ -77,7 +77,7 @@ class _Row(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """What the solver returns at the precision it is used in.
+    """The results of the solver at the precision it is used in.
 
     Attributes:
         compiled: `solver.hypergrad`.
@@ -397,7 +397,7 @@ def _run(problem: Setting, at: np.ndarray, scales: np.ndarray) -> _Run:
 
 
 def _misshapen(grad: PyTree, hparams: PyTree) -> str:
-    """What is wrong with the structure of a hypergradient, in words."""
+    """The fault in the structure of a hypergradient, in words."""
     if jax.tree.structure(grad) != jax.tree.structure(hparams):
         return (
             f"shape: the hypergradient has the structure {jax.tree.structure(grad)}, the hyperparameters "
@@ -444,7 +444,7 @@ def _accurate(
 
 
 def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: float) -> Iterator[str]:
-    """What the second start says against the first."""
+    """The faults that a second start reveals in the first."""
     if again.outcome == "untrained":
         yield (
             "untrained: the parameters stay where they are put, so nothing is trained: what is compared is the outer "

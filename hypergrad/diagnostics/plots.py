@@ -238,7 +238,7 @@ def _contours(ax: Any, grid: Landscape) -> None:
 
 
 def _path(history: Any, grid: Landscape) -> np.ndarray:
-    """Where the run was at each step, `[steps, 1 or 2]`."""
+    """The position of the run at each step, `[steps, 1 or 2]`."""
     if history.hparams is None:
         raise InputError(
             "landscape: the path of a run with more than 1000 hyperparameters is not kept: leave result out."

@@ -30,17 +30,17 @@ def huge(u: Array) -> float:
 
 
 def reach(u: Array) -> float:
-    """How far out a sigmoid is within one rounding error of its end."""
+    """The distance at which a sigmoid is within one rounding error of its end."""
     return -math.log(float(jnp.finfo(u.dtype).eps))
 
 
 def exponents(u: Array, share: float) -> tuple[float, float]:
-    """What exp can take in the normal range of the dtype, or that share of it."""
+    """The largest argument for which exp stays in the normal range of the dtype, or that share of it."""
     return share * math.log(tiny(u)), share * math.log(float(jnp.finfo(u.dtype).max))
 
 
 def creep(before: Array) -> Array:
-    """How low u may go in one step: to where the derivative is at rounding level, from there on by a factor e in it."""
+    """The lowest u that one step may reach: where the derivative is at rounding level, and from there a factor e less."""
     return jnp.maximum(jnp.minimum(before, -reach(before)) - 1, 0.99 * math.log(tiny(before)))
 
 

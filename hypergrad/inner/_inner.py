@@ -23,7 +23,7 @@ from hypergrad._tree import PyTree, keystr
 
 
 class InnerResult(NamedTuple):
-    """What an inner solve returns: parameters and states that the next call can start from, whatever the status.
+    """The result of an inner solve: parameters and states from which the next call can start, whatever the status.
 
     Attributes:
         params: pytree like the starting parameters; finite if those are.
@@ -63,7 +63,7 @@ class SolveFn(Protocol):
 
 
 class Inner(NamedTuple):
-    """How parameters are found. Made by `hg.inner.lbfgs` and its siblings.
+    """An inner solver, which finds the parameters. It is made by `hg.inner.lbfgs` and its siblings.
 
     Attributes:
         init: `(params, hparams) -> state` of the inner optimizer.

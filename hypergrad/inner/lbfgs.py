@@ -39,7 +39,7 @@ _NOISE = 100  # units of rounding in which a loss is uncertain
 
 
 class LbfgsState(NamedTuple):
-    """What was learned of the curvature, for the next call.
+    """The curvature learned so far, kept for the next call.
 
     Attributes:
         s, y: differences of parameters and of gradients, newest at `(count - 1) % history`. pytrees, leaves
@@ -310,5 +310,5 @@ def _rescaled(memory: LbfgsState, unit: Array) -> LbfgsState:
 
 
 def _forget(memory: LbfgsState, condition: Array) -> LbfgsState:
-    """Where the condition holds, no pairs: with rho = 0 the vectors that remain have no effect."""
+    """The memory, emptied where the condition holds: with rho = 0 the vectors that remain have no effect."""
     return memory._replace(rho=jnp.where(condition, 0, memory.rho), count=jnp.where(condition, 0, memory.count))

@@ -23,7 +23,7 @@ Matvec = Callable[[PyTree], PyTree]
 
 
 class LinearResult(NamedTuple):
-    """What a linear solve returns.
+    """The result of a linear solve.
 
     Attributes:
         solution: pytree like the right-hand side.
@@ -71,7 +71,7 @@ class Preconditioner(Protocol):
 
 
 class Linear(NamedTuple):
-    """How the adjoint system is solved. Made by `hg.linear.cg` and its siblings.
+    """A linear solver, for the adjoint system. It is made by `hg.linear.cg` and its siblings.
 
     Attributes:
         solve: see `SolveFn`; call it through `solve` of this module, which normalises.

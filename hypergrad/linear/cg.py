@@ -234,7 +234,7 @@ def _extended(ritz: _Ritz, alpha: Array, beta: Array) -> _Ritz:
 
 
 def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:
-    """What stopped the loop. A direction that A maps to nothing is a null space; one with pᵀAp ≈ 0 only is a saddle."""
+    """Why the loop stopped: a direction that A maps to zero spans a null space, and pᵀAp ≈ 0 alone is a saddle."""
     image = c.r  # A p, where the loop stopped for p
     gain = jnp.sqrt(jnp.abs(_tree.vdot(image, apply(image))) / c.pmp)  # ‖A p‖ / ‖p‖ in the geometry of M
     curvature = _tree.vdot(c.p, image) / c.pmp

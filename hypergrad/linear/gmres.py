@@ -173,7 +173,7 @@ def _solve(
 
 
 def _verdict(c: _Carry, asked: Array, eps: float) -> Array:
-    """What stopped the loop: the tolerance, rounding, a null space, or the number of products."""
+    """The reason why the loop stopped: the tolerance, rounding, a null space, or the number of products."""
     rounding = (c.residual <= _ROUNDING * eps) | ((c.stuck | c.singular) & (c.residual <= eps**0.5))
     flat = c.singular | (c.stuck & (c.last <= eps**0.5 * c.high))  # what is left of b is next to a null vector
     missed = jnp.where(

@@ -23,7 +23,7 @@ from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
 
 @dataclasses.dataclass
 class Keeper:
-    """What is known about the checkpoints of a run.
+    """The checkpoints of a run.
 
     Attributes:
         store: where they are.
@@ -45,7 +45,7 @@ class Keeper:
 
 
 def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any) -> Keeper | None:
-    """Take hold of the folder until the stack is closed; None if there is none.
+    """Hold the folder until the stack is closed; return None for a run without checkpoints.
 
     Raises:
         InputError: if the folder cannot be written to, or for an unknown name in `allow_changed`.

@@ -144,7 +144,7 @@ class Driver:
         return self.verdict()
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """What callbacks see of one step."""
+        """The metrics of one step, as callbacks receive them."""
         found = metrics_of(self.notes, step)
         if self.always:
             del found["accepted"]
@@ -158,7 +158,7 @@ class Driver:
         return found | {name: here[name]() for name in shows(self.callbacks) if name not in found}
 
     def verdict(self) -> TuneStatus | None:
-        """Why the run ends here; None if it goes on."""
+        """The reason why the run ends here, or None if it goes on."""
         tally, limits = self.run.tally, self.limits
         if tally.in_a_row >= limits.max_failures:
             return TuneStatus.CONVERGED if vanished(self.notes, self.run) else TuneStatus.FAILED
@@ -173,7 +173,7 @@ class Driver:
         return None
 
     def finish(self, status: TuneStatus) -> Result:
-        """What the run has."""
+        """The result of the run so far."""
         loop = self.run.loop
         final = to_constrained(self.domain, loop.point)
         assert self.notes.layout is not None

@@ -18,7 +18,7 @@ _COLUMNS = 10  # entries up to which a leaf becomes one column each in a DataFra
 
 
 class TuneStatus(enum.StrEnum):
-    """Why `hg.tune` ended.
+    """The reason why `hg.tune` ended.
 
     Attributes:
         FINISHED: all steps were taken.
@@ -66,7 +66,7 @@ class Best(NamedTuple):
 
 
 class History(NamedTuple):
-    """What happened, one entry a step, failed steps included: NumPy arrays `[steps]`.
+    """The record of a run, with one entry for each step, failed steps included: NumPy arrays `[steps]`.
 
     Entry t of everything belongs to the hyperparameters *before* update t.
 
@@ -173,7 +173,7 @@ class Retrained(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `hg.tune` returns. Final and best are kept apart; print it for a summary.
+    """The result of `hg.tune`. The final and the best point are kept apart; print it for a summary.
 
     Attributes:
         hparams: the hyperparameters after the last update, constrained; with a controller those of the last accepted
@@ -268,7 +268,7 @@ def status_name(code: Any) -> str:
 
 
 class Layout(NamedTuple):
-    """What stands where in the report of a step.
+    """The layout of the report of a step.
 
     Attributes:
         kinds: name and kind (float, int, bool, uint) of each scalar.
@@ -286,7 +286,7 @@ class Layout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the steps reported, a row each.
+    """The reports of the steps, one row each.
 
     Attributes:
         scalars: float64 `[steps, ...]`, the wall time last.

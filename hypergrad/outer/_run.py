@@ -22,7 +22,7 @@ from hypergrad.outer._step import Loop, Packet, words
 
 
 class Cursor(NamedTuple):
-    """How far a stream was read.
+    """The position in a stream up to which it was read.
 
     Attributes:
         position: batches handed out.
@@ -36,7 +36,7 @@ class Cursor(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What is counted of the steps, to know when to stop and what to say.
+    """Counts over the steps, which decide when to stop and what to say at the end.
 
     Attributes:
         skipped: steps that were not usable.
@@ -58,7 +58,7 @@ class Tally(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Where a run stands after a whole number of calls. It is replaced in one piece, since Ctrl-C may come any time.
+    """The state of a run after a whole number of calls. It is replaced in one piece, since Ctrl-C may come at any time.
 
     Attributes:
         loop: what the next step starts from.
@@ -168,7 +168,7 @@ def _rearranged(rows: Rows, old: Layout, new: Layout) -> Rows:
 
 
 def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
-    """What one step reported, as Python numbers by name."""
+    """The report of one step, as Python numbers by name."""
     rows, columns = notes.rows, notes.columns
     assert rows is not None and notes.layout is not None
     found: dict[str, Any] = dict(zip([*columns["floats"], "seconds"], rows.scalars[step].tolist(), strict=True))
@@ -210,12 +210,12 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
 
 
 def _after_last(flags: np.ndarray) -> int:
-    """How many entries there are after the last that holds; one does."""
+    """The number of entries after the last true one; at least one is true."""
     return int(flags[::-1].argmax())
 
 
 def shown_rows(shown: Mapping[str, PyTree], steps: int) -> tuple[Mapping[str, PyTree], ...]:
-    """What callbacks see, step by step, from arrays with a leading axis; on the host."""
+    """The trees that callbacks receive, step by step, from arrays with a leading axis; on the host."""
     found = jax.tree.map(np.asarray, shown)
     return tuple(jax.tree.map(lambda x, i=i: x[i], found) for i in range(steps)) if found else ()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Interrupts:
-    """What was sent, and whether it has to wait."""
+    """The signal that was sent, and whether it has to wait."""
 
     def __init__(self) -> None:
         self.armed, self.waits, self.sent = True, False, False

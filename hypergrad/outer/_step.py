@@ -71,14 +71,14 @@ class Loop(NamedTuple):
 
     @property
     def point(self) -> PyTree:
-        """Where the run stands, unconstrained: never a trial that may be rejected."""
+        """The current point of the run, unconstrained: never a trial that may still be rejected."""
         return self.trial if self.accepted is None else self.accepted
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packet:
-    """What one step sends to the host, in few arrays.
+    """The report of one step to the host, packed into few arrays.
 
     Attributes:
         floats: scalars, then hyperparameters or their summary.
@@ -94,7 +94,7 @@ class Packet:
 
 
 class Taken(NamedTuple):
-    """What became of one trial: the parts of `Loop` after it, and what to report."""
+    """The outcome of one trial: the parts of `Loop` after it, and the values to report."""
 
     solver: Any
     accepted: PyTree
@@ -322,7 +322,7 @@ def _nothing(shape: Any) -> Array:
 
 
 def _without_hypergradient(info: Info, nothing: Info) -> Info:
-    """What an evaluation reports, in the dtypes of a hypergradient's report; NaN for what it cannot know."""
+    """The report of an evaluation, in the dtypes of a hypergradient's; NaN for values that only a hypergradient has."""
     known = {"status": info.status, "inner_residual": info.inner_residual, "inner_steps": info.inner_steps}
     known["linear_steps"] = info.linear_steps
     cast = lambda name, like: jnp.asarray(known[name], like.dtype) if name in known else like

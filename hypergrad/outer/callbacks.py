@@ -80,7 +80,7 @@ def end(callbacks: tuple[Callback, ...], result: Any) -> None:
 
 
 class Progress(Protocol):
-    """What tells a person how far a run is."""
+    """The line that shows how far a run has come."""
 
     def compiling(self) -> contextlib.AbstractContextManager[Any]:
         """Around the first call, which compiles: says so, and for how long it has."""

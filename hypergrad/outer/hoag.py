@@ -39,7 +39,7 @@ _ROUNDING = 32  # units of rounding, below which no tolerance is asked for
 
 
 class HoagState(NamedTuple):
-    """What the next trial depends on.
+    """The controller's state, from which the next trial follows.
 
     Attributes:
         free: u, the last accepted point.

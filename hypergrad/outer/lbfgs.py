@@ -29,7 +29,7 @@ _ROUNDING = 8  # units of rounding of the outer loss that count as no rise
 
 
 class LbfgsState(NamedTuple):
-    """What the next trial depends on.
+    """The controller's state, from which the next trial follows.
 
     Attributes:
         free: u, the last accepted point.

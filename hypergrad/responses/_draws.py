@@ -62,7 +62,7 @@ def _by_leaf(key: Array, function: Callable[..., Array], like: PyTree, *rest: Py
 
 
 class Around(NamedTuple):
-    """Where draws are made and what is evaluated there.
+    """The places where draws are made, and the quantities evaluated there.
 
     Attributes:
         problem: the two losses.
@@ -86,7 +86,7 @@ class Around(NamedTuple):
         return isinstance(self.response, Gated) and self.perturb != "batch"
 
     def params(self, weights: PyTree, u: PyTree) -> PyTree:
-        """What the losses get for their parameters."""
+        """The parameters that the losses receive."""
         return self.response.apply(weights, u, self.centre)
 
     def hparams(self, u: PyTree) -> PyTree:
@@ -225,7 +225,7 @@ def check_perturb(perturb: Any) -> None:
 
 
 def draws(perturb: str | int, batch: PyTree, name: str) -> int | None:
-    """How many draws a batch gets; None for one that all of it shares.
+    """The number of draws for a batch; None for one draw that the whole batch shares.
 
     Raises:
         InputError: for a batch that cannot be divided so.

@@ -25,7 +25,7 @@ from hypergrad._tree import PyTree
 
 
 class Weights(NamedTuple):
-    """What is trained in place of the parameters; a pytree.
+    """The weights that are trained in place of the parameters; a pytree.
 
     Attributes:
         base: pytree like the parameters: what they are at the centre; without one, where g is zero.

@@ -46,7 +46,7 @@ class _Response(nnx.Module):
         lead, out = offset.shape[:-1], added.shape[-1]
 
         def opened(kernel: Array) -> Array:
-            """How far each unit's gate is open, with an axis of 1 for each axis of the output beyond the examples."""
+            """The opening of each unit's gate, with an axis of 1 for each axis of the output beyond the examples."""
             return (offset @ kernel.astype(added.dtype)).reshape(*lead, *(1,) * (added.ndim - 1 - len(lead)), out)
 
         added = opened(self.gate[...]) * added

@@ -101,7 +101,7 @@ def _others(ndim: int, axis: int) -> tuple[int, ...]:
 
 
 def _size(kernel: Array, axis: int) -> Array:
-    """How large the entries of a kernel are; by its fan-in, where they are zero."""
+    """The size of the entries of a kernel; taken from its fan-in, where they are zero."""
     size = jnp.sqrt(jnp.mean(kernel**2))
     fan_in = kernel.size / max(kernel.shape[axis], 1)
     return jnp.where(size > 0, size, 1 / math.sqrt(max(fan_in, 1)))

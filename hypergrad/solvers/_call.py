@@ -144,7 +144,7 @@ def report(
     error_estimate: Array | None = None,
     extra: Mapping[str, Array] | None = None,
 ) -> Info:
-    """What a call says of itself; what is left out is what the method has not: NaN residuals, and no error estimate.
+    """The `Info` of a call. An argument is left out where the method has no such value: NaN, or an estimate of inf.
 
     Args:
         status: int32 code.

@@ -23,7 +23,7 @@ from hypergrad._tree import PyTree
 
 
 class Point(NamedTuple):
-    """Where the three variables stand, or the directions along which they move."""
+    """The values of the three variables, or the directions along which they move."""
 
     params: PyTree
     adjoint: PyTree
@@ -53,7 +53,7 @@ class Terms(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the losses returned on the way.
+    """The values that the losses returned on the way.
 
     Attributes:
         loss: that the parameters descend on, at the first point of the call.

@@ -42,7 +42,7 @@ from hypergrad.solvers._call import (
 
 
 class DirectState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         params: inner solution. pytree like the parameters.

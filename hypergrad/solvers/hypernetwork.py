@@ -65,7 +65,7 @@ Distribution = Callable[[Array], PyTree] | tuple[PyTree, PyTree]
 
 
 class HypernetworkState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         weights: of the response; `weights.base` is a pytree like the parameters.

@@ -31,7 +31,7 @@ _ROUNDING = 64  # units of rounding, of the size of its terms, that a residual m
 
 
 class Regularity(NamedTuple):
-    """What is known about the losses, wherever the parameters may be between ŵ and w*.
+    """Bounds that hold for the losses, wherever the parameters may be between ŵ and w*.
 
     All norms are Euclidean (spectral for matrices), over all leaves together. Numbers or scalar arrays.
 
@@ -77,7 +77,7 @@ def known_at(known: KnownRegularity, hparams: PyTree) -> Regularity:
 
 
 def cross_size(known: Regularity, gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> ArrayLike:
-    """What is known of ‖∂²_{λw} h‖, or its Frobenius norm, of `λ -> ∂_w h(ŵ, λ)`."""
+    """A bound on ‖∂²_{λw} h‖, or its Frobenius norm, for `λ -> ∂_w h(ŵ, λ)`."""
     return cross_norm(gradient, hparams) if known.cross_norm is None else known.cross_norm
 
 

@@ -70,7 +70,7 @@ _ENTRIES = 8  # entries of a leaf up to which each scale is reported
 
 
 class SelfTuningState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         weights: of the response.
@@ -312,7 +312,7 @@ def self_tuning(
 
 
 def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: PyTree) -> SelfTuningState:
-    """What training around u left behind, or, if that failed, what was there."""
+    """The state after training around u, or the one before it if training failed."""
     failed = fitted.status != int(Status.OK)
     after = weights, fitted.state, fitted.model_state, u
     before = state.weights, state.inner_state, state.model_state, state.centre
@@ -339,7 +339,7 @@ def _prefix(name: str, prefix: PyTree, hparams: PyTree) -> PyTree:
 
 
 def _start(scale: ArrayLike, leaf: Array) -> Array:
-    """Where softplus is `scale`, in the shape of the leaf."""
+    """The number whose softplus is `scale`, in the shape of the leaf."""
     if not np.all(np.asarray(scale) > 0):
         raise InputError(
             f"self_tuning: scale must be greater than 0, found {scale!r}: without perturbation the response to the "

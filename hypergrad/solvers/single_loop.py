@@ -73,7 +73,7 @@ class _Rates(NamedTuple):
 
 
 class SingleLoopState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         params: pytree like the parameters.
@@ -266,7 +266,7 @@ def single_loop(
 
 
 def _failed(step: Step) -> Array:
-    """What went wrong with the losses and the parameters."""
+    """The status of the losses and the parameters."""
     return first_failure(bad_loss(step.seen.loss), bad_grad(step.params), bad_loss(step.seen.value))
 
 

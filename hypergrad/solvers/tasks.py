@@ -37,7 +37,7 @@ from hypergrad.solvers._call import owned
 
 
 class TasksState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         states: the solver's states, stacked: every leaf has a leading axis of tasks.
@@ -183,7 +183,7 @@ def _unshelve(state: Any, options: Any) -> Any:
 
 
 def _many(key: Array | None) -> int | None:
-    """How many keys are given; None for one or none."""
+    """The number of keys that are given; None for one key, or without a key."""
     if key is None or not jnp.shape(key):
         return None
     return key.shape[0] if _tree.is_key(key) or len(key.shape) == 2 else None

@@ -44,7 +44,7 @@ _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the f
 
 
 class UnrolledState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         params: parameters after the last step. pytree like the parameters.
@@ -64,7 +64,7 @@ class UnrolledState(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What either mode hands back."""
+    """The result of either mode."""
 
     point: Point
     record: Record
@@ -269,14 +269,14 @@ def unrolled(
 
 
 def _go_on_from(state: UnrolledState, end: Point) -> UnrolledState:
-    """Where training ended, or, if that is not finite, where the last call ended."""
+    """The point where training ended, or, if that is not finite, where the last call ended."""
     last = Point(state.params, state.inner_state, state.model_state)
     params, inner_state, model_state = _tree.where(_tree.all_finite(end), end, last)
     return state._replace(params=params, inner_state=inner_state, model_state=model_state)
 
 
 def _seen(done: _Pass) -> tuple[PyTree, PyTree]:
-    """What twins are compared by: the hypergradient, and where training ended."""
+    """The values by which twins are compared: the hypergradient, and the point where training ended."""
     return jax.tree.map(lambda d, i: d + i.astype(d.dtype), done.direct, done.indirect), done.point.params
 
 

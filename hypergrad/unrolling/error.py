@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class Trust(NamedTuple):
-    """What the state carries of the last twins.
+    """The part of the last twins' comparison that the state carries on.
 
     Attributes:
         calls: how often the state was used, int32.
@@ -65,7 +65,7 @@ class Trust(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """What twins differ by.
+    """The difference between twins.
 
     Attributes:
         count: how many there were, int32.
@@ -118,7 +118,7 @@ def with_twins(
 
 
 def amplified(numbers: PyTree, length: int, growth: Array) -> Array:
-    """What rounding becomes in `length` steps that amplify it by `growth`, relative to the adjoint (dimensionless)."""
+    """The rounding error after `length` steps that amplify it by `growth`, relative to the adjoint (dimensionless)."""
     return _ROUNDING * _tree.eps(numbers) * (1 + math.sqrt(length)) * growth
 
 

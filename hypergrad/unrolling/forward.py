@@ -22,7 +22,7 @@ from hypergrad.unrolling.step import Moving, Point, Record, Step, Taken, moving
 
 
 class Forward(NamedTuple):
-    """How far the tangents have come.
+    """The progress of the tangents.
 
     Attributes:
         point, record: training.

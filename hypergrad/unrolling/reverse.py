@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Stored(NamedTuple):
-    """What is kept of the beginning of a block; stacked, of many.
+    """The state kept at the beginning of a block; stacked, of many blocks.
 
     Attributes:
         point: where it starts.
@@ -50,14 +50,14 @@ class Stored(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a step can be replayed from, stacked: its gradient, and the model's state after it."""
+    """The data from which a step can be replayed, stacked: its gradient, and the model's state after it."""
 
     grads: PyTree
     model_state: PyTree
 
 
 class Backward(NamedTuple):
-    """How far back the recursion has come.
+    """The progress of the recursion backwards.
 
     Attributes:
         adjoint: a_t.
@@ -205,7 +205,7 @@ def _pull(step: Step, here: Stored, t: Any, last: int, back: Backward) -> Backwa
 
 
 def _store(step: Step, layout: Plan, point: Point, begin: Any, length: Any) -> Stored:
-    """Where the children of a block start; its last child is only run where its gradient is wanted."""
+    """The points where the children of a block start; the last child is only run where its gradient is wanted."""
     size = math.prod(layout[1:])
     count, room = _count(layout, length), _room(step, layout, point)
 
@@ -224,13 +224,13 @@ def _store(step: Step, layout: Plan, point: Point, begin: Any, length: Any) -> S
 
 
 def _count(layout: Plan, length: Any) -> Any:
-    """How many children a block of `length` steps has; a Python integer, where it can be."""
+    """The number of children of a block of `length` steps; a Python integer, where it can be."""
     size = math.prod(layout[1:])
     return -(-length // size)
 
 
 def _length(layout: Plan, i: Any, length: Any) -> Any:
-    """How many steps child `i` of a block has: the last may be shorter, where `length` is no product of the factors."""
+    """The number of steps in child `i` of a block. The last may be shorter, where the factors do not divide `length`."""
     size = math.prod(layout[1:])
     return size if isinstance(length, int) and length == layout[0] * size else jnp.minimum(size, length - i * size)
 
@@ -254,7 +254,7 @@ def _sum_down(count: Any, most: int, body: Callable[[Any, Backward], Backward], 
 
 
 def stored_by_step(step: Step, point: Point) -> Stored:
-    """What is kept of one step; a gradient is like the parameters."""
+    """The part of one step that is kept; a gradient is like the parameters."""
     return Stored(point, point.params if step.uses_grads else None)
 
 

@@ -36,7 +36,7 @@ _ULPS = 1  # units of rounding by which the steps of a twin are off
 
 
 class Point(NamedTuple):
-    """Where training is: what the next step starts from."""
+    """The point that training has reached, from which the next step starts."""
 
     params: PyTree
     state: PyTree
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class Moving(NamedTuple):
-    """What derivatives flow through, or their tangents or cotangents."""
+    """The part of a point that derivatives flow through, or its tangents or cotangents."""
 
     params: PyTree
     floats: list[Array]  # floating-point leaves of the optimizer's state
@@ -52,7 +52,7 @@ class Moving(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What training looked like, in scalars.
+    """A summary of training in scalars.
 
     Attributes:
         heights: the inner loss; for a map, how far a step moved.
@@ -65,7 +65,7 @@ class Record(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a step leads to.
+    """The result of one step.
 
     Attributes:
         point: where the next one starts.
@@ -153,7 +153,7 @@ def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
 
 
 class _Rule(NamedTuple):
-    """What `Step` is made of, with the hyperparameters as an argument."""
+    """The functions that `Step` is made of, with the hyperparameters as an argument."""
 
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     pull: Callable[[PyTree, Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
@@ -247,7 +247,7 @@ def _plain(through: Any) -> Any:
 
 
 def moving(point: Point) -> Moving:
-    """What derivatives flow through at a point."""
+    """The part of a point that derivatives flow through."""
     return Moving(point.params, *(_tree.partition(part)[0] for part in (point.state, point.model_state)))
 
 
