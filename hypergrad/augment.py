@@ -6,8 +6,8 @@ r"""Noise and augmentation whose strength is a traced hyperparameter, for a batc
     contrast         x̄ + (x − x̄) (1 + s)^d,  d ~ U[−1, 1]
 
 Strengths are scalars, or `[n]` with one for each example of `x` `[n, ...]`. Derivatives are those of the pathwise
-(reparametrized) sample and unbiased. Where there is none, dropout's rate and cutout's length and holes, the derivative
-is zero rather than the wrong number that comes from differentiating 1 / (1 − r) alone: tune these with
+(reparametrized) sample and unbiased. Dropout's rate and cutout's length and holes have no such derivative: theirs is
+zero rather than the wrong number that comes from differentiating 1 / (1 − r) alone: tune these with
 `hg.self_tuning`, which needs no derivative of the training loss in them.
 
 Source: Srivastava et al. 2014 (dropout); DeVries & Taylor 2017 (cutout), arXiv:1708.04552; the strengths as in MacKay

@@ -46,7 +46,7 @@ class Tumours(NamedTuple):
 
 
 def digits(seed: int) -> Digits:
-    """Load, split by class and corrupt; the same for the same seed."""
+    """Load the digits, split them by class and corrupt the labels. The same seed gives the same data."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
@@ -67,7 +67,7 @@ def digits(seed: int) -> Digits:
 
 
 def tumours(seed: int) -> Tumours:
-    """Load, split by class and standardise; the same for the same seed."""
+    """Load the data, split them by class and standardise them. The same seed gives the same split."""
     from sklearn.datasets import load_breast_cancer
 
     bunch: Any = load_breast_cancer()

@@ -117,7 +117,7 @@ def read_npz(folder: Path, entries: list[dict[str, Any]], like: list[Any]) -> li
             for index, (entry, leaf) in enumerate(zip(entries, like, strict=True)):
                 where = f" (leaf {entry['path']})"
                 arrays.append(_member(archive, index, np.dtype(_dtype(leaf)), np.shape(leaf), entry["sha256"]))
-        except Exception as error:  # zipfile raises many kinds for files that are no zip
+        except Exception as error:  # zipfile raises many kinds for files that are not zip archives
             raise Damaged(f"{path} cannot be read{where}: {error or type(error).__name__}") from error
     return arrays
 

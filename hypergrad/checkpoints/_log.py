@@ -172,7 +172,7 @@ def _read(path: Path, segment: Segment, tail: Tables) -> dict[str, np.ndarray]:
                 if (table.shape, table.dtype) != (shape, like.dtype):
                     raise ValueError(f"{name} is another table")
                 tables[name] = table
-    except Exception as error:  # zipfile raises many kinds for files that are no zip
+    except Exception as error:  # zipfile raises many kinds for files that are not zip archives
         raise Damaged(f"{path} cannot be read: {error or type(error).__name__}") from error
     return tables
 

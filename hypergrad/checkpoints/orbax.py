@@ -40,7 +40,7 @@ def orbax(folder: str | os.PathLike[str]) -> Store:
 
     Raises:
         HypergradError: if Orbax is not installed.
-        InputTypeError: if the folder is no path.
+        InputTypeError: if the folder is not a path.
 
     >>> import hypergrad as hg
     >>> hg.outer.orbax("runs/first").name  # doctest: +SKIP

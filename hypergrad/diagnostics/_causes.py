@@ -167,12 +167,12 @@ def _approximate(e: Evidence) -> Iterator[str]:
             f"learned: the best response is a fitted function. At the hyperparameters it gives an outer loss of "
             f"{e.value:.6g}, training there alone {e.center.settled:.6g} (off by {gap:.1g}){left}. "
             f"The hypergradient's error is {e.error:.1g} at the first call and {e.settled_error:.1g} at the last of "
-            "many: more steps lower both, another scale or response what remains."
+            "many: more steps lower both, and another scale or response lowers the rest."
         )
     if _is(e, "direct") and not e.ok:
         yield (
-            "direct: what the hyperparameters do through the parameters is left out on purpose; its error here is "
-            f"{e.error:.1g}. hg.implicit has both parts."
+            "direct: the effect of the hyperparameters through the parameters is left out on purpose; the error here "
+            f"is {e.error:.1g}. hg.implicit has both parts."
         )
 
 
@@ -183,7 +183,7 @@ def _stochastic(e: Evidence) -> Iterator[str]:
         drawn = " and ".join(chance) or unknown
         yield (
             f"stochastic: with another key the hypergradient changes by {e.key_spread:.1g} of its size ({drawn}); "
-            "what is compared here is one draw, the same on both sides. Larger batches, or an average over keys, "
+            "the comparison uses one draw, the same on both sides. Larger batches, or an average over keys, "
             "help."
         )
 

@@ -447,7 +447,7 @@ def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: 
     """The faults that a second start reveals in the first."""
     if again.outcome == "untrained":
         yield (
-            "untrained: the parameters stay where they are put, so nothing is trained: what is compared is the outer "
+            "untrained: the parameters stay where they are put, so nothing is trained: the comparison is of the outer "
             "loss at the start. Look for a learning rate or a number of steps of zero, or parameters that are "
             "returned as they came."
         )

@@ -91,7 +91,7 @@ def landscape(
     for name, values in along.items():
         if name not in known:
             raise InputError(
-                f"landscape: along names {name!r}, which is no entry of hparams"
+                f"landscape: along names {name!r}, which is not an entry of hparams"
                 f"{nearest(name, list(known))}; the entries are {', '.join(list(known)[:10])}."
             )
         values = np.asarray(values, np.float64)

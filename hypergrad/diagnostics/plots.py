@@ -280,7 +280,7 @@ def _short(path: str) -> str:
 def _history(result: Any) -> Any:
     history = getattr(result, "history", result)
     if not hasattr(history, "grad_norm"):
-        raise InputError(f"plots: expected what hg.tune returns, or its history, found {type(result).__name__}.")
+        raise InputError(f"plots: expected the result of hg.tune, or its history, found {type(result).__name__}.")
     return history
 
 

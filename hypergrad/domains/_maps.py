@@ -40,7 +40,7 @@ def exponents(u: Array, share: float) -> tuple[float, float]:
 
 
 def creep(before: Array) -> Array:
-    """The lowest u that one step may reach: where the derivative is at rounding level, and from there a factor e less."""
+    """The lowest u that one step may reach: where the derivative is at rounding level, and then a factor e less."""
     return jnp.maximum(jnp.minimum(before, -reach(before)) - 1, 0.99 * math.log(tiny(before)))
 
 

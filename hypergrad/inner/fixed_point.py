@@ -131,7 +131,7 @@ def _iterate(
     missed = jnp.where(_tree.all_finite(c.params), missed, int(Status.NONFINITE_GRAD))
     status = jnp.where((c.status == int(Status.OK)) & ~c.met, missed, c.status).astype(jnp.int32)
     failed = (status == int(Status.INNER_DIVERGED)) | (status == int(Status.NONFINITE_GRAD))
-    steps = c.steps if target is None else c.steps - 1  # the last look is no step
+    steps = c.steps if target is None else c.steps - 1  # the last look is not a step
     return _tree.where(failed, params, c.params), c.residual, steps, status
 
 

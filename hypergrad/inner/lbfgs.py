@@ -152,7 +152,7 @@ def _solve(
         jnp.asarray(options["max_steps"], jnp.int32),
     )
     found = _tree.where(c.status == int(Status.INNER_DIVERGED), params, c.params)
-    # The pairs of a failed solve are no guide to the next.
+    # The pairs of a failed solve do not help the next.
     memory = _forget(c.memory, (c.status != int(Status.OK)) & (c.status != int(Status.INNER_MAX_STEPS)))
     return InnerResult(found, memory, model_state, c.residual * scale, c.steps, c.status)
 

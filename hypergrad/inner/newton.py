@@ -3,8 +3,8 @@ r"""Newton's method with conjugate-gradient steps, and the polish step of `hg.im
     d ≈ H⁻¹ F   by preconditioned CG to the accuracy that this step can use,   w ← w − t d
 
 Source: Dembo, Eisenstat & Steihaug 1982, "Inexact Newton methods"; Eisenstat & Walker 1996 for the accuracy. Differs:
-at negative curvature the iterate that CG has reached so far is the direction (the gradient, if that is none), and near
-the solution, where the loss no longer resolves the step, the gradient norm decides.
+at negative curvature the iterate that CG has reached so far is the direction (or the gradient, where CG has not
+moved), and near the solution, where the loss no longer resolves the step, the gradient norm decides.
 Cost: a gradient, the probes of the preconditioner and a few Hessian products a step. It pays where L-BFGS crawls: badly
 scaled problems, and tolerances below 1e-6.
 """

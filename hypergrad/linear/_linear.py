@@ -188,7 +188,7 @@ def weigh(stack: PyTree, weights: Array) -> PyTree:
 
 
 def _unit(x: PyTree, size: Array) -> PyTree:
-    """`x / size`; zero where the size is no positive number. In the wider dtype: 1/size may not fit the other."""
+    """`x / size`; zero where the size is not a positive number. In the wider dtype: 1/size may not fit the other."""
     good = (size > 0) & jnp.isfinite(size)
     safe = jnp.where(good, size, 1)
 

@@ -96,7 +96,7 @@ def cg(
     claims = tol is not None or max_steps is None
     if claims and indefinite == "truncate":
         raise InputError(
-            "cg: indefinite='truncate' stops at what may be no solution, and a tolerance claims one: give max_steps= "
+            "cg: indefinite='truncate' may stop short of a solution, and a tolerance claims one: give max_steps= "
             "without tol=, as in hg.linear.cg(max_steps=5, indefinite='truncate')."
         )
     if isinstance(preconditioner, str):

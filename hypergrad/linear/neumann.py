@@ -31,7 +31,7 @@ from hypergrad.linear._linear import Linear, LinearResult, Matvec, fit
 from hypergrad.linear.identity import unknown_inverse
 
 _ROUNDING = 4  # units of rounding to which a residual by recursion still means something
-_GROWTH = 64  # units of rounding of a term that are no growth
+_GROWTH = 64  # units of rounding by which a term may grow without being said to
 
 
 class _Carry(NamedTuple):

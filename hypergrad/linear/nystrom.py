@@ -35,7 +35,9 @@ _SHIFT = 16  # units of rounding of the largest eigenvalue
 
 @options(
     rank=Number(least=1, integer=True, static=True),
-    damping=Number(above=0, advice="what the sketch does not see would be divided by it; write damping=1e-3"),
+    damping=Number(
+        above=0, advice="the part of the operator outside the sketch would be divided by it; write damping=1e-3"
+    ),
     sketch=Choice(("gaussian", "columns")),
 )
 def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linear:

@@ -197,7 +197,7 @@ def _check_prepare(controller: Controller, solver: Solver, state: Any, outer: An
         option = _option(entries)
         if option is None:
             raise InputError(
-                f"{name}: prepare changes {path or 'the whole state'} of {method}, which is no option: set options "
+                f"{name}: prepare changes {path or 'the whole state'} of {method}, which is not an option: set options "
                 "alone, by hg.outer.set_options."
             )
         if option not in solver.about.options or path not in given:
@@ -220,7 +220,7 @@ def _paths(tree: PyTree) -> dict[str, tuple[Any, ...]]:
 
 
 def _option(path: tuple[Any, ...]) -> str | None:
-    """`inner.tol` for `.options['inner']['tol']`; None for what is no option."""
+    """`inner.tol` for `.options['inner']['tol']`; None for a leaf that is not an option."""
     names = [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path]
     return ".".join(names[1:]) if names[:1] == ["options"] and len(names) > 1 else None
 

@@ -191,7 +191,7 @@ def tune(
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
-            # What callbacks want is no part of the run: it may differ when it goes on.
+            # The wishes of callbacks are not part of the run: they may differ when it goes on.
             plain = jax.jit(make_advance(solver, outer, domain, (), seen := {})) if shows(functions) else unit
             made = config(
                 plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,

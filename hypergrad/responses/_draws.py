@@ -113,7 +113,7 @@ class Around(NamedTuple):
     ) -> PyTree:
         """`function(u, batch, key)`; where it takes one draw at a time, its mean over groups of the rows.
 
-        What is no float is that of the first group.
+        Leaves that are not floating point are those of the first group.
         """
         if count is None or self.by_rows:
             return function(u, batch, key)

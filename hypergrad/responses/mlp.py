@@ -61,7 +61,7 @@ def mlp(
         A `Response`.
 
     Raises:
-        InputError: for no hidden layer, or sizes that are no positive integers; for a range that is empty.
+        InputError: for an empty list of layers, or sizes that are not positive integers; for a range that is empty.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> response = hg.responses.mlp(hidden=(16,), within=(-7.0, 3.0))

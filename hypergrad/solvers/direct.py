@@ -73,7 +73,7 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         `info.extra["outer_grad_norm"]` is the norm of that gradient.
 
     Raises:
-        InputTypeError: for an unknown option; from `init` and `hypergrad`, for leaves that are no real numbers.
+        InputTypeError: for an unknown option; from `init` and `hypergrad`, for leaves that are not real numbers.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(lambda w, l2, batch: jnp.sum((w - 1.0)**2) + l2 * jnp.sum(w**2),
@@ -86,7 +86,7 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
     about = About(
         "hg.direct",
         "direct",
-        biases=("leaving out what the hyperparameters do through the parameters",),
+        biases=("leaving out the effect of the hyperparameters through the parameters",),
         options=option_names({"inner": inner.options}),
         trains_on=not inner.claims,
     )

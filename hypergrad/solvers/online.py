@@ -51,7 +51,7 @@ def online(problem: Problem, optimizer: GradientTransformation, *, steps: int = 
         A `Solver`, see `hg.implicit`.
 
     Raises:
-        InputError: for a number of steps or products that is no positive integer.
+        InputError: for a number of steps or products that is not a positive integer.
         InputTypeError: for anything but an optax optimizer.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax

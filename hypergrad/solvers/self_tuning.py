@@ -155,7 +155,8 @@ def self_tuning(
         InputError: for options out of range, and `linearized` without `hg.compose` or with `model_state=True`; from
             `init` and `hypergrad`, for hyperparameters of another structure or outside their domain, and batches that
             cannot be divided into groups.
-        InputTypeError: for options of the wrong type; from `init` and `hypergrad`, for leaves that are no real numbers.
+        InputTypeError: for options of the wrong type; from `init` and `hypergrad`, for leaves that are not floating
+            point.
 
     Warns:
         UserWarning: from `hypergrad`, for a hyperparameter that neither loss uses.

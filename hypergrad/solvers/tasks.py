@@ -5,7 +5,7 @@ r"""One solver over many tasks that share hyperparameters: folds, few-shot episo
 Each task has its own parameters, data, key and status; they are solved side by side by `vmap`.
 Source: the bilevel form of meta-learning in Franceschi et al. 2018, arXiv:1806.04910; cross-validation as a bilevel
 problem in Bennett et al. 2006, "Model selection via bilevel optimization".
-Differs: a task that fails is left out of the mean and counted, since one diverged episode of forty is no reason to
+Differs: a task that fails is left out of the mean and counted, since one diverged episode of forty is not a reason to
 throw the step away.
 Cost: that of the solver on k problems at once. Memory: k states; data that the tasks share (`hg.folds`) are not copied.
 """

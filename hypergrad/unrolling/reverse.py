@@ -230,7 +230,7 @@ def _count(layout: Plan, length: Any) -> Any:
 
 
 def _length(layout: Plan, i: Any, length: Any) -> Any:
-    """The number of steps in child `i` of a block. The last may be shorter, where the factors do not divide `length`."""
+    """The number of steps in child `i` of a block. The last is shorter where the factors do not divide `length`."""
     size = math.prod(layout[1:])
     return size if isinstance(length, int) and length == layout[0] * size else jnp.minimum(size, length - i * size)
 

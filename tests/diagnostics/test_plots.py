@@ -169,7 +169,7 @@ def test_mistakes_are_named(result):
         plots.losses(result, against="second")
     with pytest.raises(hg.InputError, match=r"hyperparameters: names holds 'l1'.*they are \['l2'\], \['shift'\]"):
         plots.hyperparameters(result, names=["l1"])
-    with pytest.raises(hg.InputError, match=r"plots: expected what hg.tune returns, or its history, found list"):
+    with pytest.raises(hg.InputError, match=r"plots: expected the result of hg.tune, or its history, found list"):
         plots.hypergradient([1, 2])
     grid = Landscape(("shift",), (4,), (np.linspace(0, 1, 5),), np.linspace(0, 1, 5))
     with pytest.raises(hg.InputError, match=r"landscape: the path .* leave result out"):
