@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ PARTS = {
     "diagnostics/_report.py": "diagnostics/test_check.py",
     "diagnostics/_where.py": "diagnostics/test_check.py",
     "domains/_maps.py": "domains/test_domain.py",
-    "inner/_inner.py": "inner/test_gradient.py",  # types
+    "inner/_inner.py": "inner/test_fixed_point.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
@@ -84,3 +85,15 @@ def test_a_methods_hypergrad_fits_on_a_page():
                 found[f"{file.stem}.{node.name}"] = (node.body[-1].end_lineno or 0) - node.body[0].lineno + 1
     assert len(found) >= 10
     assert {name: lines for name, lines in found.items() if lines > 60} == {}
+
+
+def test_what_contributing_says_that_a_new_member_touches_exists():
+    table = [row for row in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if row.startswith(("| a ", "| an "))]
+    assert len(table) >= 10
+    for row in (row for row in table if "makes the room" not in row):
+        for path in re.findall(r"`((?:hypergrad|tests|experiments)/[\w/.]+)`", row):
+            room = Path(path.split("NAME")[0])
+            assert (ROOT / (room if path.startswith(f"{room}/") or "NAME" not in path else room.parent)).exists(), path
+        for names, path in re.findall(r"((?:`\w+`(?:, | and )?)+) in `([\w/.]+)`", row):
+            for name in re.findall(r"`(\w+)`", names):
+                assert re.search(rf"^ *(def )?{name}\b *[=:(]", (ROOT / path).read_text(), re.MULTILINE), (name, path)
