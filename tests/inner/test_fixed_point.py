@@ -204,18 +204,18 @@ def test_lanes_of_a_vmap_are_independent():
         (
             lambda w: {"v": w["w"]},
             hg.InputError,
-            r"fixed_point: the result of map\['w'\] is missing \(expected shape \(2,\)\)",
+            r"the result of map\['w'\] is missing \(expected shape \(2,\)\)",
         ),
         (
             lambda w: {"w": w["w"][:1]},
             hg.InputError,
-            r"fixed_point: the result of map\['w'\] has shape \(1,\), expected \(2,\)",
+            r"the result of map\['w'\] has shape \(1,\), expected \(2,\)",
         ),
-        (lambda w: (w["w"],), hg.InputError, r"fixed_point: the result of map\['w'\] is missing"),
+        (lambda w: (w["w"],), hg.InputError, r"the result of map\['w'\] is missing"),
         (
             lambda w: {"w": w["w"].astype(jnp.bfloat16)},
             hg.InputTypeError,
-            r"fixed_point: the result of map\['w'\] has dtype bfloat16, expected float\d\d: cast it with .astype",
+            r"the result of map\['w'\] has dtype bfloat16, expected float\d\d: cast it with .astype",
         ),
     ],
 )
