@@ -167,7 +167,7 @@ def _page(rows: list[str], others: list[str]) -> str:
 
 def _title(page: Path, text: str) -> str:
     if not text.startswith("# "):
-        raise ReportError(f"{page}: the first line is no title.")
+        raise ReportError(f"{page}: the first line is not a title.")
     return text.splitlines()[0][2:]
 
 
