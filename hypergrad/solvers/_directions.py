@@ -30,7 +30,7 @@ class Point(NamedTuple):
     hparams: PyTree
 
 
-class Inner(NamedTuple):
+class InnerTerms(NamedTuple):
     """The three terms of a block of training rows: ∂_w h, (∂²_{ww} h) v, (∂²_{λw} h) v."""
 
     grad: PyTree
@@ -38,7 +38,7 @@ class Inner(NamedTuple):
     cross: PyTree
 
 
-class Outer(NamedTuple):
+class OuterTerms(NamedTuple):
     """The two terms of a block of validation rows: ∂_w f, ∂_λ f."""
 
     grad: PyTree
@@ -48,8 +48,8 @@ class Outer(NamedTuple):
 class Terms(NamedTuple):
     """All five."""
 
-    inner: Inner
-    outer: Outer
+    inner: InnerTerms
+    outer: OuterTerms
 
 
 class Seen(NamedTuple):
@@ -155,11 +155,11 @@ class Oracles(NamedTuple):
         """`((∂_w h, ∂_λ h), (training loss, model state))` on the training block of draw k."""
         return self.train.at(self.drawn[k, 0], lambda rows: self._slopes(k, rows, params, hparams, model_state))
 
-    def inner(self, k: Any, point: Point, model_state: PyTree) -> tuple[Inner, tuple[Array, PyTree]]:
+    def inner(self, k: Any, point: Point, model_state: PyTree) -> tuple[InnerTerms, tuple[Array, PyTree]]:
         """The three terms on the training block of draw k, in one pass forward over reverse."""
         return self.train.at(self.drawn[k, 0], lambda rows: self._inner(k, rows, point, model_state))
 
-    def outer(self, k: Any, point: Point, model_state: PyTree) -> tuple[Outer, tuple[Array, dict[str, Any]]]:
+    def outer(self, k: Any, point: Point, model_state: PyTree) -> tuple[OuterTerms, tuple[Array, dict[str, Any]]]:
         """The two terms on the validation block of draw k."""
         return self.valid.at(self.drawn[k, 1], lambda rows: self._outer(k, rows, point, model_state))
 
@@ -190,13 +190,13 @@ class Oracles(NamedTuple):
     def _inner(self, k: Any, rows: PyTree, point: Point, model_state: PyTree) -> Any:
         slopes = lambda w: self._slopes(k, rows, w, point.hparams, model_state)
         (grad, _), products, seen = jax.jvp(slopes, (point.params,), (point.adjoint,), has_aux=True)
-        return Inner(grad, *products), seen
+        return InnerTerms(grad, *products), seen
 
     def _outer(self, k: Any, rows: PyTree, point: Point, model_state: PyTree) -> Any:
         key = jax.random.fold_in(self.key, 2 * k + 1)
         loss = lambda w, h: outer_value(self.problem, w, h, rows, key, model_state)
         seen, slopes = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(point.params, point.hparams)
-        return Outer(*slopes), seen
+        return OuterTerms(*slopes), seen
 
 
 def directions(terms: Terms) -> Point:
@@ -216,8 +216,8 @@ def soba(oracles: Oracles, point: Point, memory: None, model_state: PyTree) -> S
 class Table(NamedTuple):
     """The terms of every block as they were when it was last drawn, and their mean over the blocks."""
 
-    inner: Inner
-    outer: Outer
+    inner: InnerTerms
+    outer: OuterTerms
     mean: Terms
 
 
@@ -253,8 +253,8 @@ def _put(table: PyTree, index: Array, row: PyTree) -> PyTree:
 
 def _empty_table(point: Point, train: int, valid: int) -> Table:
     """Zeros, with which the first pass over the blocks takes the steps of SOBA."""
-    inner = Inner(point.params, point.params, point.hparams)
-    outer = Outer(point.params, point.hparams)
+    inner = InnerTerms(point.params, point.params, point.hparams)
+    outer = OuterTerms(point.params, point.hparams)
     rows = lambda n, tree: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), tree)
     return Table(rows(train, inner), rows(valid, outer), _tree.zeros_like(Terms(inner, outer)))
 
