@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,3 +29,10 @@ def test_each_leaf_keeps_its_dtype():
     x = {"half": jnp.ones(2, jnp.float16), "single": jnp.ones(2, jnp.float32)}
     for y in (_tree.scale(2.0, x), _tree.axpy(2.0, x, x), _tree.where(True, x, x), _tree.zeros_like(x)):
         assert [leaf.dtype for leaf in y.values()] == [jnp.float16, jnp.float32]
+
+
+def test_what_can_be_divided_by_is_positive_and_has_finite_derivatives():
+    sizes = jnp.asarray([2.0, 0.0, -3.0, jnp.nan])
+    np.testing.assert_array_equal(_tree.positive(sizes), [2.0, 1.0, 1.0, 1.0])
+    assert _tree.positive(0.0) == 1 and _tree.positive(jnp.float32(5)).dtype == jnp.float32
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(1 / _tree.positive(x)))(sizes), [-0.25, 0.0, 0.0, 0.0])
