@@ -138,10 +138,11 @@ def iterative(
         solution, left, taken, status = iterate(objective, params, hparams, target, most)
         return InnerResult(solution, state, model_state, left, taken, status)
 
+    numbers: dict[str, Any] = ({"tol": tol} if claims else {}) | {"max_steps": max_steps}
     return Inner(
         lambda params, hparams: (),
         solve,
-        ({"tol": tol} if claims else {}) | {"max_steps": max_steps},
+        numbers,
         claims=claims,
         symmetric=symmetric,
         residual=residual,
