@@ -5,6 +5,7 @@ Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning,
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
+Examples          attribute: what leaving out each training example would change
 To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
 
 `help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
@@ -41,6 +42,7 @@ from hypergrad._solver import InputTypeError as InputTypeError
 from hypergrad._solver import raise_if_failed as raise_if_failed
 from hypergrad._solver import Solver as Solver
 from hypergrad._solver import Status as Status
+from hypergrad.diagnostics.attribution import attribute as attribute
 from hypergrad.diagnostics.check import check as check
 from hypergrad.outer import Result as Result
 from hypergrad.outer import TuneStatus as TuneStatus

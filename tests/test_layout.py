@@ -13,6 +13,7 @@ PARTS = {
     "_demo": "_demo/test_demo.py",  # the folder: one command, tested as a user runs it
     "_jaxpr/dataflow.py": "_jaxpr/test_labels.py",
     "diagnostics/_causes.py": "diagnostics/test_check.py",
+    "diagnostics/_left_out.py": "diagnostics/test_attribution.py",
     "diagnostics/_probes.py": "diagnostics/test_check.py",
     "diagnostics/_report.py": "diagnostics/test_check.py",
     "diagnostics/_where.py": "diagnostics/test_check.py",

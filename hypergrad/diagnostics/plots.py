@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from hypergrad import _checks, _tree
+from hypergrad._options import Number, options
 from hypergrad._solver import HypergradError, InputError
+from hypergrad.diagnostics.attribution import Attribution
 from hypergrad.diagnostics.landscape import Landscape
 
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D00")
@@ -271,6 +273,67 @@ def _leaf_name(name: str, leaves: dict[str, Any]) -> str:
     )
 
 
+@options(count=Number(least=1, integer=True, static=True, advice="write how many of each kind"))
+def attribution(
+    found: Attribution,
+    query: int,
+    pictures: Any = None,
+    query_picture: Any = None,
+    *,
+    labels: Sequence[str] | None = None,
+    count: int = 5,
+    ax: Any = None,
+) -> Any:
+    """The examples, or groups, that mattered most for one query: bars, with their pictures beside them.
+
+    Args:
+        found: what `hg.attribute` returns.
+        query: the row of the query.
+        pictures: of the examples, `[examples, height, width]` or with a last axis of colours; None for bars alone.
+        query_picture: of the query, drawn in the corner; None for none.
+        labels: words for each example or group; None for their names.
+        count: how many of each kind.
+        ax: matplotlib Axes, or None for a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: for a query without scores, or pictures that are not one for each column.
+        HypergradError: if matplotlib is not installed.
+
+    >>> import hypergrad as hg, numpy as np
+    >>> scores = np.array([[0.2, -0.1, 0.05, 0.0]])
+    >>> found = hg.diagnostics.Attribution(scores, np.array([0]), np.array([1e-6]), None, (0, 1, 2, 3))
+    >>> ax = hg.diagnostics.plots.attribution(found, 0, np.zeros((4, 8, 8)), count=2)
+    >>> len(ax.patches)
+    4
+    """
+    if not isinstance(found, Attribution):
+        raise InputError(f"plots: expected what hg.attribute returns, found {type(found).__name__}.")
+    columns = found.scores.shape[1]
+    for what, given in (("pictures", pictures), ("labels", labels)):
+        if given is not None and len(given) != columns:
+            raise InputError(f"attribution: {what} must be one for each of the {columns} columns, found {len(given)}.")
+    top = found.top(query, min(count, max(1, columns // 2)))
+    ax = _axes(ax)
+    shown = np.concatenate([top.helpful, top.harmful[::-1]])
+    scores = np.concatenate([top.helpful_scores, top.harmful_scores[::-1]])
+    rows = np.arange(len(shown))[::-1]
+    ax.barh(rows, scores, height=0.7, color=[_COLOURS[0] if s > 0 else _FAILED for s in scores])
+    ax.axvline(0, color="black", lw=0.8)
+    names = found.names if labels is None else labels
+    ax.set_yticks(rows, [str(names[i]) for i in shown])
+    ax.set_title(f"query {query}: helpful above, harmful below", loc="left", fontsize="medium")
+    if pictures is not None:
+        ax.tick_params(axis="y", pad=34)
+        for row, i in zip(rows, shown, strict=True):
+            _picture(ax, pictures[i], (0, row), "y")
+    if query_picture is not None:
+        _picture(ax, query_picture, (0.9, 0.12 if scores[-1] >= 0 else 0.88), None, zoom=44)
+    return _finish(ax, "predicted change of the query's loss when it is left out", "")
+
+
 def _short(path: str) -> str:
     """`l2` for `['l2']`; longer paths stay as they are."""
     inside = path[2:-2]
@@ -303,6 +366,20 @@ def _axes(ax: Any) -> Any:
     except ImportError as error:
         raise HypergradError(f"plots need matplotlib: {_checks.install('plot')}.") from error
     return plt.subplots(figsize=(6, 3.8), layout="constrained")[1]
+
+
+def _picture(ax: Any, image: Any, at: tuple[float, float], follows: str | None, zoom: float = 26) -> None:
+    """An image of `zoom` points: left of the axis at a height in data, or at a point in fractions of the axes."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    image = np.asarray(image)
+    box = OffsetImage(image, zoom=zoom / max(image.shape[:2]), cmap="gray_r", interpolation="nearest")
+    frame = {"frameon": follows is None, "pad": 0.1}
+    if follows:
+        where = {"xycoords": ax.get_yaxis_transform(), "xybox": (-18, 0), "boxcoords": "offset points"}
+        ax.add_artist(AnnotationBbox(box, at, **where, **frame))
+    else:
+        ax.add_artist(AnnotationBbox(box, at, xycoords="axes fraction", **frame))
 
 
 def _line(i: int) -> dict[str, Any]:

@@ -180,3 +180,20 @@ def test_without_matplotlib_the_error_names_the_extra(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(hg.HypergradError, match=r"pip install -e '\.\[plot\]'"):
         plots.losses(result)
+
+
+def test_attribution_shows_what_helped_and_what_harmed_with_their_pictures():
+    scores = np.asarray([[0.2, -0.1, 0.05, -0.4, 0.0, 0.1]])
+    found = hg.diagnostics.Attribution(scores, np.zeros(1, int), np.zeros(1), None, tuple(range(6)))
+    ax = plots.attribution(found, 0, np.zeros((6, 8, 8)), np.zeros((8, 8)), count=2)
+    assert [bar.get_width() for bar in ax.patches] == [0.2, 0.1, -0.1, -0.4]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "5", "1", "3"]
+    assert len(ax.artists) == 5  # four examples and the query
+    ax.figure.canvas.draw()
+    assert len(plots.attribution(found, 0, labels=list("abcdef"), count=99).patches) == 6
+    with pytest.raises(hg.InputError, match="pictures must be one for each of the 6 columns, found 5"):
+        plots.attribution(found, 0, np.zeros((5, 8, 8)))
+    with pytest.raises(hg.InputError, match=r"expected what hg\.attribute returns, found dict"):
+        plots.attribution({}, 0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(hg.InputError, match="query must be a row of the 1 queries"):
+        plots.attribution(found, 1)
