@@ -44,9 +44,11 @@ def max_abs(x: PyTree) -> Array:
     return jnp.max(jnp.stack([p.astype(dtype) for p in peaks]))
 
 
-def norm(x: PyTree) -> Array:
-    """Euclidean norm, a scalar; scaled by the largest entry, so that 1e-30 neither under- nor overflows in float32."""
-    peak = max_abs(x)
+def norm(x: PyTree, unit: Array | None = None) -> Array:
+    """Euclidean norm, a scalar, by a sum of squares in units of the largest entry, so that 1e-30 neither under- nor
+    overflows in float32; or in units of a size that is known already, which saves a pass.
+    """
+    peak = max_abs(x) if unit is None else unit
     safe = positive(peak)
     return peak * jnp.sqrt(
         _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])

@@ -211,36 +211,30 @@ def _look(
     random = signs if root is None else jax.tree.map(lambda s, r: (s * r).astype(s.dtype), signs, root)
     start = _tree.add(_unit(random, apply), _unit(residual, apply))
     size = min(_STEPS, max(_tree.size(residual), 1) + 1)
-    zero = _tree.zeros_like(start)
-    none = jnp.zeros(size, dtype)
-    first = _Process(
-        start, zero, none, none, jnp.zeros(size + 1, dtype), jnp.int32(0), jnp.zeros((), dtype), jnp.int32(0), due
-    )
+    zero = jnp.zeros((), dtype)
+    nothing = _Found(zero, zero, jnp.asarray(False), jnp.asarray(False))
+    first = _Process(start, _tree.zeros_like(start), jnp.zeros(size, dtype), nothing, jnp.int32(0), due)
 
     def run(c: _Process) -> _Process:
         """Turns 0 and 2 look for flat directions, turns 1 and 3 add them up; the second time from what was found."""
         alpha, beta, count, here, flat = _lanczos(matvec, apply, c.start, c.weights, size, eps)
         values, vectors = _tridiagonal(alpha, beta, count)
         real = jnp.arange(size) < count
-        high = jnp.where(c.turn == 0, jnp.max(jnp.where(real, jnp.abs(values), 0)), c.high)
-        null = real & (jnp.abs(values) <= noise * high)
+        found = _tree.where(c.turn == 0, _read(values, vectors, beta, count, noise), c.found)
+        null = real & (jnp.abs(values) <= noise * found.high)
         adding = c.turn % 2 == 1
         weights = jnp.where(adding, 0, jnp.sum(vectors * (null * vectors[0])[None, :], axis=1)).astype(dtype)
-        looked = _tree.where(c.turn == 0, (alpha, beta, count), (c.alpha, c.beta, c.count))
         return _Process(
             start=_tree.where(adding, here, c.start),
             flat=_tree.where(adding, flat, c.flat),
             weights=weights,
-            alpha=looked[0],
-            beta=looked[1],
-            count=looked[2],
-            high=high,
+            found=found,
             turn=c.turn + 1,
             more=(c.turn < 3) & (adding | jnp.any(null)),
         )
 
     c = jax.lax.while_loop(lambda c: c.more, run, first)
-    found = _read(c, size, noise)
+    found = c.found
     # Conjugate gradients that met their tolerance have seen what their right-hand side sees; half of what they found,
     # since it is never too small.
     solved = jnp.asarray(solved) & jnp.isfinite(low)
@@ -266,23 +260,20 @@ def _seen(carried: Spectrum, low: ArrayLike, high: ArrayLike, solved: Array | bo
     return Spectrum(jnp.where(known, low, 0).astype(dtype), jnp.asarray(high, dtype), jnp.int32(1))
 
 
-class _Process(NamedTuple):
-    start: PyTree
-    flat: PyTree
-    weights: Array  # with which the next run adds up its vectors
-    alpha: Array
-    beta: Array
-    count: Array
-    high: Array
-    turn: Array
-    more: Array
-
-
 class _Found(NamedTuple):
     low: Array
     high: Array
     settled: Array
     negative: Array
+
+
+class _Process(NamedTuple):
+    start: PyTree
+    flat: PyTree
+    weights: Array  # with which the next run adds up its vectors
+    found: _Found  # by the first run
+    turn: Array
+    more: Array
 
 
 def _lanczos(
@@ -349,19 +340,24 @@ def _tridiagonal(alpha: Array, beta: Array, count: Array) -> tuple[Array, Array]
     return values * scale, vectors
 
 
-def _read(c: _Process, size: int, noise: Array) -> _Found:
+def _read(values: Array, vectors: Array, beta: Array, count: Array, noise: Array) -> _Found:
     """The smallest eigenvalue that is not flat, and how far it can be believed."""
-    values, vectors = _tridiagonal(c.alpha, c.beta, c.count)
-    real = jnp.arange(size) < c.count
+    real = jnp.arange(len(values)) < count
     high = jnp.max(jnp.where(real, jnp.abs(values), 0))
-    at = jnp.maximum(c.count - 1, 0)
-    off = c.beta[c.count] * jnp.abs(vectors[at])  # the residual of each Ritz pair
+    off = beta[count] * jnp.abs(vectors[jnp.maximum(count - 1, 0)])  # the residual of each Ritz pair
     noise = noise * high
     above = real & (values > noise)
     which = jnp.argmax(above)  # they are sorted
     low = jnp.where(jnp.any(above), values[which], jnp.inf)
     settled = jnp.any(above) & (off[which] <= _SETTLED * low)
     return _Found(low, high, settled, jnp.any(real & (values < -noise)))
+
+
+class _Stage(NamedTuple):
+    rhs: PyTree  # what is solved next, F and then r; in the end ε
+    step: PyTree  # δ
+    change: PyTree  # of the hypergradient
+    bent: Array
 
 
 def _relative_error(
@@ -394,67 +390,63 @@ def _relative_error(
     params, hparams, v = point.params, point.hparams, point.adjoint
     dtype, eps = spectrum.low.dtype, max(_tree.eps(params), _tree.eps(hparams))
     apply = precondition or (lambda v: v)
-    known = (spectrum.low > 0) & _tree.all_finite(point.grad)
+    known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
     low = jnp.where(known, spectrum.low, 1)
     wide = spectrum.high / low * _tree.eps(params)
-    positive = lambda x: jnp.where(x > 0, x, 1)
-    size = jnp.maximum(_tree.norm(point.grad), 1e-3 * (_tree.norm(point.direct) + _tree.norm(point.indirect))).astype(
-        dtype
-    )
-    through = _tree.norm(point.indirect).astype(dtype)
-    length, reach = _tree.norm(params).astype(dtype), _tree.norm(v).astype(dtype)
-    crosswise = _tree.norm(flat).astype(dtype)
+    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units, in place of a pass for each norm
+    long, tall = _tree.max_abs(params), _tree.max_abs(v)
+    through = norm(point.indirect, unit)
+    size = jnp.maximum(norm(point.grad, unit), 1e-3 * (norm(point.direct, unit) + through))
+    length, reach = norm(params, long), norm(v, tall)
+    crosswise = norm(flat, None)
     aside = crosswise > 0
-    shift = _tree.scale(jnp.where(aside, _ASIDE * length / positive(crosswise), 0), flat)
+    shift = _tree.scale(jnp.where(aside, _ASIDE * length / _tree.positive(crosswise), 0), flat)
     # F is a sum, and is not known better than its parts are: what they are along v̂ moves ŵ along v̂ by as much.
     parts = _total(point.indirect, hparams) + _total(point.rhs, params)
     slope = jnp.abs(_tree.vdot(point.rhs, v))
-    shift = _tree.axpy(jnp.where(slope > 0, eps * parts / positive(slope), 0), v, shift)
+    shift = _tree.axpy(jnp.where(slope > 0, eps * parts / _tree.positive(slope), 0), v, shift)
 
     def solve(b: PyTree, steps: Array) -> PyTree:
         if inverse is not None:
             return inverse(b)
         return _inverse(system.matvec, apply, b, low, steps)
 
+    here = system.matvec(v) if point.product is None else point.product
+
     def attempt(c: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, _ = c
         steps = jnp.where(turn > 0, _REFINE, 0)
-        here = system.matvec(v) if point.product is None else point.product
         gap = _tree.sub(point.rhs, here)
 
-        def stage(i: Array, c: Any) -> Any:
-            b, step, _, _, _ = c
-            x = solve(b, steps)
+        def stage(i: Array, c: _Stage) -> _Stage:
+            """First δ and r, from the second point; then ε, and what it changes."""
+            second = i == 0
+            x = solve(c.rhs, steps)
+            turned = _tree.axpy(jnp.where(aside, reach / _tree.positive(crosswise), 0), flat, x)
+            moved = _tree.where(second, _tree.axpy(-_SAFETY, _tree.add(x, shift), params), params)
+            product, indirect = pull(moved, _tree.where(second, v, turned))
 
-            def second() -> Any:
-                moved = _tree.axpy(-_SAFETY, _tree.add(x, shift), params)
-                (rhs, direct), (product, indirect) = (
-                    jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0],
-                    pull(moved, v),
-                )
+            def compare() -> _Stage:
+                rhs, direct = jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0]
                 r = _tree.axpy(_SAFETY - 1, gap, _tree.sub(rhs, product))
                 change = jax.tree.map(lambda g, d, i: g - (d - i.astype(d.dtype)), point.grad, direct, indirect)
                 bend = jnp.abs(_tree.vdot(v, _tree.sub(product, here)))
-                bent = bend > 0.5 * jnp.abs(_tree.vdot(v, here))
-                return r, x, x, change, bent
+                return _Stage(r, x, change, bend > 0.5 * jnp.abs(_tree.vdot(v, here)))
 
-            return jax.lax.cond(i == 0, second, lambda: (b, step, x, c[3], c[4]))
+            def conclude() -> _Stage:
+                change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), c.change, indirect)
+                return _Stage(x, c.step, change, c.bent)
 
-        start = (
-            system.residual,
-            _tree.zeros_like(params),
-            _tree.zeros_like(params),
-            _tree.zeros_like(point.grad),
-            jnp.asarray(False),
-        )
-        _, step, adjoint, change, bent = jax.lax.fori_loop(0, 2, stage, start)
-        turned = _tree.axpy(jnp.where(aside, reach / positive(crosswise), 0), flat, adjoint)
-        change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), change, system.cross(turned))
-        first = _tree.norm(change).astype(dtype) / (_SAFETY * positive(size))
+            return jax.lax.cond(second, compare, conclude)
+
+        zero = _tree.zeros_like(params)
+        start = _Stage(system.residual, zero, _tree.zeros_like(point.grad), jnp.asarray(False))
+        adjoint, step, change, bent = jax.lax.fori_loop(0, 2, stage, start)
+        first = norm(change, unit) / (_SAFETY * _tree.positive(size))
         first = jnp.where(aside, first / _ASIDE, first)
-        loose = _tree.norm(step).astype(dtype) / positive(length)
-        loose += _tree.norm(adjoint).astype(dtype) / (10 * _SAFETY * positive(reach)) + wide / 20
-        a = first + loose * through / positive(size)
+        loose = norm(step, long) / _tree.positive(length)
+        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + wide / 20
+        a = first + loose * through / _tree.positive(size)
         return turn + 1, jnp.where(bent | jnp.isnan(a), jnp.inf, a)
 
     def proceed(c: tuple[Array, Array]) -> Array:
