@@ -1,7 +1,8 @@
 """Gradient-based hyperparameter optimization in JAX: two losses in, correct hypergradients out.
 
 The problem       Problem, compose, constrain, chunked; minibatches, stream, folds
-Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning, single_loop, tasks; best_response
+Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning, single_loop, evolution, tasks,
+                  best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
@@ -50,6 +51,7 @@ from hypergrad.outer.tune import tune as tune
 from hypergrad.solvers.regularity import Regularity as Regularity
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.direct import direct as direct
+from hypergrad.solvers.evolution import evolution as evolution
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.online import online as online

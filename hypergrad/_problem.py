@@ -9,6 +9,7 @@ every optional output is present.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -204,6 +205,27 @@ def bind_outer(
     data_key, loss_key = (None, None) if key is None else jax.random.split(key)
     batch = draw(valid, data_key, 0)
     return lambda params, hparams: outer_value(problem, params, hparams, batch, loss_key, model_state)
+
+
+def reparametrized(problem: Problem, change: Callable[[PyTree], PyTree]) -> Problem:
+    """The same problem over other hyperparameters u: its losses take u and evaluate at `change(u)`."""
+
+    def transform(loss: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(loss)  # keeps the signature, from which the Problem reads whether the loss takes a key
+        def transformed(params: PyTree, hparams: PyTree, *rest: Any) -> Any:
+            return loss(params, change(hparams), *rest)
+
+        return transformed
+
+    inner = problem.inner_loss
+    if isinstance(inner, Composed):
+        loss = inner.loss
+        inner = Composed(
+            transform(inner.outputs), lambda out, params, hparams, batch: loss(out, params, change(hparams), batch)
+        )
+    elif inner is not None:
+        inner = transform(inner)
+    return Problem(inner, transform(problem.outer_loss), problem.model_state)
 
 
 def inner_value(

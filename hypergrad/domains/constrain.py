@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-from hypergrad._problem import Composed, Problem
+from hypergrad._problem import Problem, reparametrized
 from hypergrad._solver import InputTypeError
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import check_domain, prefix, to_constrained
@@ -42,20 +38,4 @@ def constrain(problem: Problem, domain: PyTree) -> Problem:
     for path, leaf in prefix(domain)[0]:
         check_domain(path, leaf)
 
-    def transform(loss: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(loss)  # keeps the signature, from which hg.Problem reads whether the loss takes a key
-        def transformed(params: PyTree, hparams: PyTree, *rest: Any) -> Any:
-            return loss(params, to_constrained(domain, hparams), *rest)
-
-        return transformed
-
-    inner = problem.inner_loss
-    if isinstance(inner, Composed):
-        loss = inner.loss
-        inner = Composed(
-            transform(inner.outputs),
-            lambda out, params, hparams, batch: loss(out, params, to_constrained(domain, hparams), batch),
-        )
-    elif inner is not None:
-        inner = transform(inner)
-    return Problem(inner, transform(problem.outer_loss), problem.model_state)
+    return reparametrized(problem, lambda hparams: to_constrained(domain, hparams))

@@ -2,6 +2,7 @@
 
 from hypergrad.solvers.best_response import best_response as best_response
 from hypergrad.solvers.direct import direct as direct
+from hypergrad.solvers.evolution import evolution as evolution
 from hypergrad.solvers.hypernetwork import hypernetwork as hypernetwork
 from hypergrad.solvers.implicit import implicit as implicit
 from hypergrad.solvers.online import online as online
