@@ -92,6 +92,11 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "single loop, AmIGO": _single_loop("amigo", inner_steps=2),
     "single loop, SRBA": _single_loop("srba"),
     "single loop, F2SA": _single_loop("f2sa", perturbation=0.1),
+    "evolution, PES": lambda p: keyed(hg.evolution(p, inner=_sgd(), scale=0.05, pairs=4, truncate=4)),
+    "evolution, whole episodes": lambda p: keyed(hg.evolution(p, inner=_sgd(), method="es", pairs=3)),
+    "evolution and gradients": lambda p: keyed(
+        hg.evolution(p, inner=_sgd(), method="es", pairs=3, evolve={"l2": True, "pair": False})
+    ),
 }
 
 

@@ -248,7 +248,7 @@ def evolution(
             no_influence(grad),
         )
         info = report(status, length, like=value, error_estimate=_spread(each, mean, alive), extra={"pairs": count})
-        clock = jnp.where(new, 0, state.clock) + length
+        clock = jnp.where(count == 0, inner.steps or 0, jnp.where(new, 0, state.clock) + length)  # or begin anew
         state = state._replace(
             centre=finite_or(centre, state.centre),
             particles=_kept(alive, particles, state.particles),
