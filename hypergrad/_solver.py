@@ -99,9 +99,8 @@ _ADVICE = {
     Status.INNER_STALLED: (
         "The inner solver stopped making progress above its tolerance and above rounding level: a kink (ReLU, L1), a "
         "discontinuous loss, or a condition number beyond the precision. Use `hg.inner.fixed_point` with a proximal "
-        "step for L1, smooth the loss, standardise the features, compute in float64, or unroll. A network with kinks "
-        "tunes with a few steps a call that claim no optimum, as `inner=hg.inner.gradient(optax.adam(1e-2), steps=20)` "
-        "and `linear=hg.linear.cg(max_steps=5)` in `hg.implicit`."
+        "step for L1, smooth the loss, standardise the features, compute in float64, or unroll. A network, whose kinks "
+        "never let it settle, is a case for `hg.online`, which takes a few steps a call and claims no optimum."
     ),
     Status.NEG_CURVATURE: (
         "The inner Hessian has a direction of negative curvature: the parameters sit at a saddle, or an unconverged "
@@ -125,7 +124,8 @@ _ADVICE = {
     ),
     Status.LINEAR_MAX_STEPS: (
         "The adjoint system used up `max_steps` before reaching its tolerance. The state keeps the progress: call "
-        "again, raise `max_steps`, loosen `tol`, add a preconditioner or `damping`."
+        "again, raise `max_steps`, loosen `tol`, add a preconditioner or `damping`; for a network in training use "
+        "`hg.online`, which makes a few products and claims no tolerance."
     ),
     Status.UNROLL_EXPLODED: (
         "The adjoint, or training itself, amplified rounding by more than the precision can carry: training is "
@@ -137,7 +137,8 @@ _ADVICE = {
         "Every tolerance is met, and yet the estimated error of the hypergradient is larger than the hypergradient "
         "itself: the problem is so ill-conditioned, or so curved, at this point that the tolerances do not determine "
         "the answer. Lower `tol`, standardise the features, compute in float64 "
-        "(`jax.config.update('jax_enable_x64', True)`), or add weight decay."
+        "(`jax.config.update('jax_enable_x64', True)`), or add weight decay; a network tunes "
+        "with `hg.online`, which claims none."
     ),
 }
 

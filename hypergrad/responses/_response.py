@@ -20,8 +20,11 @@ from jax import Array
 
 from hypergrad import _tree
 from hypergrad._checks import check_hparams, check_params, check_same_structure
+from hypergrad._options import Number
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
+
+MEMORY = Number(above=0, static=True)
 
 
 class Weights(NamedTuple):
@@ -78,6 +81,8 @@ def make_response(
     inputs: Callable[[PyTree], int],
     *,
     centred: bool,
+    memory: float | None,
+    smaller: str,
 ) -> Response:
     """A response from its g.
 
@@ -88,11 +93,21 @@ def make_response(
         outputs: `slope -> pytree like params`, leaves `[any, *shape]`: what it was made for.
         inputs: `slope -> n`, what it was made for.
         centred: whether c is the centre, else None.
+        memory: most bytes of a slope, or None for 2³⁰, or 16 times the parameters where that is more.
+        smaller: what to write where it would have more.
     """
 
     def init(key: Array | None, params: PyTree, hparams: PyTree) -> Weights:
-        params = check_params(params)
-        return Weights(params, begin(key, params, _tree.size(check_hparams(hparams))))
+        params, n = check_params(params), _tree.size(check_hparams(hparams))
+        needed = _tree.nbytes(jax.eval_shape(lambda key, params: begin(key, params, n), key, params))
+        most = max(2.0**30, 16.0 * _tree.nbytes(params)) if memory is None else float(memory)
+        if needed > most:
+            raise InputError(
+                f"responses.{name}: for {n:,} hyperparameters and {_tree.size(params):,} parameters the response needs "
+                f"{needed:,} bytes, more than the {most:,.0f} allowed: {smaller}, or memory={needed:.2g} if there is "
+                "as much."
+            )
+        return Weights(params, begin(key, params, n))
 
     def apply(weights: Weights, hparams: PyTree, centre: PyTree = None) -> PyTree:
         base, slope = weights

@@ -20,7 +20,7 @@ from jax import Array
 from hypergrad import _tree
 from hypergrad._options import Number, options
 from hypergrad._tree import PyTree
-from hypergrad.responses._response import Response, contract, make_response, need_key, normal
+from hypergrad.responses._response import MEMORY, Response, contract, make_response, need_key, normal
 
 
 class Factors(NamedTuple):
@@ -35,8 +35,8 @@ class Factors(NamedTuple):
     outputs: PyTree
 
 
-@options(rank=Number(least=1, integer=True, static=True))
-def linear(*, rank: int | None = None, centred: bool = True) -> Response:
+@options(rank=Number(least=1, integer=True, static=True), memory=MEMORY)
+def linear(*, rank: int | None = None, centred: bool = True, memory: float | None = None) -> Response:
     """Parameters as a linear function of the unconstrained hyperparameters.
 
     Args:
@@ -44,12 +44,14 @@ def linear(*, rank: int | None = None, centred: bool = True) -> Response:
             hyperparameter. None: full.
         centred: write it around the current hyperparameters (Δ-STN), so that the base is the parameters there. Faster
             to train: in other coordinates an error of the slope is an error of the parameters.
+        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
+            (1 GiB), or 16 times the parameters where that is more.
 
     Returns:
         A `Response`. Only the factorised one draws its start.
 
     Raises:
-        InputError: for a rank below 1.
+        InputError: for a rank below 1; from `init`, for a response beyond `memory`, with its bytes.
         InputTypeError: for a rank that is not an integer.
 
     >>> import hypergrad as hg, jax.numpy as jnp
@@ -77,6 +79,14 @@ def linear(*, rank: int | None = None, centred: bool = True) -> Response:
     def inputs(slope: PyTree) -> int:
         return (jax.tree.leaves(slope)[0] if rank is None else slope.inputs).shape[0]
 
+    smaller = "write hg.responses.linear(rank=10), which keeps ten copies of the parameters"
     return make_response(
-        "linear", begin, added, lambda slope: slope if rank is None else slope.outputs, inputs, centred=centred
+        "linear",
+        begin,
+        added,
+        lambda slope: slope if rank is None else slope.outputs,
+        inputs,
+        centred=centred,
+        memory=memory,
+        smaller=smaller,
     )

@@ -28,7 +28,7 @@ from hypergrad import _tree
 from hypergrad._options import options
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
-from hypergrad.responses._response import Response, contract, make_response, need_key, normal
+from hypergrad.responses._response import MEMORY, Response, contract, make_response, need_key, normal
 
 _LEAK = 0.01
 
@@ -45,9 +45,13 @@ class Layers(NamedTuple):
     outputs: PyTree
 
 
-@options()
+@options(memory=MEMORY)
 def mlp(
-    *, hidden: Sequence[int] = (64, 64), within: tuple[float, float] | None = None, centred: bool = False
+    *,
+    hidden: Sequence[int] = (64, 64),
+    within: tuple[float, float] | None = None,
+    centred: bool = False,
+    memory: float | None = None,
 ) -> Response:
     """Parameters as a nonlinear function of the unconstrained hyperparameters.
 
@@ -56,12 +60,15 @@ def mlp(
         within: the range of the unconstrained coordinates that matters, rescaled to [0, 1]; draws beyond it do no
             harm. None: each coordinate goes through a sigmoid.
         centred: write it around the current hyperparameters, so that the base is the parameters there.
+        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
+            (1 GiB), or 16 times the parameters where that is more.
 
     Returns:
         A `Response`.
 
     Raises:
-        InputError: for an empty list of layers, or sizes that are not positive integers; for a range that is empty.
+        InputError: for an empty list of layers, or sizes that are not positive integers; for a range that is empty;
+            from `init`, for a response beyond `memory`, with its bytes.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> response = hg.responses.mlp(hidden=(16,), within=(-7.0, 3.0))
@@ -105,4 +112,13 @@ def mlp(
     def inputs(slope: PyTree) -> int:
         return slope.hidden[0][0].shape[0] // 2
 
-    return make_response("mlp", begin, added, lambda slope: slope.outputs, inputs, centred=centred)
+    return make_response(
+        "mlp",
+        begin,
+        added,
+        lambda slope: slope.outputs,
+        inputs,
+        centred=centred,
+        memory=memory,
+        smaller="write fewer units, as hidden=(16, 10)",
+    )

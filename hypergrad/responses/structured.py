@@ -24,7 +24,7 @@ from jax import Array
 from hypergrad._options import Number, options
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
-from hypergrad.responses._response import Response, contract, make_response, need_key, normal
+from hypergrad.responses._response import MEMORY, Response, contract, make_response, need_key, normal
 
 
 class Gates(NamedTuple):
@@ -39,8 +39,8 @@ class Gates(NamedTuple):
     kernels: PyTree
 
 
-@options(axis=Number(integer=True, static=True, advice="write -1 or 0"))
-def structured(*, axis: int = -1, centred: bool = True) -> Response:
+@options(axis=Number(integer=True, static=True, advice="write -1 or 0"), memory=MEMORY)
+def structured(*, axis: int = -1, centred: bool = True, memory: float | None = None) -> Response:
     """Parameters of a network, each unit of which responds to the hyperparameters: self-tuning.
 
     A model becomes a self-tuning one as it is, whatever library it was written in: what is trained are the weights of
@@ -50,12 +50,15 @@ def structured(*, axis: int = -1, centred: bool = True) -> Response:
         axis: of kernels (leaves with two axes and more), along which their output units lie: −1 for flax and Haiku, 0
             for Equinox and PyTorch.
         centred: write it around the current hyperparameters (Δ-STN), so that the base is the parameters there.
+        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
+            (1 GiB), or 16 times the parameters where that is more.
 
     Returns:
         A `Response`.
 
     Raises:
-        InputError: from `init`, for an axis that a kernel does not have.
+        InputError: from `init`, for an axis that a kernel does not have, and for a response beyond `memory`, with its
+            bytes.
         InputTypeError: for an axis that is not an integer.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
@@ -92,7 +95,14 @@ def structured(*, axis: int = -1, centred: bool = True) -> Response:
         return jax.tree.map(lambda gate, kernel: gate if kernel is None else kernel[None], slope.gates, slope.kernels)
 
     return make_response(
-        "structured", begin, added, outputs, lambda slope: jax.tree.leaves(slope.gates)[0].shape[0], centred=centred
+        "structured",
+        begin,
+        added,
+        outputs,
+        lambda slope: jax.tree.leaves(slope.gates)[0].shape[0],
+        centred=centred,
+        memory=memory,
+        smaller="write hg.responses.linear(rank=10), which keeps ten copies of the parameters",
     )
 
 

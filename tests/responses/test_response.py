@@ -124,3 +124,29 @@ def test_hyperparameters_of_another_structure_are_refused_by_path(case):
 def test_mistakes_are_named_with_a_remedy(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+LARGE = {  # parameters, hyperparameters, the words of the remedy
+    "linear": (lambda **options: hg.responses.linear(**options), (10**5,), 10**5, r"linear\(rank=10\)"),
+    "linear, rank": (lambda **options: hg.responses.linear(rank=100, **options), (10**7,), 10, r"linear\(rank=10\)"),
+    "structured": (lambda **options: hg.responses.structured(**options), (10**5,), 10**5, r"linear\(rank=10\)"),
+    "mlp": (lambda **options: hg.responses.mlp(**options), (10**8,), 10, r"hidden=\(16, 10\)"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_response_larger_than_its_memory_is_refused_before_it_is_made(name):
+    """With abstract parameters: nothing of this size is ever allocated."""
+    make, shape, n, remedy = LARGE[name]
+    params, hparams = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
+    begin = lambda response: jax.eval_shape(response.init, KEY, params, hparams)
+    with pytest.raises(hg.InputError, match=rf"[0-9]+,[0-9]{{3}} bytes, more than the .* allowed: write .*{remedy}"):
+        begin(make())
+    begin(make(memory=1e12))
+
+
+def test_what_a_response_may_hold_is_counted_in_bytes():
+    params, hparams = jnp.ones(25, jnp.float32), jnp.zeros(4, jnp.float32)
+    hg.responses.linear(memory=400).init(KEY, params, hparams)
+    with pytest.raises(hg.InputError, match=r"for 4 hyperparameters and 25 parameters .* needs 400 bytes, more than"):
+        hg.responses.linear(memory=399).init(KEY, params, hparams)

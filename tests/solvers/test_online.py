@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -142,6 +143,14 @@ def test_mistakes_are_refused_by_name(mistake, says):
         mistake(_problem(NETWORKS["tanh"][0], composed=False))
 
 
-@pytest.mark.parametrize("status", ["INNER_MAX_STEPS", "NEG_CURVATURE", "SINGULAR", "NEUMANN_DIVERGING"])
+@pytest.mark.parametrize(
+    "status",
+    ["INNER_MAX_STEPS", "INNER_STALLED", "NEG_CURVATURE", "SINGULAR", "NEUMANN_DIVERGING", "LINEAR_MAX_STEPS"]
+    + ["INACCURATE"],
+)
 def test_the_statuses_of_a_network_name_it(status):
+    """Everything but `INNER_DIVERGED` that `hg.implicit` refuses a network with whose losses are finite."""
     assert "`hg.online`" in hg.Status[status].advice
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{status}`" in line.split("|")[1])
+    assert "`hg.online`" in row
