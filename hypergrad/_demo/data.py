@@ -1,4 +1,4 @@
-"""Two small data sets inside scikit-learn, split in three."""
+"""Small data sets inside scikit-learn, split."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ class Digits(NamedTuple):
     images: np.ndarray
     true: np.ndarray
     wrong: np.ndarray
+
+
+class ManyDigits(NamedTuple):
+    """Handwritten digits, 8×8 pixels, centred per pixel; every label right.
+
+    Attributes:
+        real: `(x, y)`, `[1300, 64]` and `[1300]`.
+        test: `(x, y)` of the remaining 497.
+    """
+
+    real: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
 
 
 class Tumours(NamedTuple):
@@ -64,6 +76,18 @@ def digits(seed: int) -> Digits:
         labels[train],
         wrong,
     )
+
+
+def many_digits(seed: int) -> ManyDigits:
+    """Load and split by class; the same for the same seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch: Any = load_digits()
+    pixels, labels = np.asarray(bunch.data), np.asarray(bunch.target)
+    real, test = train_test_split(np.arange(len(labels)), train_size=1300, random_state=seed, stratify=labels)
+    x = ((pixels - pixels[real].mean(0)) / 16).astype(np.float32)
+    return ManyDigits((x[real], labels[real]), (x[test], labels[test]))
 
 
 def tumours(seed: int) -> Tumours:

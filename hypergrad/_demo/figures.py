@@ -1,4 +1,4 @@
-"""The two figures of the demo. Each opens, draws, saves and closes its own figure."""
+"""The figures of the demo. Each opens, draws, saves and closes its own figure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,40 @@ from hypergrad._demo.outcome import Search
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222"
 DASHED = (0, (4, 3))
 ROWS, COLUMNS = 6, 8  # of the images with the lowest weights
+
+
+def draw_images(shown: dict[str, np.ndarray], rows: list[tuple[str, float]], path: str) -> None:
+    """Ten images of each kind, above what a fresh training on them is worth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 4.3), facecolor="white")
+    figure.text(0.012, 0.915, "Ten images that teach what 1,300 do", color=INK, fontsize=14, fontweight="bold")
+    left = {"left": 0.012, "right": 0.575, "top": 0.80, "bottom": 0.02, "wspace": 0.07, "hspace": 0.38}
+    grid = figure.add_gridspec(len(shown), 10, **left)
+    for i, (name, images) in enumerate(shown.items()):
+        learned = name.startswith("learned")
+        color = BLUE if learned else INK
+        for j, pixels in enumerate(images):
+            axes = figure.add_subplot(grid[i, j])
+            size = float(np.abs(pixels).max())
+            axes.imshow(pixels.reshape(8, 8), cmap="RdBu_r", vmin=-size, vmax=size, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(color=BLUE if learned else "#BBBBBB", linewidth=1.8 if learned else 0.8)
+            if j == 0:
+                weight = "bold" if learned else "normal"
+                axes.set_title(name, loc="left", fontsize=10.5, pad=5, color=color, fontweight=weight)
+    axes = figure.add_axes((0.80, 0.14, 0.185, 0.69))
+    labels = [text[0] + text[1:].lower() if text.isupper() else text for text, _ in rows]
+    colors = [BLUE if text.isupper() else GREEN if text.startswith("all") else "#AAAAAA" for text, _ in rows]
+    bars = axes.barh(labels, [value for _, value in rows], color=colors, height=0.64)
+    axes.bar_label(bars, fmt="%.3f", padding=4, fontsize=9.5)
+    axes.invert_yaxis()
+    axes.set(xlim=(0.5, 1.08), xticks=[0.5, 0.75, 1.0], xlabel="accuracy on 497 unseen digits")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=9.5)
+    figure.text(0.605, 0.915, "A fresh training on these images alone", color=INK, **TITLE)
+    figure.savefig(path, dpi=150)
 
 
 def draw_cleaning(data: Digits, weights: np.ndarray, result: hg.Result, threshold: float, path: str) -> None:

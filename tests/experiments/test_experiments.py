@@ -60,9 +60,11 @@ def test_page_holds_what_a_reader_needs(home):
     assert pictures and all((home / name).exists() for name in pictures)
     assert all((home / name).stat().st_size < 150_000 for name in pictures)
     runs = json.loads((home / "results.json").read_text())
-    assert {"0", "1", "2"} <= set(runs), "measured over three seeds at least"
+    assert len(runs) >= 3, "measured over three seeds at least"
     expected = _expected(home)
-    assert set(expected["smoke"]) <= set(report.flat(runs["0"])), "a key of the smoke ranges that the real run has not"
+    assert set(expected["smoke"]) <= set(report.flat(next(iter(runs.values())))), (
+        "a key of the smoke ranges that the real run has not"
+    )
     assert set(expected.get("bars", {})) <= set(expected["table"]), "a bar on a key that is not shown"
 
 
