@@ -4,7 +4,7 @@ The problem       Problem, compose, constrain, chunked; minibatches, stream, fol
 Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning, single_loop, evolution, tasks,
                   best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
-Tuning            tune, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
+Tuning            tune, multistart, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
 Examples          attribute: what leaving out each training example would change
 To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
@@ -47,6 +47,7 @@ from hypergrad.diagnostics.attribution import attribute as attribute
 from hypergrad.diagnostics.check import check as check
 from hypergrad.outer import Result as Result
 from hypergrad.outer import TuneStatus as TuneStatus
+from hypergrad.outer.multistart import multistart as multistart
 from hypergrad.outer.tune import tune as tune
 from hypergrad.solvers.regularity import Regularity as Regularity
 from hypergrad.solvers.best_response import best_response as best_response

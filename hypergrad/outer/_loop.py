@@ -173,27 +173,12 @@ class Driver:
         return None
 
     def finish(self, status: TuneStatus) -> Result:
-        """The result of the run so far."""
-        loop = self.run.loop
-        final = to_constrained(self.domain, loop.point)
-        assert self.notes.layout is not None
-        history = make_history(self.notes.taken(0, self.run.count), self.notes.layout, final)
-        return Result(
-            hparams=final,
-            params=self.respond(loop.solver, final),
-            best=self.best(),
-            history=history,
-            status=status,
-            state=loop.solver,
-            outer_state=loop.outer,
-        )
+        """What the run has."""
+        return conclude(self.run, self.notes, self.respond, self.domain, self.start, status)
 
     def best(self) -> Best:
         """The best step so far; the start, as the caller gave it, if none was accepted."""
-        kept = self.run.loop.best
-        if not self.run.tally.accepted:
-            return Best(-1, float("nan"), *self.start)
-        return Best(int(kept.step), float(kept.value), kept.hparams, kept.params)
+        return best_of(self.run, self.start)
 
     def end(self, status: TuneStatus) -> Result:
         """The result, once nothing more can happen, with what there is to say about it."""
@@ -259,6 +244,36 @@ def vanished(notes: Notes, run: Run) -> bool:
     largest = np.max(norms[before], where=usable(status[before]), initial=0)
     small = norms[since] * np.maximum(errors[since], 1) <= _VANISHED * largest
     return bool(np.all(small & (status[since] == int(Status.INACCURATE))))
+
+
+def best_of(run: Run, start: tuple[PyTree, PyTree]) -> Best:
+    """The best step so far; the start, hyperparameters and parameters, if none was accepted."""
+    kept = run.loop.best
+    if not run.tally.accepted:
+        return Best(-1, float("nan"), *start)
+    return Best(int(kept.step), float(kept.value), kept.hparams, kept.params)
+
+
+def conclude(
+    run: Run,
+    notes: Notes,
+    respond: Callable[[Any, PyTree], PyTree],
+    domain: PyTree,
+    start: tuple[PyTree, PyTree],
+    status: TuneStatus,
+) -> Result:
+    """What a run has, wherever it stands."""
+    final = to_constrained(domain, run.loop.point)
+    assert notes.layout is not None
+    return Result(
+        hparams=final,
+        params=respond(run.loop.solver, final),
+        best=best_of(run, start),
+        history=make_history(notes.taken(0, run.count), notes.layout, final),
+        status=status,
+        state=run.loop.solver,
+        outer_state=run.loop.outer,
+    )
 
 
 def next_steps(count: int, limits: Limits) -> int:
