@@ -169,4 +169,6 @@ def _starts(hparams: PyTree) -> int:
             "multistart: every leaf of hparams must have a leading axis, one entry for each start, found lengths "
             f"{lengths}: write jnp.stack([first, second, ...])."
         )
-    return found.pop()
+    (length,) = found
+    assert length is not None
+    return length
