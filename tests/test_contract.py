@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import hypergrad as hg
 from hypergrad._solver import evaluation
@@ -197,6 +198,27 @@ def test_hypergradient_has_the_structure_shapes_and_dtypes_of_hparams(case):
     assert out.info.status.dtype == jnp.int32
     assert set(out.metrics) == {"mae"}
     hg.raise_if_failed(out)
+
+
+def test_the_program_is_made_for_other_platforms_too(case):
+    """Nothing that only a CPU can do, on which alone the suite runs; traced for the tests above."""
+    before = len(case.traces)
+    exported = export.export(case.step, platforms=["cuda", "tpu"])(case.state, *case.setting[1:])
+    assert exported.platforms == ("cuda", "tpu") and len(case.traces) - before <= 1
+
+
+def test_what_only_a_cpu_can_do_would_be_noticed():
+    with pytest.raises(NotImplementedError, match="schur"):
+        export.export(jax.jit(jax.lax.linalg.schur), platforms=["tpu"])(jnp.eye(2))
+
+
+@pytest.mark.parametrize("name", ["online", "unrolled, adam", "implicit, T1-T2"])
+def test_bfloat16_is_made_for_other_platforms_too(name):
+    small = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    solver, (params, hparams, *data) = SOLVERS[name](PROBLEM), small(_setting())
+    state = jax.eval_shape(solver.init, params, hparams)
+    exported = export.export(jax.jit(solver.hypergrad), platforms=["cuda", "tpu"])(state, hparams, *data)
+    assert "bf16" in exported.mlir_module()
 
 
 def test_same_call_gives_the_same_bits(case):

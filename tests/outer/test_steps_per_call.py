@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import hypergrad as hg
 from hypergrad._data import stream
 from hypergrad.outer import TuneStatus
 from hypergrad.outer._loop import Limits, next_steps
+from hypergrad.outer._step import make_advance, make_block, start
 from tests.outer._controllers import backtracking, every_second
-from tests.outer._ridge import TRAIN, VALID, counted, ridge
+from tests.outer._ridge import START, TRAIN, VALID, counted, ridge
 from tests.outer.test_tune import nan_at
 from tests.reliability import _runs
 from tests.reliability._runs import SOLVERS, assert_same, at, interrupt
@@ -147,6 +149,25 @@ def test_a_convolution_has_the_same_bits_in_a_call_of_several_steps():
         for k in (1, 3)
     )  # fmt: skip
     assert_same(several, one)
+
+
+OUTERS = {
+    "optax": optax.adam(0.3),
+    "lbfgs": hg.outer.lbfgs(),
+    "judged": backtracking(judged=True),
+}
+
+
+@pytest.mark.parametrize("name", OUTERS)
+def test_the_compiled_steps_are_made_for_other_platforms_too(name):
+    """Nothing that only a CPU can do, on which alone the suite runs: one step, and several in a call."""
+    solver, outer, hparams = ridge(), OUTERS[name], {"l2": jnp.asarray(0.1)}
+    loop = start(jax.jit(solver.response), outer, solver.init(START, hparams), hparams, hparams)
+    unit = make_advance(solver, outer, hg.domains.real())
+    block = make_block(unit, 3, (), show=True)
+    for step, count in ((unit, ()), (block, (np.int32(3),))):
+        made = export.export(jax.jit(step), platforms=["cuda", "tpu"])(loop, *count, TRAIN, VALID, None)
+        assert made.platforms == ("cuda", "tpu")
 
 
 def test_a_run_out_of_time_stops_after_a_call(monkeypatch):
