@@ -342,6 +342,28 @@ def test_a_state_from_one_device_moves_to_where_the_data_are_and_stays(name, dev
     assert jax.tree.map(lambda x: x.sharding, after) == jax.tree.map(lambda x: x.sharding, again)
 
 
+COMPILED_ONCE = {
+    "online": lambda p: hg.online(p, optax.adam(0.1), steps=2, products=2),
+    "unrolled": lambda p: hg.unrolled(p, inner=_sgd(2)),
+    "hypernetwork": lambda p: hg.hypernetwork(p, optimizer=optax.adam(0.01), steps=2, scale=0.1),
+    "self-tuning": lambda p: hg.self_tuning(p, optimizer=optax.adam(0.01), steps=2),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_ONCE)
+def test_parameters_and_data_that_are_spread_over_devices_compile_once(name, devices):
+    """The state lies where the parameters do from the beginning, vectors of a response included."""
+    error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    solver = COMPILED_ONCE[name](hg.Problem(lambda w, h, b: error(w, h, b) + jnp.sum(jnp.exp(h) * w**2), error))
+    rng = np.random.default_rng(0)
+    params, hparams, x, y = (jnp.asarray(rng.normal(size=shape)) for shape in ((8,), (8,), (16, 8), (16,)))
+    params, hparams, data = shard_rows((params, hparams, (x, y)), devices)
+    state, step = solver.init(params, hparams, key=(key := jax.random.key(0))), jax.jit(solver.hypergrad)
+    for _ in range(2):
+        _, state = step(state, hparams, data, data, key=key)
+    assert step._cache_size() == 1
+
+
 def test_integer_hyperparameters_are_refused_by_path(case):
     params, hparams, train, valid = case.setting
     wrong = {**hparams, "l2": jnp.zeros(4, jnp.int32)}

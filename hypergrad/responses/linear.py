@@ -63,7 +63,9 @@ def linear(*, rank: int | None = None, centred: bool = True, memory: float | Non
     """
 
     def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
-        start = jax.tree.map(lambda x: jnp.zeros((rank or n, *x.shape), x.dtype), params)
+        # From the parameters rather than from a shape, so that what is spread over devices stays so.
+        copies = lambda x: jnp.zeros_like(x)[None] * jnp.ones((rank or n,) + (1,) * x.ndim, x.dtype)
+        start = jax.tree.map(copies, params)
         if rank is None:
             return start
         inputs = normal(need_key("linear(rank=...)", key), jax.ShapeDtypeStruct((n, rank), _tree.dtype(params)))

@@ -78,7 +78,9 @@ def structured(*, axis: int = -1, centred: bool = True, memory: float | None = N
                     f"responses.structured: params{keystr(path)} of shape {leaf.shape} has no axis {axis}: "
                     "axis= is the one along which output units lie, -1 or 0."
                 )
-        gates = lambda x: jnp.zeros((n, x.shape[axis]) if x.ndim > 1 else (n, *x.shape), x.dtype)
+        # From the parameters rather than from a shape, so that vectors that are spread over devices stay so.
+        units = lambda x: jnp.zeros(x.shape[axis], x.dtype) if x.ndim > 1 else jnp.zeros_like(x)
+        gates = lambda x: units(x)[None] * jnp.ones((n,) + (1,) * min(x.ndim, 1), x.dtype)
         kernels = lambda x, draw: _size(x, axis).astype(x.dtype) * draw if x.ndim > 1 else None
         draws = normal(need_key("structured", key), params)
         return Gates(jax.tree.map(gates, params), jax.tree.map(kernels, params, draws))

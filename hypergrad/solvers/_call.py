@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
@@ -209,10 +211,23 @@ def framed(
 
 
 def owned(init: Callable[..., State]) -> Callable[..., State]:
-    """The same `init`, whose state shares no buffer with its arguments or within itself, so that it can be donated."""
+    """The same `init`, whose state shares no buffer with its arguments or within itself, so that it can be donated, and
+    lies on the devices of the parameters, so that the second call compiles nothing.
+    """
 
     @functools.wraps(init)
     def copied(*args: Any, **kwargs: Any) -> State:
-        return jax.tree.map(jnp.copy, init(*args, **kwargs))
+        return _beside((args, kwargs), jax.tree.map(jnp.copy, init(*args, **kwargs)))
 
     return copied
+
+
+def _beside(given: PyTree, state: State) -> State:
+    """The state with what lies on one device copied to all of the mesh that the arguments lie on, if they do."""
+    spread = lambda x: isinstance(x, Array) and not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding)
+    meshes = {x.sharding.mesh for x in jax.tree.leaves(given) if spread(x)}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    apart = lambda x: isinstance(x, Array) and not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding)
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if apart(x) else x, state)
