@@ -16,6 +16,7 @@ from hypergrad.outer.controllers import Controller as Controller
 from hypergrad.outer.controllers import set_options as set_options
 from hypergrad.outer.hoag import hoag as hoag
 from hypergrad.outer.lbfgs import lbfgs as lbfgs
+from hypergrad.outer.maid import maid as maid
 from hypergrad.outer.multistart import Multistart as Multistart
 from hypergrad.outer.multistart import multistart as multistart
 from hypergrad.outer.tune import tune as tune
