@@ -22,6 +22,8 @@ RIVALS = ("mean_draw", "best_draw", "medoids", "class_means", "discriminant", "w
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    if options.smoke:
+        images.DRAWS, images.RETRAINING = 10, 100
     outcome = images.run("implicit", options.seed, 3 if options.smoke else None)
     numbers |= {name: outcome.numbers[name] for name in (*RIVALS, "tuned", "all_real")}
     numbers["lead"] = numbers["tuned"] - max(numbers[name] for name in RIVALS)

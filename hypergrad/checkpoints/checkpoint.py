@@ -117,7 +117,7 @@ def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
 
     Args:
         folder: as given to `save`.
-        like: pytree of arrays (their values do not matter), `jax.ShapeDtypeStruct`s or Python numbers.
+        like: pytree of arrays (their values do not matter), instances of `jax.ShapeDtypeStruct`, or Python numbers.
 
     Returns:
         `(step, tree)`.
