@@ -11,7 +11,8 @@ trace formula tr(H⁺J)/n, with J the mean of c_i c_iᵀ.
 
 Source: Takeuchi 1976 (the trace); Rad & Maleki 2020, arXiv:1801.10243 (approximate leave-one-out); Schneider et al.
 2025, arXiv:2506.19540 (overtuning). Differs: through the outer problem, with hypergradients; the curvature of a row is
-taken to be of rank one.
+taken to be of rank one; leverages and flat directions are bounded, by constants that were chosen on seed 0 of
+`experiments/overtuning`, unless the rows' curvature is all of H.
 Cost: 2k + 1 hypergradients for k hyperparameters, at steps to both sides of each, and as many evaluations of the rows:
 one batch of evaluations shares a training. A solver without an `evaluate` of its own takes the hypergradients of the
 rows, as many times.
@@ -19,6 +20,7 @@ rows, as many times.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -38,7 +40,9 @@ from hypergrad._tree import PyTree
 
 MOST = 64  # hyperparameters
 LARGE = 1 / 3  # of the validation loss, above which a correction is worth a warning
-_LEVERAGE = 0.9  # of a row, at most
+_EXACT = 0.05  # how far the rows' curvature may be from H for it to count as all of H
+_SURE, _LEVERAGE = 0.98, 0.5  # of a row, at most: there, and elsewhere
+_STEEPER = 2.0  # times the typical ratio of J to H, beyond which a direction counts as flatter than it is
 
 
 class Overtuning(NamedTuple):
@@ -146,8 +150,7 @@ def overtuning(
     step = _steps(hparams)
     moves = jnp.asarray(np.concatenate([np.diag(step), -np.diag(step)]).reshape(2 * count, count), _tree.dtype(hparams))
     scale = jnp.asarray(step, moves.dtype)
-    measure = jax.jit(_measure, static_argnames=("solver",))
-    center, points = measure(state, hparams, train, valid, moves, scale, key, solver=solver)
+    center, points = _measure(state, hparams, train, valid, moves, scale, key, solver=solver)
 
     (value, each, status), n_points = jax.tree.map(np.asarray, center), 2 * count
     raw = float(value)
@@ -173,6 +176,7 @@ def overtuning(
     return result
 
 
+@functools.partial(jax.jit, static_argnames=("solver",))
 def _measure(
     state: Any,
     hparams: PyTree,
@@ -239,18 +243,30 @@ def _leave_one_out(
     if not eigenvalues.max() > error or -eigenvalues.min() > max(eigenvalues.max() / 2, error):
         return None
     kept = eigenvalues > error
-    white = vectors[:, kept] / np.sqrt(n * eigenvalues[kept])  # (n H)⁺ = white whiteᵀ
-
     centred = slope - slope.mean(axis=0)
-    size = np.sum((centred @ white) ** 2, axis=1)  # c_i·(n H)⁺ c_i
-    along = np.sum((slope @ white) * (centred @ white), axis=1)
-    weight = 1 / np.maximum(np.diag(hessian), error)  # in units in which no hyperparameter outweighs the others
+
+    # κ_i, fitted to the row's second differences in units in which no hyperparameter outweighs the others.
+    weight = 1 / np.maximum(np.diag(hessian), error)
     pattern = centred**2 * weight
     own = np.sum(pattern**2, axis=1)
-    curvature = np.maximum(np.sum(bend * weight * pattern, axis=1), 0) / np.where(own > 0, own, 1)  # κ_i
+    curvature = np.maximum(np.sum(bend * weight * pattern, axis=1), 0) / np.where(own > 0, own, 1)
+
+    # Where the rows' own curvature is all of H, as for squares of linear functions, the formula is exact. Elsewhere the
+    # optimum moves on curves, and what second order says of flat directions and of single rows is bounded.
+    white = vectors[:, kept] / np.sqrt(n * eigenvalues[kept])  # (n H)⁺ = white whiteᵀ
+    identity = (centred @ white).T @ (curvature[:, None] * (centred @ white))
+    exact = np.abs(identity - np.eye(len(identity))).max() < _EXACT
+    if not exact:
+        spread = np.mean((centred @ vectors) ** 2, axis=0)
+        typical = spread[kept].sum() / eigenvalues[kept].sum()
+        eigenvalues = np.maximum(eigenvalues, spread / (_STEEPER * typical + np.finfo(float).tiny))
+        kept = eigenvalues > error
+        white = vectors[:, kept] / np.sqrt(n * eigenvalues[kept])
+    size = np.sum((centred @ white) ** 2, axis=1)  # c_i·(n H)⁺ c_i
+    along = np.sum((slope @ white) * (centred @ white), axis=1)
     leverage = curvature * size
     leverage *= min(1.0, kept.sum() / max(leverage.sum(), 1e-300))  # those of a smoother sum to its rank at most
-    leverage = np.minimum(leverage, _LEVERAGE)
+    leverage = np.minimum(leverage, _SURE if exact else _LEVERAGE)
     shrink = 1 / (1 - leverage)
     second = leverage * size * shrink**2 / 2  # ½ κ_i (c_i·δ_i)²
     return float(np.mean(along * shrink + second)), float(np.mean(size)), float(np.sum(leverage))
