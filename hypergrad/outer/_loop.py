@@ -73,6 +73,7 @@ class Driver:
         start: hyperparameters and parameters as the caller gave them.
         began: the clock at the beginning of this call of `tune`.
         held_out: `(evaluate, train, test)`: what computes the loss on unseen data in the end; None if there are none.
+        validated: rows of the validation data, or None.
     """
 
     call: Callable[..., Any]
@@ -93,6 +94,7 @@ class Driver:
     start: tuple[PyTree, PyTree]
     began: float
     held_out: tuple[Callable[..., Any], PyTree, PyTree] | None = None
+    validated: int | None = None
 
     def follow(self, interrupts: Interrupts, show: Progress | None) -> TuneStatus:
         """Call after call until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
@@ -174,7 +176,8 @@ class Driver:
 
     def finish(self, status: TuneStatus) -> Result:
         """What the run has."""
-        return conclude(self.run, self.notes, self.respond, self.domain, self.start, status)
+        result = conclude(self.run, self.notes, self.respond, self.domain, self.start, status)
+        return result._replace(validated=self.validated)
 
     def best(self) -> Best:
         """The best step so far; the start, as the caller gave it, if none was accepted."""

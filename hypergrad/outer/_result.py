@@ -14,6 +14,7 @@ from hypergrad._solver import HypergradError, InputError, Solver, Status, evalua
 from hypergrad._tree import PyTree, keystr, size
 
 TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
+FEW = 10  # validation rows for each hyperparameter, below which a summary warns
 _COLUMNS = 10  # entries up to which a leaf becomes one column each in a DataFrame
 
 
@@ -187,6 +188,7 @@ class Result(NamedTuple):
         outer_state: the outer optimizer's state, over unconstrained hyperparameters.
         test: outer loss on `tune(test=...)`, which nothing was chosen by, at the best step's hyperparameters; None
             without such data.
+        validated: how many rows the validation data have; None where that is not known, as for a stream.
     """
 
     hparams: PyTree
@@ -197,6 +199,7 @@ class Result(NamedTuple):
     state: Any
     outer_state: Any
     test: float | None = None
+    validated: int | None = None
 
     def retrain(
         self,
@@ -256,6 +259,14 @@ class Result(NamedTuple):
         if self.test is not None:
             lines.append(f"  test   outer loss {self.test:.6g} with the hyperparameters of the best step")
         lines.append(f"  final  {_brief(self.hparams)}")
+        count = size(self.hparams)
+        if best.step >= 0 and self.validated is not None and self.validated < FEW * count:
+            were = "hyperparameter was" if count == 1 else "hyperparameters were"
+            lines.append(
+                f"  warning: {count} {were} tuned on {self.validated} validation rows, and the best outer loss is too "
+                "low for unseen data: hg.diagnostics.overtuning says by how much (up to 64 hyperparameters), "
+                "tune(..., test=...) shows it."
+            )
         return "\n".join(lines)
 
 

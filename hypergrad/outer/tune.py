@@ -35,6 +35,7 @@ from hypergrad._solver import InputError, InputTypeError, Solver, evaluation
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints.checkpoint import Store
 from hypergrad.domains._domain import to_unconstrained
+from hypergrad.folds import Fold
 from hypergrad.outer._config import config
 from hypergrad.outer._feed import give_back, of_one_step, pull, source
 from hypergrad.outer._keeper import open_keeper, resume, save
@@ -218,6 +219,7 @@ def tune(
             run=run,
             start=(hparams, params),
             held_out=None if test is None else (jax.jit(evaluation(solver)), first[0], test),
+            validated=_validated(solver, valid),
             began=began,
         )
         try:
@@ -235,6 +237,17 @@ def tune(
             raise
         save(keeper, driver.run, notes)
         return driver.end(status)
+
+
+def _validated(solver: Solver, valid: PyTree) -> int | None:
+    """Rows of the validation data, if each is an example: not for a stream, nor for a leading axis of tasks."""
+    if isinstance(valid, Fold):
+        valid = valid.arrays
+    elif isinstance(valid, Stream) or solver.about.name.startswith("hg.tasks"):
+        return None
+    arrays = jax.tree.leaves(valid.arrays if isinstance(valid, Minibatches) else valid)
+    lengths = {jnp.shape(leaf)[:1] for leaf in arrays}
+    return int(lengths.pop()[0]) if len(lengths) == 1 and () not in lengths else None
 
 
 def _check_test(test: PyTree, train: PyTree) -> None:

@@ -105,3 +105,25 @@ def test_without_a_terminal_the_log_says_that_it_compiles_and_where_it_is(caplog
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == "tune: compiling" and "took the first step" in said[1]
     assert any(line.startswith("tune: step 30 of 30, outer loss") for line in said) and len(said) < 10
+
+
+def test_many_hyperparameters_for_the_validation_rows_are_named_with_both_counts():
+    short = _tune(steps=2)
+    assert short.validated == 15
+    assert "warning: 5 hyperparameters were tuned on 15 validation rows" in repr(short)
+    assert "hg.diagnostics.overtuning" in repr(short)
+    assert "warning" not in repr(short._replace(validated=50))
+    assert "warning" not in repr(short._replace(validated=None))
+    assert "warning: 5 hyperparameters were tuned on 49" in repr(short._replace(validated=49, test=1.0))
+
+
+def test_rows_of_validation_data_are_counted_where_they_are_examples():
+    from hypergrad.outer.tune import _validated
+
+    solver = SOLVERS["implicit"]
+    assert _validated(solver, VALID) == 15
+    assert _validated(solver, hg.minibatches(VALID, 4)) == 15
+    assert _validated(hg.tasks(solver, count=3), hg.folds(VALID, 3)[1]) == 15
+    assert _validated(hg.tasks(solver, count=15), VALID) is None
+    for unknown in (None, hg.stream([VALID], 1), (jnp.zeros(3), jnp.zeros(4)), jnp.zeros(())):
+        assert _validated(solver, unknown) is None
