@@ -1,4 +1,5 @@
-"""Models of other libraries as parameters, a model state and two functions; each needs its library as an extra.
+"""Models and tools of other libraries; each needs its library as an extra, and is imported on its own.
 
-`hypergrad.adapters.nnx`, `hypergrad.adapters.linen` and `hypergrad.adapters.equinox` are imported one by one.
+`hypergrad.adapters.nnx`, `linen` and `equinox`: a model as parameters, a model state and two functions.
+`hypergrad.adapters.sklearn`: estimators that tune their penalties and length scales while they fit.
 """
