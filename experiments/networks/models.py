@@ -1,4 +1,4 @@
-"""Six small networks with a weight decay for each parameter; their Hessians fit into memory."""
+"""Six ordinary networks with a weight decay for each parameter; the Hessians of five fit into memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def network(name: str, seed: int) -> Network:
     if name == "tanh MLP":
         params, outputs = _perceptron(draw, (64, 16, 10), jnp.tanh)
     elif name == "ReLU MLP":
-        params, outputs = _perceptron(draw, (64, 16, 16, 10), jax.nn.relu)
+        params, outputs = _perceptron(draw, (64, 410, 410, 10), jax.nn.relu)
     elif name == "ResNet":
         params, outputs = _resnet(draw)
     elif name == "char LSTM":

@@ -2,11 +2,11 @@
 
     python experiments/networks/run.py --seed 0 --json
 
-Six small networks, each with a log weight decay for every parameter. Ten steps of Adam, a hypergradient from five
-products with the Hessian or the Gauss-Newton matrix, a step of Adam on the hyperparameters, and so on from the
-initialisation. Beside this, on the dense matrices early in training and at its end: the cosine between what five
-products give and the exact hypergradient of the same damped system. `--cells FILE` keeps each network as it is
-measured, and goes on from there; `--only` names some of the six.
+Six networks, each with a log weight decay for every parameter. Ten steps of Adam, a hypergradient from five products
+with the Hessian or the Gauss-Newton matrix, a step of Adam on the hyperparameters, and so on from the initialisation.
+Beside this, on the dense matrices of the smaller five: the cosine between what five products give and the exact
+hypergradient of the same damped system, early in training. Every cell, a network with a method, goes into
+`cells.jsonl` as it is measured, and is not measured again; `--only` names some of the six networks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,10 @@ from experiments.networks.models import NETWORKS, Network, network
 START = -6.0  # log decay
 STEPS, OUTER = 10, 30  # training steps of one outer step; outer steps
 PRODUCTS = 5
+DRAWS = 3  # of a random search: (10 + 5 * 2 + 4) / 10 trainings cost as many gradients as one that is tuned
+CALLS = 3  # of the default, which trains to a tolerance
+DENSE = 5000  # most parameters of a matrix that is written out
 TRAINING, DESCENT = optax.adam(1e-2), optax.adam(0.3)
-GRID = np.linspace(-9.0, -1.5, 6)  # single log decays
 PyTree = Any
 
 
@@ -43,9 +46,9 @@ class Method(NamedTuple):
     """A way to a hypergradient, and how it is drawn."""
 
     label: str
-    linear: str | None  # of LINEAR; None for unrolling
+    linear: str | None  # of LINEAR; "default" and "online" for these solvers; None for unrolling
     curvature: str
-    damping: float
+    damping: float | None
     color: str
 
 
@@ -54,14 +57,20 @@ LINEAR = {
     "neumann": hg.linear.neumann(PRODUCTS),
     "identity": hg.linear.identity(1e-2),
 }
-DAMPINGS = {"d0": 0.0, "d001": 0.01, "d01": 0.1, "d1": 1.0}
 METHODS = {
-    **{f"cg_{k}": Method(f"truncated CG, damping {d:g}", "cg", "hessian", d, BLUE) for k, d in DAMPINGS.items()},
-    **{f"gn_{k}": Method(f"Gauss-Newton, damping {d:g}", "cg", "gauss_newton", d, GREEN) for k, d in DAMPINGS.items()},
+    "online": Method("hg.online", "online", "hessian", None, INK),
+    "gn_d001": Method("Gauss-Newton, damping 0.01", "cg", "gauss_newton", 0.01, GREEN),
+    "gn_d01": Method("Gauss-Newton, damping 0.1", "cg", "gauss_newton", 0.1, GREEN),
+    "cg_d001": Method("truncated CG, damping 0.01", "cg", "hessian", 0.01, BLUE),
+    "cg_d01": Method("truncated CG, damping 0.1", "cg", "hessian", 0.1, BLUE),
     "neumann": Method("Neumann series", "neumann", "hessian", 0.0, ORANGE),
     "identity": Method("identity (T1-T2)", "identity", "hessian", 0.0, PINK),
-    "unrolled": Method("ten steps unrolled", None, "hessian", 0.0, SKY),
+    "unrolled": Method("ten steps unrolled", None, "hessian", None, SKY),
+    "default": Method("hg.implicit as it is", "default", "hessian", None, INK),
 }
+# What matters most comes first, so that a run that is stopped early is of use.
+CELLS = ("online", "plain", "cg_d01", "gn_d001", "neumann", "identity", "unrolled", "random", "cosine", "default")
+CELLS += tuple(name for name in METHODS if name not in CELLS)
 
 
 def log_decays(params: PyTree) -> PyTree:
@@ -72,58 +81,68 @@ def solver(net: Network, linear: str | None = "cg", curvature: str = "hessian") 
     inner = hg.inner.gradient(TRAINING, steps=STEPS)
     if linear is None:
         return hg.unrolled(net.problem, inner=inner, warm_start=True)
+    if linear == "online":
+        return hg.online(net.problem, TRAINING, steps=STEPS, products=PRODUCTS)
+    if linear == "default":
+        return hg.implicit(net.problem)
     return hg.implicit(net.problem, inner=inner, linear=LINEAR[linear], curvature=curvature, damping=0.0)
 
 
-class Programs(NamedTuple):
-    """What is compiled once for a network, whatever the seed."""
-
-    look: Any  # (state, hparams, key, train, valid) -> (validation loss, state): a training without tuning
-    error: Any  # (state, batch) -> loss
-    matrices: Any  # see `matrices`
-    steps: dict[Any, tuple[hg.Solver, Any]]  # by linear solver and curvature, see `outer_step`
+def applies(name: str, method: Method) -> bool:
+    """A Gauss-Newton matrix needs the model apart from its loss, which a model with a state is not."""
+    return method.curvature == "hessian" or network(name, 0).outputs is not None
 
 
 @functools.cache
-def programs(name: str) -> Programs:
-    net = network(name, 0)
-    evaluate: Any = solver(net).evaluate
+def looks(name: str) -> Any:
+    """`(state, hparams, key, train, valid) -> (validation loss, state)`: ten steps of training, without tuning."""
+    evaluate: Any = solver(network(name, 0)).evaluate
 
     @jax.jit
     def look(state: Any, hparams: PyTree, key: jax.Array, train: PyTree, valid: PyTree) -> Any:
         value, _, state = evaluate(state, hparams, train, valid, key=key)
         return value, state
 
-    steps = {}
-    for method in METHODS.values():
-        kind = (method.linear, method.curvature)
-        if kind not in steps and (method.curvature == "hessian" or net.outputs):
-            way = solver(net, method.linear, method.curvature)
-            steps[kind] = way, outer_step(way)
-    error = jax.jit(lambda state, batch: net.error(state.params, state.model_state, batch))
-    return Programs(look, error, matrices(net), steps)
+    return look
 
 
-def tuned(net: Network, program: Programs, method: Method, seed: int, outer: int) -> dict[str, Any]:
+@functools.cache
+def errors(name: str) -> Any:
+    """`(state, batch) -> loss`."""
+    net = network(name, 0)
+    return jax.jit(lambda state, batch: net.error(state.params, state.model_state, batch))
+
+
+@functools.cache
+def ways(name: str, linear: str | None, curvature: str) -> tuple[hg.Solver, Any]:
+    """A solver, and one outer step with it; compiled once for a network, whatever the seed."""
+    way = solver(network(name, 0), linear, curvature)
+    return way, outer_step(way)
+
+
+def tuned(name: str, net: Network, method: Method, seed: int, outer: int) -> dict[str, Any]:
     """Tune from the initialisation; steps that are not usable are skipped, as in `hg.tune`."""
-    way, step = program.steps[method.linear, method.curvature]
+    way, step = ways(name, method.linear, method.curvature)
     hparams = log_decays(net.params)
     state, descent = way.init(net.params, hparams, model_state=net.model_state), DESCENT.init(hparams)
-    if hasattr(state, "options") and "damping" in state.options:
+    if method.damping is not None:
         state = state._replace(options=state.options | {"damping": jnp.asarray(method.damping, jnp.float32)})
-    train, history = hg.minibatches(net.data[0], net.batch), []
+    train, history, seconds = hg.minibatches(net.data[0], net.batch), [], []
     for i in range(outer):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        state, hparams, descent, seen = step(state, hparams, descent, key, train, net.data[1])
+        key, began = jax.random.fold_in(jax.random.key(seed), i), time.process_time()
+        state, hparams, descent, seen = jax.block_until_ready(step(state, hparams, descent, key, train, net.data[1]))
+        seconds.append(time.process_time() - began)
         history.append(seen)
-    value, usable, truncated = (np.asarray(column) for column in zip(*history, strict=True))
-    return {
-        "usable": usable.mean(),
-        "truncated": truncated.mean(),
+    value, status, truncated = (np.asarray(column) for column in zip(*history, strict=True))
+    found = {
+        "usable": np.mean(status <= int(hg.Status.INSENSITIVE)),
+        "statuses": {hg.Status(int(code)).name: int(np.sum(status == code)) for code in np.unique(status)},
         "valid": value[-1],
-        "valid_lowest": value.min(),
-        "test": program.error(state, net.data[2]),
+        "test": errors(name)(state, net.data[2]),
+        "seconds": np.median(seconds),
     }
+    # Only conjugate gradients say by a NaN that they stopped early.
+    return found | ({"truncated": truncated.mean()} if method.linear in ("cg", "online") else {})
 
 
 def outer_step(method: hg.Solver) -> Any:
@@ -134,21 +153,23 @@ def outer_step(method: hg.Solver) -> Any:
         updates, fresh = DESCENT.update(out.grad, descent, hparams)
         moved = optax.apply_updates(hparams, updates), fresh
         hparams, descent = jax.tree.map(lambda a, b: jnp.where(usable, a, b), moved, (hparams, descent))
-        return state, hparams, descent, (out.value, usable, jnp.isnan(out.info.linear_residual))
+        return state, hparams, descent, (out.value, out.info.status, jnp.isnan(out.info.linear_residual))
 
     return step
 
 
-def trained(net: Network, log_decay: float, look: Any, seed: int, outer: int) -> tuple[list[Any], np.ndarray]:
-    """A training at one fixed decay, of the same length and on the same batches: states and validation losses."""
+def trained(name: str, net: Network, log_decay: float, seed: int, outer: int) -> tuple[dict[str, Any], list[Any]]:
+    """A training at one fixed decay, of the same length and on the same batches: its losses, and every state."""
     hparams = jax.tree.map(lambda w: jnp.full_like(w, log_decay), net.params)
     state = solver(net).init(net.params, hparams, model_state=net.model_state)
-    train, states, values = hg.minibatches(net.data[0], net.batch), [], []
+    train, states, value, seconds = hg.minibatches(net.data[0], net.batch), [], jnp.inf, []
     for i in range(outer):
-        value, state = look(state, hparams, jax.random.fold_in(jax.random.key(seed), i), train, net.data[1])
+        key, began = jax.random.fold_in(jax.random.key(seed), i), time.process_time()
+        value, state = jax.block_until_ready(looks(name)(state, hparams, key, train, net.data[1]))
+        seconds.append(time.process_time() - began)
         states.append(state)
-        values.append(float(value))
-    return states, np.asarray(values)
+    losses = {"valid": value, "test": errors(name)(state, net.data[2]), "seconds": np.median(seconds)}
+    return losses, states
 
 
 def matrices(net: Network) -> Any:
@@ -213,7 +234,7 @@ def cosines(net: Network, at: Any, state: Any, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"negative": np.mean(np.linalg.eigvalsh(np.asarray(hessian, np.float64)) < 0)}
     for name, method in METHODS.items():
         matrix = gauss_newton if method.curvature == "gauss_newton" else hessian
-        if method.linear is None or matrix is None:
+        if method.linear not in LINEAR or method.damping is None or matrix is None:
             continue
         shift = method.damping * jnp.linalg.norm(matrix) / np.sqrt(len(w))
         matrix = matrix + shift * jnp.eye(len(w), dtype=w.dtype)
@@ -223,72 +244,73 @@ def cosines(net: Network, at: Any, state: Any, seed: int) -> dict[str, Any]:
     return found
 
 
-def cell(name: str, seed: int, outer: int) -> dict[str, Any]:
-    """Everything about one network."""
+def cell(name: str, what: str, seed: int, outer: int) -> dict[str, Any]:
+    """One cell of the table."""
     net = network(name, seed)
-    found: dict[str, Any] = {"parameters": sum(w.size for w in jax.tree.leaves(net.params))}
-    program = programs(name)
-    states, values = trained(net, START, program.look, seed, outer)
-    found["plain"] = {"valid": values[-1], "test": program.error(states[-1], net.data[2])}
-    grid = [trained(net, float(d), program.look, seed, outer) for d in GRID]
-    chosen = int(np.argmin([values[-1] for _, values in grid]))
-    found["single"] = {
-        "valid": grid[chosen][1][-1],
-        "test": program.error(grid[chosen][0][-1], net.data[2]),
-        "log_decay": GRID[chosen],
-    }
+    if what in METHODS:
+        return tuned(name, net, METHODS[what], seed, min(outer, CALLS) if what == "default" else outer)
+    if what == "random":
+        draws = np.random.default_rng(seed).uniform(-9.0, -1.5, DRAWS)
+        return min((trained(name, net, float(d), seed, outer)[0] for d in draws), key=lambda found: found["valid"])
+    losses, states = trained(name, net, START, seed, outer if what == "plain" else 1)
+    return losses if what == "plain" else cosines(net, matrices(net), states[0], seed)
 
-    found["cosine_early"], found["cosine_late"] = (
-        cosines(net, program.matrices, state, seed) for state in (states[0], states[-1])
-    )
-    for key, method in METHODS.items():
-        if (method.linear, method.curvature) not in program.steps:
-            continue
-        found[key] = tuned(net, program, method, seed, outer)
-        if method.linear != "cg":  # which alone says by a NaN that it stopped early
-            del found[key]["truncated"]
-        print(f"{name}, {method.label}: {json.dumps(rounded(found[key]))}", flush=True)
-    return found
+
+def size(name: str) -> int:
+    return sum(w.size for w in jax.tree.leaves(network(name, 0).params))
+
+
+def wanted(name: str, what: str) -> bool:
+    return size(name) <= DENSE if what == "cosine" else what not in METHODS or applies(name, METHODS[what])
 
 
 def summary(networks: dict[str, Any]) -> dict[str, Any]:
-    """Of each method over the networks that it applies to."""
-    found = {}
-    for name in METHODS:
-        runs = [net for net in networks.values() if name in net]
+    """Of each method over the networks that it was tried on."""
+    found: dict[str, Any] = {}
+    mean = lambda values: np.mean([*values]) if values else None
+    for name in (*METHODS, "random"):
+        runs = [net for net in networks.values() if name in net and "plain" in net]
         if not runs:
             continue
-        found[name] = {
-            "usable_least": min(net[name]["usable"] for net in runs),
-            "valid_ratio": np.exp(np.mean([np.log(net[name]["valid"] / net["plain"]["valid"]) for net in runs])),
-            "test_ratio": np.exp(np.mean([np.log(net[name]["test"] / net["plain"]["test"]) for net in runs])),
-        }
-        if METHODS[name].linear == "cg":
-            found[name]["truncated"] = np.mean([net[name]["truncated"] for net in runs])
-        for when in ("cosine_early", "cosine_late"):
-            if all(name in net[when] for net in runs):
-                found[name][when] = np.mean([net[when][name] for net in runs])
-    single = [net["single"]["valid"] / net["plain"]["valid"] for net in networks.values()]
-    tested = [net["single"]["test"] / net["plain"]["test"] for net in networks.values()]
-    found["single"] = {"valid_ratio": np.exp(np.mean(np.log(single))), "test_ratio": np.exp(np.mean(np.log(tested)))}
+        found[name] = {"networks": len(runs)}
+        if name != "default":
+            for part in ("valid", "test"):
+                found[name][f"{part}_ratio"] = np.exp(
+                    mean([np.log(net[name][part] / net["plain"][part]) for net in runs])
+                )
+        if name in METHODS:
+            found[name]["usable_least"] = min(net[name]["usable"] for net in runs)
+            found[name]["cost"] = mean([net[name]["seconds"] / net["plain"]["seconds"] for net in runs])
+        found[name]["truncated"] = mean([net[name]["truncated"] for net in runs if "truncated" in net[name]])
+        found[name]["cosine"] = mean([net["cosine"][name] for net in runs if name in net.get("cosine", ())])
+        found[name] = {key: value for key, value in found[name].items() if value is not None}
     return found
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    names, outer = (NETWORKS[:1], 2) if options.smoke else (options.only or NETWORKS, OUTER)
-    cells = json.loads(options.cells.read_text()) if options.cells and options.cells.exists() else {}
+    names, cells, outer = options.only or NETWORKS, CELLS, OUTER
+    if options.smoke:
+        names, cells, outer = NETWORKS[:1], ("online", "plain", "random", "cosine"), 2
+    path = None if options.smoke else options.cells
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    known = {(line["network"], line["cell"], line["seed"]): line["found"] for line in lines}
     numbers["networks"] = {}
-    for name in names:
-        key, short = f"{name}, seed {options.seed}", name.replace(" ", "_").lower()
-        if key not in cells:
-            cells[key] = rounded(cell(name, options.seed, outer))
-            if options.cells:
-                options.cells.write_text(json.dumps(cells, indent=1))
-        numbers["networks"][short] = cells[key]
+    for what in cells:
+        for name in names:
+            if not wanted(name, what):
+                continue
+            if (name, what, options.seed) not in known:
+                found = known[name, what, options.seed] = rounded(cell(name, what, options.seed, outer))
+                line = json.dumps({"network": name, "cell": what, "seed": options.seed, "found": found})
+                print(line, flush=True)
+                if path:
+                    with path.open("a") as file:
+                        file.write(line + "\n")
+            short = name.replace(" ", "_").lower()
+            numbers["networks"].setdefault(short, {"parameters": size(name)})[what] = known[name, what, options.seed]
     numbers["methods"] = summary(numbers["networks"])
-    for when in ("early", "late"):
-        found = [net[f"cosine_{when}"]["negative"] for net in numbers["networks"].values()]
-        numbers[f"negative_{when}"] = np.mean(found)
+    found = [net["cosine"]["negative"] for net in numbers["networks"].values() if "cosine" in net]
+    numbers["negative"] = np.mean(found) if found else None
     picture(numbers, options.out)
 
 
@@ -299,14 +321,14 @@ def picture(numbers: dict[str, Any], folder: Path) -> None:
     titles = {
         "usable": "Usable steps, from initialisation",
         "valid": "Validation loss / untuned, after 30 steps",
-        "cosine_late": "Cosine with what it claims, at the end",
+        "cosine": "Cosine with what it claims, early",
     }
     for axes, (what, title) in zip(panels, titles.items(), strict=True):
         for y, name in enumerate(names):
             for net in numbers["networks"].values():
-                if what == "cosine_late":
-                    x = net[what].get(name)
-                elif name not in net:
+                if what == "cosine":
+                    x = net.get(what, {}).get(name)
+                elif name not in net or "plain" not in net or (what == "valid" and name == "default"):
                     x = None
                 else:
                     x = net[name][what] / (net["plain"]["valid"] if what == "valid" else 1)
@@ -324,7 +346,10 @@ def picture(numbers: dict[str, Any], folder: Path) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     words = f"some of {', '.join(NETWORKS)}"
     parser.add_argument("--only", nargs="+", choices=NETWORKS, metavar="NETWORK", help=words)
-    parser.add_argument("--cells", type=Path, metavar="FILE", help="keep each network here, and go on from there")
+    cells = Path(__file__).parent / "cells.jsonl"
+    parser.add_argument(
+        "--cells", type=Path, metavar="FILE", default=cells, help="keep each cell here, and go on from there"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ r"""Implicit hypergradients alongside the training of a network: `hg.implicit` w
 Source: Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, who sum a Neumann series. Differs: that series diverges on
 the Hessian of a network in training, which is indefinite. Here conjugate gradients make the products, and stop where
 they meet negative curvature (Steihaug 1983); where the model and its loss are known apart, the Gauss-Newton matrix,
-which has none, takes the place of the Hessian. Chosen by `experiments/networks`.
+which has none, takes the place of the Hessian. Chosen by `experiments/networks`: all of 30 steps are usable on six
+networks, from MLPs to a transformer.
 Cost: the training steps, the products (two gradients each), and four gradients. Memory O(|w|).
 """
 
