@@ -1,7 +1,7 @@
 """The site: `sphinx-build -W notebooks SITE` renders committed outputs and executes nothing.
 
-Pages of the experiments and the changelog are copied from where they live into `_made/`, which git ignores; the
-reference in `api/` is written by `python notebooks/make.py --reference`.
+Pages of the experiments and the changelog are copied from where they live into `_made/`, and the reference is written
+into `api/`; git ignores both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MADE = HERE / "_made"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import reference
 
 import hypergrad
 
@@ -93,6 +95,10 @@ def _link(page: Path) -> Any:
 
 
 made()
+shutil.rmtree(HERE / "api", ignore_errors=True)
+(HERE / "api").mkdir()
+for name, text in reference.pages().items():
+    (HERE / "api" / f"{name}.md").write_text(text)
 
 
 def setup(app: Any) -> None:
@@ -102,8 +108,8 @@ def setup(app: Any) -> None:
 
 
 def _beside(app: Any, name: str, source: list[str]) -> None:
-    """Notebooks name the pages of experiments by where they are in the project."""
-    source[0] = source[0].replace("](../experiments/", "](_made/")
+    """Pages name those of experiments by where they are in the project."""
+    source[0] = source[0].replace("](../../experiments/", "](../_made/").replace("](../experiments/", "](_made/")
 
 
 def _readable(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -14,7 +14,11 @@ import hypergrad as hg
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-PAGES = sorted(path for name in ("*.md", "experiments/**/*.md", "tests/**/*.md") for path in ROOT.glob(name))
+PAGES = sorted(
+    path
+    for name in ("*.md", "experiments/**/*.md", "tests/**/*.md", "notebooks/guides/*.md")
+    for path in ROOT.glob(name)
+)
 # Everything that a reader sees of the project, where its address must not be written a second time.
 READ = [*PAGES, ROOT / "CITATION.cff", *ROOT.glob("notebooks/**/*.*"), *ROOT.glob("hypergrad/**/*.py")]
 READ = [path for path in READ if path.suffix in (".md", ".cff", ".py", ".ipynb", ".toml")]
