@@ -71,7 +71,7 @@ WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__options__")}
 # Without any option that could be wrong: data and results, or nothing at all.
 PLAIN = {"compose", "constrain", "raise_if_failed", "orbax", "gated", "log", "positive", "real", "simplex"}
 PLAIN |= {"to_constrained", "to_unconstrained", "losses", "hyperparameters", "hypergradient", "landscape", "options"}
-PLAIN |= {"set_options", "lds", "loo_correlation"}
+PLAIN |= {"set_options", "lds", "loo_correlation", "json_lines"}
 ALL = [(path, name, option) for path, f in WALKED.items() for name, option in declared(f).items()]
 NUMBERS = [case for case in ALL if isinstance(case[2], hg.Number)]
 NAMED = functools.partial(pytest.mark.parametrize, ids=lambda x: x if isinstance(x, str) else "")

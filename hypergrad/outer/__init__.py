@@ -12,6 +12,7 @@ from hypergrad.outer._result import Result as Result
 from hypergrad.outer._result import Retrained as Retrained
 from hypergrad.outer._result import TuneStatus as TuneStatus
 from hypergrad.outer.callbacks import Callback as Callback
+from hypergrad.outer.callbacks import json_lines as json_lines
 from hypergrad.outer.controllers import Controller as Controller
 from hypergrad.outer.controllers import set_options as set_options
 from hypergrad.outer.hoag import hoag as hoag

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+import numpy as np
+
 from hypergrad._solver import InputError, InputTypeError
+from hypergrad._tree import keystr
 from hypergrad.outer._result import status_name
 
 _LOG = logging.getLogger("hypergrad")
 _EVERY = 10.0  # seconds between two lines of the log
+_WHOLE = 32  # entries of an array that are written out; of a longer one, what `_plain` says
 
 
 class Callback(Protocol):
@@ -37,6 +44,64 @@ class Callback(Protocol):
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> Any:
         """Look, keep, print, plot; return a true value to stop."""
+
+
+def json_lines(path: str | Path) -> Callback:
+    """A callback that appends one JSON object a step to a file, for whatever reads a log.
+
+    An object holds `step` and every metric by its name, the status as a word, and the hyperparameters under
+    `hparams` by their paths. An array of more than 32 entries becomes its `min`, `mean` and `max`; NaN and infinities
+    become null. A line is complete once the step is: a run that dies loses none. A run that is resumed appends.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Returns:
+        A callback for `hg.tune(callbacks=...)`.
+
+    Raises:
+        InputError: where there is no such folder, or the path is a folder.
+
+    >>> import hypergrad as hg, json, jax.numpy as jnp, optax, pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
+    >>> problem = hg.Problem(inner_loss=lambda w, h, batch: jnp.sum((w - 2.0)**2) + jnp.sum(h["l2"] * w**2),
+    ...                      outer_loss=lambda w, h, batch: jnp.sum((w - jnp.array([1.0, 0.5]))**2))
+    >>> result = hg.tune(hg.implicit(problem), jnp.zeros(2), {"l2": jnp.full(2, 0.1)}, outer=optax.adam(0.1), steps=3,
+    ...                  progress=False, callbacks=hg.outer.json_lines(path))
+    >>> lines = [json.loads(line) for line in path.read_text().splitlines()]
+    >>> [line["step"] for line in lines], lines[0]["status"], len(lines[0]["hparams"]["['l2']"])
+    ([0, 1, 2], 'OK', 2)
+    """
+    file = Path(path)
+    if not file.parent.is_dir() or file.is_dir():
+        raise InputError(f"json_lines: path must be a file in a folder that exists, found {str(path)!r}.")
+
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
+        line: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            if name == "status":
+                line[name] = status_name(value)
+            elif name == "hparams":
+                line[name] = {keystr(at): _plain(leaf) for at, leaf in jax.tree_util.tree_leaves_with_path(value)}
+            else:
+                line[name] = _plain(value)
+        with file.open("a") as log:
+            log.write(json.dumps(line, allow_nan=False) + "\n")
+
+    return write
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists that JSON has."""
+    if isinstance(value, (bool, str, int)) or value is None:
+        return value
+    found = np.asarray(value)
+    if found.size > _WHOLE:
+        return {name: _plain(getattr(np, name)(found)) for name in ("min", "mean", "max")}
+    if found.ndim:
+        return [_plain(entry) for entry in found]
+    number = found.item()
+    return number if not isinstance(number, float) or math.isfinite(number) else None
 
 
 WANTS = ("params", "state")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +131,41 @@ def test_a_resumed_run_shows_what_the_one_before_had_not_kept(tmp_path):
 def test_callbacks_with_wishes_change_nothing_that_a_resume_would_refuse(tmp_path):
     first = run(callbacks=Tracker("state"), checkpoint=tmp_path, steps=4)
     assert run(checkpoint=tmp_path, steps=4).status is first.status is hg.TuneStatus.FINISHED
+
+
+def test_json_lines_keep_every_step_and_number(tmp_path):
+    path = tmp_path / "run.jsonl"
+    result = run(callbacks=hg.outer.json_lines(path), steps=3)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["status"] for line in lines] == ["OK"] * 3
+    np.testing.assert_allclose([line["value"] for line in lines], np.asarray(result.history.value), rtol=1e-6)
+    run(callbacks=hg.outer.json_lines(str(path)), steps=2)
+    assert len(path.read_text().splitlines()) == 5, "a second run appends"
+
+
+def test_json_lines_write_what_json_has(tmp_path):
+    path = tmp_path / "run.jsonl"
+    hparams = {"many": jnp.arange(33.0), "few": jnp.ones((2, 1)), "whole": np.int32(3)}
+    metrics = {
+        "value": float("nan"),
+        "error_estimate": float("inf"),
+        "status": 0,
+        "hparams": hparams,
+        "seen": np.float32(2),
+    }
+    hg.outer.json_lines(path)(7, metrics)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "step": 7,
+        "value": None,
+        "error_estimate": None,
+        "status": "OK",
+        "hparams": {"['few']": [[1.0], [1.0]], "['many']": {"min": 0.0, "mean": 16.0, "max": 32.0}, "['whole']": 3},
+        "seen": 2.0,
+    }
+
+
+def test_json_lines_in_no_folder_are_refused(tmp_path):
+    for path in (tmp_path / "none" / "run.jsonl", tmp_path):
+        with pytest.raises(InputError, match="json_lines: path"):
+            hg.outer.json_lines(path)
