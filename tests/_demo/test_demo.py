@@ -122,6 +122,18 @@ def test_cleaning_finds_the_wrong_labels_and_names_the_rivals_that_it_does_not_b
     assert "validation set alone" in output
 
 
+@pytest.mark.experiment
+@pytest.mark.usefixtures("once")
+def test_cleaning_whole_reaches_what_it_did_as_the_first_command(tmp_path, capsys, cache):
+    assert cli.main(["--task", "cleaning", "--json", "--out", str(tmp_path / "c.png")]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.89 <= found["plain"] <= 0.94
+    assert found["tuned"] >= 0.955
+    assert 0.96 <= found["oracle"] <= 0.98
+    assert found["f1"] >= 0.9
+    assert found["tuned_training_only"] >= found["plain_training_only"] + 0.2
+
+
 def test_l2_compares_searches_of_equal_cost(tmp_path, capsys, cache):
     assert cli.main(["--task", "l2", "--steps", "12", "--json", "--out", str(tmp_path / "l2.svg")]) == 0
     output = capsys.readouterr().out
