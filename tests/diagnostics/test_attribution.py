@@ -296,7 +296,7 @@ def test_mistakes_are_named_before_anything_compiles(key):
     call = functools.partial(hg.attribute, SQUARES, jnp.zeros(D), L2, train, queries)
     with pytest.raises(hg.InputTypeError, match=r"method must be a function .* found an hg.Solver"):
         call(method=EXACT(SQUARES))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(hg.InputTypeError, match=r"missing a required argument: 'inner'.*hg.unrolled\(problem"):
+    with pytest.raises(hg.InputTypeError, match=r"missing a required .*argument: 'inner'.*hg.unrolled\(problem"):
         call(method=hg.unrolled)  # pyright: ignore[reportArgumentType]
     with pytest.raises(hg.InputTypeError, match=r"method must return an hg.Solver, found NoneType"):
         call(method=lambda problem: None)  # pyright: ignore[reportArgumentType]

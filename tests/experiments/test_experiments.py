@@ -111,7 +111,7 @@ def test_report_check_writes_nothing_and_names_what_is_out_of_date(made_up, caps
     [
         ("README.md", "<!-- measured -->\n", "", "the table goes between"),
         ("README.md", "**Claim.**", "Claim:", "no paragraph begins with"),
-        ("README.md", "# Title", "Title", "no title"),
+        ("README.md", "# Title", "Title", "not a title"),
         ("results.json", '"b"', '"c"', "seed 0 has no 'a.b'"),
     ],
 )

@@ -211,8 +211,8 @@ def test_an_option_that_the_solver_does_not_name_is_refused_before_anything_comp
 @pytest.mark.parametrize(
     ("prepare", "kind", "words"),
     [
-        (lambda s, state: state._replace(inner=state.inner | {"calls": s["n"]}), InputError, ["no option"]),
-        (lambda s, state: state.inner, InputError, ["no option"]),
+        (lambda s, state: state._replace(inner=state.inner | {"calls": s["n"]}), InputError, ["not an option"]),
+        (lambda s, state: state.inner, InputError, ["not an option"]),
         (
             lambda s, state: state._replace(options=state.options | {"new": s["n"]}),
             InputError,

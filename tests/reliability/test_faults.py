@@ -41,7 +41,7 @@ def test_each_fault_has_the_status_that_names_it(batch):
     name, found = batch
     for fault, outcome in zip(FAULTS, found.outcomes, strict=True):
         expected = fault.others.get(name, NAMED[name](fault) if name in NAMED else outcome.status)
-        assert outcome.status == expected, f"{name}, {fault.what}: {outcome}"
+        assert outcome.status in (expected, *fault.rounded), f"{name}, {fault.what}: {outcome}"
 
 
 def test_what_looks_usable_is_as_accurate_as_it_says(batch):
@@ -69,7 +69,7 @@ def test_alone_under_jit_the_outcome_is_that_of_the_batch():
 
 def test_without_jit_the_outcome_is_that_of_the_batch():
     for fault, outcome in zip(FAULTS[4:6], one_by_one("direct", FAULTS[4:6], jit=False), strict=True):
-        assert outcome.status == fault.status
+        assert outcome.status in (fault.status, *fault.rounded)
         assert not outcome.silent
 
 
