@@ -131,11 +131,11 @@ def overtuning(
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(lambda w, h, batch: (w - h)**2, lambda w, h, batch: jnp.mean((batch - w)**2))
-    >>> rows = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # tuned to their mean
+    >>> rows = jnp.arange(1.0, 13.0)  # tuned to their mean
     >>> solver = hg.implicit(problem, inner=hg.inner.newton())
-    >>> found = hg.diagnostics.overtuning(solver, solver.init(jnp.zeros(()), 3.5), 3.5, None, rows)
-    >>> print(f"{found.raw:.3f} -> {found.corrected:.3f}")  # each row against the mean of the others: (6/5)² as much
-    2.917 -> 4.200
+    >>> found = hg.diagnostics.overtuning(solver, solver.init(jnp.zeros(()), 6.5), 6.5, None, rows)
+    >>> print(f"{found.raw:.3f} -> {found.corrected:.3f}")  # each row against the mean of the others: (12/11)² as much
+    11.917 -> 14.182
     """
     count = _tree.size(hparams)
     _refuse(solver, hparams, train, valid, count)
