@@ -161,3 +161,24 @@ def _as_float(name: str, path: Any, leaf: Any) -> jax.Array:
             "(1.0, or x.astype(jnp.float32)), or keep it out of the tree and let the loss close over it."
         )
     return jnp.asarray(leaf, jnp.result_type(leaf))  # not weakly typed, so that a second call fits the first's trace
+
+
+def spread(function: str, name: str, prefix: PyTree, tree: PyTree) -> PyTree:
+    """A pytree like `tree`, whose leaves are those of the prefix.
+
+    Args:
+        function: who asks.
+        name: of its argument.
+        prefix: the argument: one value, or a pytree prefix of the hyperparameters.
+        tree: the hyperparameters.
+
+    Raises:
+        InputError: for a pytree that is no prefix of `tree`.
+    """
+    try:
+        return jax.tree.map(lambda value, part: jax.tree.map(lambda _: value, part), prefix, tree)
+    except ValueError as error:
+        leaves = ", ".join(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+        raise InputError(
+            f"{function}: {name} must be one value, or a pytree prefix of hparams, whose leaves are {leaves}: {error}"
+        ) from error

@@ -180,6 +180,33 @@ class _HyperRegressor(MultiOutputMixin, RegressorMixin, _Hyper):
         return X, np.asarray(y, np.float64), self._weights(sample_weight, X)
 
 
+class _HyperShared(_Hyper):
+    """The same, with one strength for all coefficients unless another `per` is asked for."""
+
+    def __init__(
+        self,
+        *,
+        per="all",
+        groups=None,
+        cv=5,
+        fit_intercept=True,
+        refit=True,
+        max_iter=100,
+        tol=1e-5,
+        random_state=None,
+    ):
+        super().__init__(
+            per=per,
+            groups=groups,
+            cv=cv,
+            fit_intercept=fit_intercept,
+            refit=refit,
+            max_iter=max_iter,
+            tol=tol,
+            random_state=random_state,
+        )
+
+
 class _Predictions:
     """A linear model's outputs."""
 
@@ -258,7 +285,7 @@ class HyperRidge(_Predictions, _HyperRegressor):
         return self._outputs(X)
 
 
-class HyperElasticNet(_Predictions, RegressorMixin, _Hyper):
+class HyperElasticNet(_Predictions, RegressorMixin, _HyperShared):
     r"""Elastic net with an L1 and an L2 strength for each feature, tuned by hypergradients.
 
         min over w, b of  Σ s_i (y_i − x_i·w − b)² / (2 Σ s_i) + Σ a_j |w_j| + ½ Σ b_j w_j²
@@ -303,29 +330,6 @@ class HyperElasticNet(_Predictions, RegressorMixin, _Hyper):
 
     _kind = "elastic_net"
 
-    def __init__(
-        self,
-        *,
-        per="all",
-        groups=None,
-        cv=5,
-        fit_intercept=True,
-        refit=True,
-        max_iter=100,
-        tol=1e-5,
-        random_state=None,
-    ):
-        super().__init__(
-            per=per,
-            groups=groups,
-            cv=cv,
-            fit_intercept=fit_intercept,
-            refit=refit,
-            max_iter=max_iter,
-            tol=tol,
-            random_state=random_state,
-        )
-
     def fit(self, X, y, sample_weight=None):
         """Tune the strengths over the folds, and fit all rows with them.
 
@@ -361,7 +365,7 @@ class HyperElasticNet(_Predictions, RegressorMixin, _Hyper):
         return self._outputs(X)
 
 
-class HyperLogisticRegression(_Predictions, ClassifierMixin, _Hyper):
+class HyperLogisticRegression(_Predictions, ClassifierMixin, _HyperShared):
     r"""Logistic regression with a penalty for each feature or class, tuned by hypergradients of the log-loss.
 
         min over w, b of  Σ s_i nll_i(w, b) + ½ Σ α_jc w_jc²
@@ -407,29 +411,6 @@ class HyperLogisticRegression(_Predictions, ClassifierMixin, _Hyper):
 
     _kind = "logistic"
     _pers = ("all", "feature", "group", "class")
-
-    def __init__(
-        self,
-        *,
-        per="all",
-        groups=None,
-        cv=5,
-        fit_intercept=True,
-        refit=True,
-        max_iter=100,
-        tol=1e-5,
-        random_state=None,
-    ):
-        super().__init__(
-            per=per,
-            groups=groups,
-            cv=cv,
-            fit_intercept=fit_intercept,
-            refit=refit,
-            max_iter=max_iter,
-            tol=tol,
-            random_state=random_state,
-        )
 
     def fit(self, X, y, sample_weight=None):
         """Tune the penalties over the folds, and fit all rows with them.

@@ -131,11 +131,11 @@ def multistart(
         with interruptible() as interrupts:
             while done < steps:
                 taken = min(steps_per_call, steps - done)
-                loop, _, packet = call(loop, taken, *data, step_keys)
+                after, _, packet = call(loop, taken, *data, step_keys)
                 for i in range(count):
                     note(notes[i], done, taken, _of_one(packet, i, steps_per_call))
-                    tallies[i] = counted(tallies[i], notes[i], done, done + taken, 0.0)
-                done += taken
+                later = [counted(tallies[i], notes[i], done, done + taken, 0.0) for i in range(count)]
+                loop, tallies, done = after, later, done + taken  # in one piece, since Ctrl-C may come any time
                 interrupts.check()
     except KeyboardInterrupt:
         if not done:

@@ -30,11 +30,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import check_hparams, check_params
+from hypergrad._checks import check_hparams, check_params, spread
 from hypergrad._options import Choice, Number, as_options, options
 from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner, bind_outer, reparametrized
 from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, code, first_failure
-from hypergrad._tree import PyTree, keystr
+from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained, to_unconstrained
 from hypergrad.inner._inner import STEPS, Inner
 from hypergrad.solvers._call import (
@@ -212,8 +212,7 @@ def evolution(
         sigma = state.options["scale"]
 
         fresh = _mask(evolve, _tree.scale(sigma, _normal(noise_key, state.drift)))
-        drift = {"es": fresh, "nres": _tree.where(new, fresh, state.drift)}.get(method)
-        drift = _tree.add(_tree.where(new, _tree.zeros_like(fresh), state.drift), fresh) if drift is None else drift
+        drift = _drift(method, new, state.drift, fresh)
         off = drift if method == "nres" else fresh  # by how much the hyperparameters are off in this call
 
         def particle(sign: Array, stands: Point, off: PyTree, key: Array) -> tuple[Point, Array]:
@@ -309,14 +308,7 @@ def _check_evolve(evolve: PyTree, truncate: int | None) -> None:
 
 def _flags(evolve: PyTree, hparams: PyTree) -> list[bool]:
     """Which leaves of the hyperparameters evolve."""
-    try:
-        spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), evolve, hparams)
-    except ValueError as error:
-        leaves = ", ".join(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
-        raise InputError(
-            f"evolution: evolve must be a pytree prefix of hparams, whose leaves are {leaves}: {error}"
-        ) from error
-    return jax.tree.leaves(spread)
+    return jax.tree.leaves(spread("evolution", "evolve", evolve, hparams))
 
 
 def _mask(evolve: PyTree, draws: PyTree) -> PyTree:
@@ -379,6 +371,15 @@ def _advance(inner: Inner, objective: Objective, at: Point, hparams: PyTree, t: 
         grads, model_state = loss(at.params, hparams, model_state, t)
         params, state = inner.update(grads, at.params, at.state, hparams)
     return Point(like(params, at.params), like(state, at.state), model_state)
+
+
+def _drift(method: str, new: Array, before: PyTree, fresh: PyTree) -> PyTree:
+    """ξ of this call."""
+    if method == "es":
+        return fresh
+    if method == "nres":
+        return _tree.where(new, fresh, before)
+    return _tree.add(_tree.where(new, _tree.zeros_like(before), before), fresh)
 
 
 def _normal(key: Array, drift: PyTree) -> PyTree:

@@ -37,7 +37,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
-from hypergrad._checks import caller_level, check_hparams, check_params, check_same_structure
+from hypergrad._checks import caller_level, check_hparams, check_params, check_same_structure, spread
 from hypergrad._data import draw
 from hypergrad._jaxpr.sensitivity import influence
 from hypergrad._options import Choice, Number, Slot, as_options, options
@@ -197,8 +197,8 @@ def self_tuning(
     ) -> SelfTuningState:
         params, hparams = check_params(params), check_hparams(hparams)
         centre = _tree.strong(to_unconstrained(domain, hparams))
-        _prefix("shared", shared, centre)
-        start = jax.tree.map(_start, _prefix("scale", scale, centre), centre)
+        spread("self_tuning", "shared", shared, centre)
+        start = jax.tree.map(_start, spread("self_tuning", "scale", scale, centre), centre)
         weights = _tree.strong(chosen.init(require_key("self_tuning", "init", key), params, centre))
         return SelfTuningState(
             weights,
@@ -219,7 +219,7 @@ def self_tuning(
         check_same_structure("hparams", call.hparams, state.centre, remedy)
         draws(perturb, call.objective.fixed_batch[0], "train")  # says what is wrong with the batch
         centre = _tree.strong(to_unconstrained(domain, call.hparams))
-        return call, Around(problem, chosen, domain, perturb, _prefix("shared", shared, centre), centre)
+        return call, Around(problem, chosen, domain, perturb, spread("self_tuning", "shared", shared, centre), centre)
 
     def fit(state: SelfTuningState, call: Call, around: Around) -> InnerResult:
         train_key, _ = call.keys
@@ -326,17 +326,6 @@ def _mean(function: Callable[[Any], PyTree], count: int) -> PyTree:
     if count == 1:
         return function(0)
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(function, jnp.arange(count)))
-
-
-def _prefix(name: str, prefix: PyTree, hparams: PyTree) -> PyTree:
-    """A pytree like hparams whose leaves are those of the prefix."""
-    try:
-        return jax.tree.map(lambda value, part: jax.tree.map(lambda _: value, part), prefix, hparams)
-    except ValueError as error:
-        leaves = ", ".join(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(hparams))
-        raise InputError(
-            f"self_tuning: {name} must be one value, or a pytree prefix of hparams, whose leaves are {leaves}: {error}"
-        ) from error
 
 
 def _start(scale: ArrayLike, leaf: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,26 @@ def test_a_start_that_fails_leaves_the_others_alone():
     assert float(found.results[0].hparams) == 3.0
     none = hg.multistart(hg.implicit(problem), jnp.zeros(1), jnp.array([3.0]), outer=optax.sgd(0.1), steps=2)
     assert none.best is None
+
+
+def test_ctrl_c_ends_all_starts_after_the_same_step(monkeypatch):
+    module = sys.modules["hypergrad.outer.multistart"]
+    note, calls = module.note, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3 * 4 + 2:  # at the second start of the fifth step
+            raise KeyboardInterrupt
+        return note(*args)
+
+    monkeypatch.setattr(module, "note", interrupted)
+    found = hg.multistart(ridge(), START, STARTS, **OPTIONS)
+    monkeypatch.undo()
+    whole = hg.multistart(ridge(), START, STARTS, **OPTIONS | {"steps": 4})
+    for result, expected in zip(found.results, whole.results, strict=True):
+        assert result.status is TuneStatus.INTERRUPTED and len(result.history.value) == 4
+        assert_trees_close(result.hparams, expected.hparams, tol(1e-12, 1e-6))
+        assert_trees_close(result.state, expected.state, tol(1e-12, 1e-6))
 
 
 @pytest.mark.parametrize(

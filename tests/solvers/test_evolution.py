@@ -213,5 +213,8 @@ def test_a_call_needs_a_key_and_an_evolve_that_fits():
     with pytest.raises(hg.InputError, match="key is None: pass key="):
         solver.hypergrad(solver.init(jnp.zeros(3), HPARAMS), HPARAMS)
     solver = hg.evolution(PROBLEM, inner=INNER, pairs=2, evolve={"other": True})
-    with pytest.raises(hg.InputError, match=r"evolve must be a pytree prefix of hparams, whose leaves are \['to'\]"):
+    with pytest.raises(
+        hg.InputError,
+        match=r"evolution: evolve must be one value, or a pytree prefix.* leaves are \['to'\]",
+    ):
         solver.init(jnp.zeros(3), HPARAMS)
