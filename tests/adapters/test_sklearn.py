@@ -14,7 +14,8 @@ pytest.importorskip("sklearn", minversion="1.6")
 
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris, make_regression
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge, RidgeCV
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -93,6 +94,25 @@ def test_the_fit_is_scikit_learns_at_the_penalty_that_was_found():
         theirs = LogisticRegression(C=found.C_, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(X, labels)
         np.testing.assert_allclose(found.predict_proba(X), theirs.predict_proba(X), atol=1e-5)
         assert (found.predict(X) == theirs.predict(X)).all()
+
+
+@pytest.mark.parametrize("fit_intercept", [True, False])
+def test_each_regression_is_scikit_learns_own_at_the_hyperparameters_that_were_found(fit_intercept):
+    X, y, _ = regression(5, n=30, d=3, informative=2, noise=3.0)
+    weight = np.random.default_rng(0).uniform(0.5, 2.0, len(y))
+    options = {"cv": 3, "max_iter": 4, "fit_intercept": fit_intercept}
+    ridge = HyperRidge(per="all", **options).fit(X, y, weight)
+    own = Ridge(alpha=ridge.alpha_, fit_intercept=fit_intercept).fit(X, y, weight)
+    np.testing.assert_allclose([*ridge.coef_, ridge.intercept_], [*own.coef_, own.intercept_], rtol=1e-8, atol=1e-10)
+    net = HyperElasticNet(**options).fit(X, y, weight)
+    own = ElasticNet(alpha=net.alpha_, l1_ratio=net.l1_ratio_, fit_intercept=fit_intercept, tol=1e-12, max_iter=10**5)
+    own.fit(X, y, weight)
+    np.testing.assert_allclose([*net.coef_, net.intercept_], [*own.coef_, own.intercept_], rtol=1e-5, atol=1e-7)
+    kernel = HyperKernelRidge(**options).fit(X, y, weight)
+    mean = np.average(y, weights=weight) if fit_intercept else 0.0
+    own = KernelRidge(alpha=kernel.alpha_, kernel="rbf", gamma=0.5).fit(X / kernel.length_scale_, y - mean, weight)
+    np.testing.assert_allclose(kernel.dual_coef_, own.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(own.dual_coef_).max())
+    np.testing.assert_allclose(kernel.predict(X), own.predict(X / kernel.length_scale_) + mean, rtol=1e-6)
 
 
 def test_groups_and_classes_have_a_penalty_each():
