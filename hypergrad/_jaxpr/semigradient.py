@@ -60,7 +60,7 @@ _OTHER = _Weight("other")
 
 
 class _Known(NamedTuple):
-    """The knowledge about a value.
+    """Facts about a value of the program.
 
     Attributes:
         reach: leaves of the parameters that its derivative could flow back to if nothing were held back, as bits.

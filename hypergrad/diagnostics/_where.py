@@ -104,7 +104,7 @@ def _entries(part: Part, ours: np.ndarray, theirs: np.ndarray, wrong: list[bool]
 
 
 def _relation(ours: float, theirs: float) -> str:
-    """The relation of a wrong number to the right one, where it is a simple one."""
+    """How a wrong number relates to the right one, where the relation is simple: in words."""
     if ours == 0:
         return ": exactly zero"
     if not theirs:

@@ -34,16 +34,16 @@ _ROUNDING = 32  # units of rounding, below which no tolerance is asked for
 
 
 class MaidState(NamedTuple):
-    """What the next trial depends on.
+    """The controller's state, from which the next trial follows.
 
     Attributes:
         free: u, the last accepted point.
         grad: the hypergradient there.
         value: the outer loss there; inf before the first.
-        noise: by how much that may be wrong.
+        noise: the largest error that this value is taken to have.
         step: α, scalar.
         accuracy: ε of the next trial.
-        again: whether the next trial is u once more, for the accuracy.
+        again: whether the next trial is u once more, to know f and z there more accurately.
         count: accepted points, int32.
     """
 

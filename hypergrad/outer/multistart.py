@@ -36,7 +36,7 @@ from hypergrad.outer.controllers import Controller
 
 
 class Multistart(NamedTuple):
-    """What tuning from many starts found.
+    """The results of tuning from many starts.
 
     Attributes:
         results: an `hg.Result` for each start, in their order.
@@ -152,7 +152,7 @@ def multistart(
 
 
 def _of_one(packet: Packet, i: int, most: int) -> Packet:
-    """What one start reported."""
+    """The report of one start."""
     at = (slice(None), i) if most > 1 else i
     return jax.tree.map(lambda x: x[at], packet)
 

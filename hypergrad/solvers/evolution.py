@@ -53,7 +53,7 @@ from hypergrad.unrolling.step import Point, like
 
 
 class EvolutionState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         centre: where training without perturbation stands.

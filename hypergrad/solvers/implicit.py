@@ -69,7 +69,7 @@ from hypergrad.solvers.regularity import KnownRegularity, cross_size, error_boun
 
 
 class ImplicitState(NamedTuple):
-    """What the next call starts from.
+    """The state from which the next call starts.
 
     Attributes:
         params: inner solution. pytree like the parameters.
