@@ -21,7 +21,7 @@ def draw_images(shown: dict[str, np.ndarray], rows: list[tuple[str, float]], pat
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.3), facecolor="white")
-    figure.text(0.012, 0.915, "Ten images that teach what 1,300 do", color=INK, fontsize=14, fontweight="bold")
+    figure.text(0.012, 0.915, "Ten images in place of 1,300", color=INK, fontsize=14, fontweight="bold")
     left = {"left": 0.012, "right": 0.575, "top": 0.80, "bottom": 0.02, "wspace": 0.07, "hspace": 0.38}
     grid = figure.add_gridspec(len(shown), 10, **left)
     for i, (name, images) in enumerate(shown.items()):
