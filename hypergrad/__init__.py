@@ -7,6 +7,7 @@ Their parts       inner (finds parameters), linear (solves the adjoint system), 
 Tuning            tune, multistart, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
 Trust             check, Status, raise_if_failed, diagnostics
 Examples          attribute: what leaving out each training example would change
+Without a split   objectives (outer losses that need no validation set)
 To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
 
 `help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
@@ -19,6 +20,7 @@ from hypergrad import diagnostics as diagnostics
 from hypergrad import domains as domains
 from hypergrad import inner as inner
 from hypergrad import linear as linear
+from hypergrad import objectives as objectives
 from hypergrad import outer as outer
 from hypergrad import prox as prox
 from hypergrad import responses as responses
