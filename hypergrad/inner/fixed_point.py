@@ -4,10 +4,17 @@ r"""Any map iterated to its fixed point: proximal steps, equilibria, solvers of 
 
 Differentiating F rather than the steps makes L1 penalties exact: the derivative of a proximal step knows which
 coordinates are zero, where that of a subgradient step does not.
-Source: Bertrand et al. 2020, arXiv:2002.08943 (the lasso); Bai et al. 2019, arXiv:1909.01377 (equilibria). Differs:
-Φ need be neither symmetric nor a contraction as long as the iteration converges; the adjoint system is solved, not
-iterated.
-Cost: an evaluation of Φ a step. Memory: two points.
+With `history=m`, Anderson acceleration: where f = Φ(w) − w, and Q and P hold what f and Φ(w) changed by over the last m
+steps, with Q orthonormal and P combined alike,
+
+    wₜ₊₁ = Φ(wₜ) − P Qᵀ fₜ,   refused unless ‖fₜ₊₁‖ is the smallest so far: then wₜ₊₁ = Φ(wₜ), and P and Q are emptied
+
+Source: Bertrand et al. 2020, arXiv:2002.08943 (the lasso); Bai et al. 2019, arXiv:1909.01377 (equilibria); Anderson
+1965, and Walker & Ni 2011 (acceleration). Differs: Φ need be neither symmetric nor a contraction as long as the
+iteration converges; the adjoint system is solved, not iterated; the changes of f are made orthogonal as they come, so
+that no least-squares system is solved, and an accelerated point is only ever a step on the way: the solution is a value
+of Φ, with its zeros and within its bounds.
+Cost: an evaluation of Φ a step, a refused one included. Memory: two points, and 2 m + 2 more with acceleration.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from jax.typing import ArrayLike
 from hypergrad import _tree
 from hypergrad._options import Number, options
 from hypergrad._problem import Objective
-from hypergrad._solver import Status
+from hypergrad._solver import InputError, Status
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner, iterative, map_of
 
@@ -31,9 +38,30 @@ _MAX_STEPS = 10_000
 _PATIENCE = 1000  # steps without a new smallest residual; accelerated maps may go up for long before they come down
 _GROWTH = 100  # a residual that grew by more than this has diverged
 _REST = 10  # such steps that show that rounding level is reached
+_DEPENDENT = 100  # units of rounding, below which a change lies in the span of those before it
 _ROUNDING = 4  # units of rounding of w in F, below which nothing can be told from zero
 
 Map = Callable[..., PyTree]
+
+
+class _Secants(NamedTuple):
+    """What acceleration remembers.
+
+    Attributes:
+        changes: Q, changes of the residual made orthonormal, a pytree of rows; zeros where there is none.
+        moves: P, what Φ changed by, combined as those were.
+        count: pairs that were entered since they were last emptied, int32.
+        image: Φ at the last point that was kept.
+        left: f there.
+        ahead: whether the present point is an accelerated one.
+    """
+
+    changes: PyTree
+    moves: PyTree
+    count: Array
+    image: PyTree
+    left: PyTree
+    ahead: Array
 
 
 class _Carry(NamedTuple):
@@ -45,11 +73,22 @@ class _Carry(NamedTuple):
     steps: Array
     met: Array
     status: Array
+    secants: _Secants | None
 
 
-@options(tol=Number(above=0), max_steps=Number(least=1, integer=True), steps=Number(least=0, integer=True, static=True))
+@options(
+    tol=Number(above=0),
+    max_steps=Number(least=1, integer=True),
+    steps=Number(least=0, integer=True, static=True),
+    history=Number(least=0, integer=True, static=True),
+)
 def fixed_point(
-    map: Map, *, tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, steps: int | None = None
+    map: Map,
+    *,
+    tol: ArrayLike | None = None,
+    max_steps: ArrayLike | None = None,
+    steps: int | None = None,
+    history: int = 0,
 ) -> Inner:
     """Iterate a map until it leaves the parameters where they are.
 
@@ -62,6 +101,10 @@ def fixed_point(
         max_steps: most steps. Default 10,000, or `steps`.
         steps: makes `hg.unrolled` possible, which takes and differentiates this many steps, a Python integer.
             Without `tol`, other solvers take as many and claim nothing.
+        history: steps that Anderson acceleration learns from; 5 is usual. It saves most where the map contracts
+            slowly, and may reach a point that the map by itself moves away from. The map is then evaluated at points
+            outside of its range too (negative ones, say), and steps that do not help, or are not finite, are taken
+            back. The solution and its derivatives are those of the map either way. Default 0: none.
 
     Returns:
         An `Inner` whose status is INNER_MAX_STEPS where the tolerance was missed, INNER_DIVERGED where the residual
@@ -71,7 +114,7 @@ def fixed_point(
 
     Raises:
         InputError: for a result of another structure or shape than the parameters, naming the path; for a negative
-            tolerance or step count.
+            tolerance, step count or history; for a history together with `steps`.
         InputTypeError: for a map with another number of arguments; for a result of another dtype.
 
     >>> import hypergrad as hg, jax.numpy as jnp
@@ -81,6 +124,11 @@ def fixed_point(
     >>> inner = hg.inner.fixed_point(proximal_step, tol=1e-6)
     """
     apply = map_of("fixed_point: map", map, "params")
+    if history and steps is not None:
+        raise InputError(
+            f"fixed_point: history must be 0 where steps is given, found history={history} and steps={steps}: what is "
+            "differentiated are steps of the map itself; leave steps out to accelerate a solve to a tolerance."
+        )
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
         return _tree.sub(params, apply(params, hparams, *objective.fixed_batch))
@@ -91,7 +139,7 @@ def fixed_point(
     def iterate(
         objective: Objective, params: PyTree, hparams: PyTree, target: Array | None, most: Array
     ) -> tuple[PyTree, Array, Array, Array]:
-        return _iterate(lambda w: apply(w, hparams, *objective.fixed_batch), params, target, most)
+        return _iterate(lambda w: apply(w, hparams, *objective.fixed_batch), params, target, most, history)
 
     claims = tol is not None or steps is None
     most = max_steps if max_steps is not None else _MAX_STEPS if steps is None else int(steps)
@@ -99,7 +147,7 @@ def fixed_point(
 
 
 def _iterate(
-    step: Callable[[PyTree], PyTree], params: PyTree, target: Array | None, max_steps: Array
+    step: Callable[[PyTree], PyTree], params: PyTree, target: Array | None, max_steps: Array, history: int
 ) -> tuple[PyTree, Array, Array, Array]:
     dtype, eps = _tree.dtype(params), _tree.eps(params)
 
@@ -114,17 +162,35 @@ def _iterate(
         first = jnp.where(c.steps == 0, residual, c.first)
         since = jnp.where(residual < c.best, 0, c.since + 1).astype(jnp.int32)
         met, status = jnp.asarray(False), _broken(residual, c.residual, first, eps)
+        close = jnp.asarray(False) if target is None else residual <= target
+        following, here, secants = moved, c.params, None
+        if c.secants is not None:
+            secants = _learn(c.secants, moved, _tree.sub(moved, c.params), c.steps > 0)
+            secants = secants._replace(ahead=(secants.count > 0) & ~close)
+            following = _tree.where(secants.ahead, _accelerated(secants), moved)
+            here = _tree.where(c.secants.ahead, moved, c.params)
         if target is not None:
-            met = residual <= target
+            met = close if c.secants is None else close & ~c.secants.ahead
             rounding = (residual <= _ROUNDING * eps * _tree.norm(c.params)) & (since >= _REST)
             stalled = jnp.where(since >= _PATIENCE, int(Status.INNER_STALLED), int(Status.OK))
             ended = jnp.where(rounding, int(Status.PRECISION_LIMITED), stalled).astype(jnp.int32)
             status = jnp.where((status == int(Status.OK)) & ~met, ended, status)
-            moved = _tree.where(met | (ended != int(Status.OK)) | (c.steps >= max_steps), c.params, moved)
-        return _Carry(moved, residual, first, jnp.fmin(c.best, residual), since, c.steps + 1, met, status)
+            following = _tree.where(met | (ended != int(Status.OK)) | (c.steps >= max_steps), here, following)
+        found = _Carry(following, residual, first, jnp.fmin(c.best, residual), since, c.steps + 1, met, status, secants)
+        if c.secants is None:
+            return found
+        refused = c.secants.ahead & ~(residual < c.best)
+        back = c._replace(
+            params=c.secants.image, since=c.since + 1, steps=c.steps + 1, secants=_emptied(c.secants, history)
+        )
+        return _tree.where(refused, back, found)
 
     zero, inf = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-    start = _Carry(params, zero, zero, inf, jnp.int32(0), jnp.int32(0), jnp.asarray(False), jnp.int32(Status.OK))
+    no, ok = jnp.asarray(False), jnp.int32(Status.OK)
+    still = _tree.zeros_like(params)
+    blank = _Secants(None, None, jnp.int32(0), still, still, no)
+    secants = _emptied(blank, history) if history else None
+    start = _Carry(params, zero, zero, inf, jnp.int32(0), jnp.int32(0), no, ok, secants)
     c = jax.lax.while_loop(proceed, body, start)
     grown = c.residual > _GROWTH * c.first
     missed = jnp.where(grown, int(Status.INNER_DIVERGED), int(Status.OK if target is None else Status.INNER_MAX_STEPS))
@@ -142,3 +208,40 @@ def _broken(residual: Array, last: Array, first: Array, eps: float) -> Array:
     kind = jnp.where(growing, int(Status.INNER_DIVERGED), int(Status.NONFINITE_GRAD))
     lost = jnp.where(residual * eps > first, int(Status.INNER_DIVERGED), int(Status.OK))
     return jnp.where(finite, lost, kind).astype(jnp.int32)
+
+
+def _emptied(secants: _Secants, history: int) -> _Secants:
+    rows = jax.tree.map(lambda x: jnp.zeros((history, *x.shape), x.dtype), secants.image)
+    return secants._replace(changes=rows, moves=rows, count=jnp.int32(0), ahead=jnp.asarray(False))
+
+
+def _learn(secants: _Secants, image: PyTree, left: PyTree, known: Array) -> _Secants:
+    """Enter the change since the last point that was kept; one that says nothing new is left out."""
+    change, move = _tree.sub(left, secants.left), _tree.sub(image, secants.image)
+    whole = _tree.norm(change)
+    for _ in range(2):  # the second pass takes off what rounding left of the first
+        along = _along(secants.changes, change)
+        change = _tree.sub(change, _combined(along, secants.changes))
+        move = _tree.sub(move, _combined(along, secants.moves))
+    length = _tree.norm(change)
+    noise = _tree.eps(change) * (_DEPENDENT * whole + _ROUNDING * _tree.norm(image))
+    new = known & (length > noise) & jnp.isfinite(length)
+    slot = secants.count % jax.tree.leaves(secants.changes)[0].shape[0]
+    share = jnp.where(new, 1 / _tree.positive(length), 0)
+    put = lambda rows, row: jax.tree.map(lambda x, y: x.at[slot].set(jnp.where(new, y, x[slot])), rows, row)
+    changes = put(secants.changes, _tree.scale(share, change))
+    moves = put(secants.moves, _tree.scale(share, move))
+    return secants._replace(changes=changes, moves=moves, count=secants.count + new, image=image, left=left)
+
+
+def _accelerated(secants: _Secants) -> PyTree:
+    """Φ(w) less the combination of moves that, were Φ affine, would leave the smallest residual."""
+    return _tree.sub(secants.image, _combined(_along(secants.changes, secants.left), secants.moves))
+
+
+def _along(rows: PyTree, x: PyTree) -> Array:
+    return jax.vmap(lambda row: _tree.vdot(row, x))(rows)
+
+
+def _combined(shares: Array, rows: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.tensordot(shares.astype(x.dtype), x, 1), rows)

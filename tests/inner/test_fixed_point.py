@@ -128,6 +128,117 @@ def test_a_map_that_flickers_at_rounding_level_is_precision_limited():
     assert status(result) == "PRECISION_LIMITED" and int(result.steps) < 100
 
 
+# Acceleration.
+
+SLOW = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))[0]
+SLOW = SLOW @ np.diag(np.linspace(-0.2, 0.995, 12)) @ SLOW.T
+PUSH = np.random.default_rng(3).normal(size=12)
+
+
+def counted(step):
+    """The map, and a list that grows with each evaluation of it."""
+    seen: list[int] = []
+
+    def counting(w, hparams, batch):
+        jax.debug.callback(lambda: seen.append(1))
+        return step(w, hparams, batch)
+
+    return counting, seen
+
+
+@pytest.mark.parametrize("history", [1, 3, 12])
+def test_acceleration_finds_the_same_point_of_a_slow_map_in_far_fewer_evaluations(history):
+    step, seen = counted(lambda w, h, b: jnp.asarray(SLOW, w.dtype) @ w + jnp.asarray(PUSH, w.dtype))
+    result = solve(hg.inner.fixed_point(step, history=history, tol=tol(1e-10, 1e-4)), jnp.zeros(12))
+    jax.effects_barrier()
+    exact = np.linalg.solve(np.eye(12) - SLOW, PUSH)
+    assert status(result) == "OK" and relative_error(result.params, exact) < tol(1e-9, 1e-3)
+    assert len(seen) == int(result.steps) + 1  # the last look is not a step
+    plain = np.log(tol(1e-10, 1e-4)) / np.log(0.995)  # evaluations in which the slowest direction falls as far
+    assert len(seen) < plain / (5 if history == 1 else 20)
+    assert history < 12 or len(seen) <= 16  # as many directions as there are
+
+
+def test_the_first_accelerated_step_is_the_secant_through_two_points():
+    step = lambda w, h, b: 0.9 * jnp.cos(w)
+    result = solve(hg.inner.fixed_point(step, history=4, max_steps=2, tol=1e-30), jnp.asarray(0.3))
+    g = lambda w: 0.9 * np.cos(w)
+    a, b = 0.3, g(0.3)
+    secant = b - (g(b) - b) * (b - a) / ((g(b) - b) - (g(a) - a))
+    assert abs(secant - g(b)) > 0.01  # it differs from the plain step
+    assert relative_error(result.params, g(secant)) < tol(1e-12, 1e-5)  # of an accelerated point, its image is returned
+
+
+def test_accelerated_steps_keep_the_zeros_of_a_kink_and_the_bounds_of_a_box():
+    data = (jnp.asarray(X), jnp.asarray(Y))
+    hparams = {"l1": 0.17, "l2": 0.0}
+    plain = solve(hg.inner.fixed_point(elastic_net, tol=tol(1e-12, 1e-6)), jnp.zeros(8), hparams, data)
+    lasso = solve(hg.inner.fixed_point(elastic_net, tol=tol(1e-12, 1e-6), history=5), jnp.zeros(8), hparams, data)
+    assert status(lasso) == "OK" and int(lasso.steps) <= int(plain.steps)
+    assert relative_error(lasso.params, plain.params) < tol(1e-9, 1e-4)
+    np.testing.assert_array_equal(np.asarray(lasso.params) == 0, np.asarray(plain.params) == 0)
+
+    capped = hg.inner.fixed_point(lambda w, h, b: jnp.minimum(0.8 * w + 0.22, 1.0), tol=0.12, history=1)
+    assert solve(capped, jnp.asarray(0.0)).params == 1.0  # the accelerated point, 1.1, was near enough
+
+    box = lambda w, h, b: jnp.clip(jnp.asarray(SLOW, w.dtype) @ w + jnp.asarray(PUSH, w.dtype), -h, h)
+    found = solve(hg.inner.fixed_point(box, history=5, tol=tol(1e-10, 1e-5)), jnp.zeros(12), 0.8)
+    w = np.asarray(found.params, float)
+    slack = w - (SLOW @ w + PUSH)  # the gradient of ½ wᵀ(I − SLOW)w − PUSHᵀw: zero inside, outwards at the bounds
+    assert status(found) == "OK" and np.abs(w).max() <= np.float32(0.8) and (np.abs(w) > 0.799).sum() >= 3
+    assert np.abs(np.where(np.abs(w) < 0.799, slack, np.maximum(0, slack * np.sign(w)))).max() < tol(1e-9, 1e-4)
+
+
+def test_steps_that_do_not_help_are_taken_back():
+    # An extrapolated point beyond 1 gives NaN, and one near 0 leads to the root that the map itself moves away from.
+    fenced = lambda w, h, b: jnp.where(w > 1.2, jnp.nan, 0.9 * w + 0.1 + 0.2 * jnp.sin(6 * w) * (1 - w) ** 2)
+    result = solve(hg.inner.fixed_point(fenced, history=5, tol=tol(1e-10, 1e-5)), jnp.linspace(0.0, 0.9, 5))
+    assert status(result) == "OK" and relative_error(result.params, np.ones(5)) < tol(1e-8, 1e-3)
+    root = solve(
+        hg.inner.fixed_point(lambda w, h, b: 2 * jnp.log1p(w), history=5, tol=tol(1e-10, 1e-5)), jnp.full(3, 1.0)
+    )
+    w = np.asarray(root.params, float)
+    assert status(root) == "OK" and np.abs(w - 2 * np.log1p(w)).max() < tol(1e-9, 1e-4)
+
+
+def test_statuses_are_those_of_the_map_where_acceleration_cannot_help():
+    exploding = solve(hg.inner.fixed_point(lambda w, h, b: jnp.exp(w), history=3), jnp.ones(2))
+    broken = solve(hg.inner.fixed_point(lambda w, h, b: jnp.log(-w), history=3), jnp.ones(2))
+    short = solve(hg.inner.fixed_point(affine, history=3, max_steps=2, tol=1e-6), jnp.zeros(3))
+    drift = solve(hg.inner.fixed_point(lambda w, h, b: w + 0.1, history=3), jnp.ones(2))
+    assert status(exploding) == "INNER_DIVERGED" and status(broken) == "NONFINITE_GRAD"
+    assert status(short) == "INNER_MAX_STEPS" and int(short.steps) == 2
+    assert status(drift) == "INNER_STALLED" and np.abs(np.asarray(drift.params)).max() < 1000
+    assert_trees_equal(exploding.params, jnp.ones(2))
+
+
+def test_the_hypergradient_of_an_accelerated_solve_is_that_of_the_map():
+    step = lambda w, gain, batch: gain * jnp.tanh(jnp.asarray(SLOW, w.dtype) @ w) + jnp.asarray(PUSH, w.dtype)
+    problem = hg.Problem(None, lambda w, gain, batch: jnp.sum(w**2))
+
+    def hypergradient(history):
+        inner = hg.inner.fixed_point(step, history=history, tol=tol(1e-11, 1e-6))
+        solver = hg.implicit(problem, inner=inner, linear=hg.linear.gmres(tol=tol(1e-11, 1e-6)))
+        return jax.jit(lambda g: solver.hypergrad(solver.init(jnp.zeros(12), g), g)[0])(0.9)
+
+    plain, accelerated = hypergradient(0), hypergradient(5)
+    assert int(accelerated.info.status) == 0
+    assert int(accelerated.info.inner_steps) < int(plain.info.inner_steps)
+    assert relative_error(accelerated.grad, plain.grad) < tol(1e-8, 1e-3)
+
+
+def test_lanes_of_an_accelerated_vmap_are_independent():
+    inner = hg.inner.fixed_point(affine, tol=1e-5, history=2)
+    objective = bind_inner(problem(None), None, None, None)
+    run = lambda gain: inner.solve(objective, jnp.zeros(3), (), gain, None, scale=jnp.ones(()), options=inner.options)
+    gains = jnp.asarray([0.9, 0.1, 1.05])
+    batched = jax.jit(jax.vmap(run))(gains)
+    single: Any = jax.jit(run)
+    for i, gain in enumerate(gains):
+        assert int(batched.status[i]) == int(single(gain).status)
+        assert relative_error(batched.params[i], single(gain).params) < tol(1e-9, 1e-3)
+
+
 # A number of steps, to be unrolled.
 
 
@@ -251,6 +362,13 @@ wrong: Any = hg.inner  # to be called as its types forbid
         (lambda: wrong.fixed_point(affine, tol=-1.0), hg.InputError, "tol must be greater than 0"),
         (lambda: wrong.fixed_point(affine, max_steps=0), hg.InputError, "max_steps must be at least 1"),
         (lambda: wrong.fixed_point(affine, steps=-2), hg.InputError, "steps must be at least 0"),
+        (lambda: wrong.fixed_point(affine, history=-1), hg.InputError, "history must be at least 0"),
+        (lambda: wrong.fixed_point(affine, history=2.5), hg.InputTypeError, "history must be an integer, found 2.5"),
+        (
+            lambda: wrong.fixed_point(affine, history=5, steps=3),
+            hg.InputError,
+            "history must be 0 where steps is given, found history=5 and steps=3.*leave steps out",
+        ),
         (lambda: wrong.fixed_point(affine, steps=2.0), hg.InputTypeError, "steps must be an integer, found 2.0"),
         (lambda: wrong.fixed_point(affine, steps=jnp.int32(2)), hg.InputTypeError, "steps must be a Python integer"),
         (
