@@ -19,6 +19,7 @@ PARTS = {
     "diagnostics/_where.py": "diagnostics/test_check.py",
     "domains/_maps.py": "domains/test_domain.py",
     "inner/_inner.py": "inner/test_fixed_point.py",
+    "objectives/_found.py": "objectives/test_risk.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
