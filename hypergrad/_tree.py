@@ -197,6 +197,27 @@ def partition(x: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
     return [leaf for m, leaf in zip(mask, leaves, strict=True) if m], combine
 
 
+def numbers(tree: PyTree, most: int | None = None) -> dict[str, float]:
+    """Every entry as a Python number, by its path in words that trackers and databases take: `l2`, `layer.rate.3`.
+
+    A bare scalar is called `hparams`. A leaf of more than `most` entries gives its `.min`, `.mean` and `.max` instead.
+    Where two entries would share a name (`{"a.b": 1.0, "a": {"b": 2.0}}`), all are called as `keystr` writes them.
+    """
+
+    def named(write: Callable[[Any], str]) -> list[tuple[str, float]]:
+        found = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name, values = write(path) or "hparams", np.asarray(leaf, np.float64)
+            if most is not None and values.size > most:
+                found += [(f"{name}.{kind}", float(getattr(np, kind)(values))) for kind in ("min", "mean", "max")]
+            else:
+                found += [(".".join([name, *map(str, at)]), float(values[at])) for at in np.ndindex(values.shape)]
+        return found
+
+    found = named(lambda path: jax.tree_util.keystr(path, simple=True, separator="."))
+    return dict(found if len(dict(found)) == len(found) else named(keystr))
+
+
 def keystr(path: Any) -> str:
     """A tree path as the user would write it, `['layer']['w']`; '' becomes 'the tree itself'."""
     return jax.tree_util.keystr(path)

@@ -36,3 +36,15 @@ def test_what_can_be_divided_by_is_positive_and_has_finite_derivatives():
     np.testing.assert_array_equal(_tree.positive(sizes), [2.0, 1.0, 1.0, 1.0])
     assert _tree.positive(0.0) == 1 and _tree.positive(jnp.float32(5)).dtype == jnp.float32
     np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(1 / _tree.positive(x)))(sizes), [-0.25, 0.0, 0.0, 0.0])
+
+
+def test_every_number_has_a_name_that_trackers_take():
+    tree = {"layer": {"rate": jnp.ones((1, 2))}, "l2": 3.0, "pair": (jnp.zeros(()), np.arange(3.0))}
+    assert _tree.numbers(tree) == {
+        "l2": 3.0, "layer.rate.0.0": 1.0, "layer.rate.0.1": 1.0, "pair.0": 0.0, "pair.1.0": 0.0, "pair.1.1": 1.0,
+        "pair.1.2": 2.0,
+    }  # fmt: skip
+    assert _tree.numbers(2.0) == {"hparams": 2.0} and _tree.numbers(jnp.ones(1)) == {"hparams.0": 1.0}
+    assert _tree.numbers(tree["pair"], most=2) == {"0": 0.0, "1.min": 0.0, "1.mean": 1.0, "1.max": 2.0}
+    assert _tree.numbers({"a.b": 1.0, "a": {"b": 2.0}}) == {"['a.b']": 1.0, "['a']['b']": 2.0}, "no number is lost"
+    assert _tree.numbers({}) == {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from hypergrad._checks import install
-from hypergrad._solver import HypergradError, InputError, Solver, Status, evaluation, usable
-from hypergrad._tree import PyTree, keystr, size
+from hypergrad._checks import install, nearest
+from hypergrad._solver import HypergradError, InputError, InputTypeError, Solver, Status, evaluation, usable
+from hypergrad._tree import PyTree, keystr, numbers, size
 
 TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
 FEW = 10  # validation rows for each hyperparameter, below which a summary warns
@@ -241,6 +242,75 @@ class Result(NamedTuple):
             raise InputError(f"retrain: calls must be at least 1, found {calls}.")
         return Retrained(solver.response(state, hparams), float(value), status_name(info.status), state)
 
+    def to_optuna(
+        self,
+        storage: Any = None,
+        study_name: str | None = None,
+        *,
+        distributions: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Write the history as trials of a new Optuna study: for its plots and dashboards, or for a sampler to go on.
+
+        Each step is a trial: COMPLETE with its outer loss, or FAIL where the hypergradient was unusable or the loss not
+        finite. The parameters of a trial are the hyperparameters before the update, one for each entry, called by their
+        paths: `l2`, `layer.rate.3`; `hparams` for a bare scalar. Its user attributes are the step, its status, and all
+        other columns of the history that are finite. Above 1000 scalars, of which no trajectory is kept, a trial has no
+        parameters, and `.min`, `.mean` and `.max` of each leaf are attributes.
+
+        Args:
+            storage: URL of a database, such as `"sqlite:///runs.db"`, or an `optuna.storages` object; None keeps the
+                study in memory.
+            study_name: name of the study, which must be new in the storage; None lets Optuna choose one.
+            distributions: `optuna.distributions.FloatDistribution` by the name of a parameter, as later trials of the
+                study will suggest it; by default from the smallest to the largest value of the run.
+
+        Returns:
+            The `optuna.Study`, which minimizes.
+
+        Raises:
+            InputError: for distributions of unknown names, or that do not hold a value of the run; for text that is no
+                URL.
+            InputTypeError: for a storage or distribution of another type.
+            HypergradError: if Optuna is not installed.
+            optuna.exceptions.DuplicatedStudyError: if the storage has a study of that name.
+
+        >>> import hypergrad as hg, jax.numpy as jnp, optax
+        >>> problem = hg.Problem(inner_loss=lambda w, h, batch: jnp.sum((w - 2.0)**2) + h["l2"] * jnp.sum(w**2),
+        ...                      outer_loss=lambda w, h, batch: jnp.sum((w - 1.0)**2))
+        >>> solver = hg.unrolled(problem, inner=hg.inner.gradient(optax.sgd(0.1), steps=10))
+        >>> result = hg.tune(solver, jnp.zeros(3), {"l2": 0.1}, outer=optax.adam(0.1), steps=5, progress=False)
+        >>> study = result.to_optuna()
+        >>> len(study.trials), study.best_trial.number, sorted(study.best_params)
+        (5, 4, ['l2'])
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise HypergradError(f"to_optuna needs Optuna: {install('optuna')}.") from error
+        _check_storage(storage, optuna.storages.BaseStorage)
+        history, steps = self.history, range(len(self.history.value))
+        rows: list[dict[str, float]] = [{} for _ in steps]
+        if history.hparams is not None:
+            rows = [numbers(jax.tree.map(lambda leaf, t=t: leaf[t], history.hparams)) for t in steps]
+        paths = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        ranges = _ranges(paths, dict(distributions or {}), optuna.distributions.FloatDistribution)
+        states = optuna.trial.TrialState
+        trials = []
+        for t in steps:
+            value = float(history.value[t]) if history.usable[t] and np.isfinite(history.value[t]) else None
+            state = states.FAIL if value is None else states.COMPLETE
+            trials.append(
+                optuna.trial.create_trial(
+                    state=state, value=value, params=rows[t], distributions=ranges, user_attrs=_attributes(history, t)
+                )
+            )
+        study = optuna.create_study(storage=storage, study_name=study_name, direction="minimize")
+        study.add_trials(trials)
+        for name, value in {"status": str(self.status), "best_step": self.best.step, "test": self.test}.items():
+            if value is not None:
+                study.set_user_attr(name, value)
+        return study
+
     def __repr__(self) -> str:
         history, best, steps = self.history, self.best, len(self.history.value)
         lines = [f"tune: {self.status} after {steps} step{'s' * (steps != 1)}"]
@@ -268,6 +338,50 @@ class Result(NamedTuple):
                 "tune(..., test=...) shows it."
             )
         return "\n".join(lines)
+
+
+def _check_storage(storage: Any, kind: type) -> None:
+    if isinstance(storage, str) and "://" not in storage:
+        raise InputError(
+            f"to_optuna: storage must be the URL of a database, found {storage!r}: write 'sqlite:///{storage}', or an "
+            "object of optuna.storages."
+        )
+    if storage is not None and not isinstance(storage, (str, kind)):
+        raise InputTypeError(
+            f"to_optuna: storage must be a URL, an object of optuna.storages, or None, found {storage!r}."
+        )
+
+
+def _ranges(paths: dict[str, list[float]], wanted: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """A distribution for each parameter, which all trials of a study share: the caller's, or the range of the run."""
+    for name, distribution in wanted.items():
+        if name not in paths:
+            known = f"the parameters are {', '.join(paths)}" if paths else "the trials have no parameters"
+            raise InputError(f"to_optuna: distributions has {name!r}{nearest(name, list(paths))}; {known}.")
+        if not isinstance(distribution, kind) or distribution.step is not None:
+            raise InputTypeError(
+                f"to_optuna: distributions[{name!r}] must be an optuna.distributions.FloatDistribution without a step, "
+                f"found {distribution!r}."
+            )
+        low, high = min(paths[name]), max(paths[name])
+        if low < distribution.low or high > distribution.high:
+            raise InputError(
+                f"to_optuna: distributions[{name!r}] goes from {distribution.low:.6g} to {distribution.high:.6g}, but "
+                f"the run went from {low:.6g} to {high:.6g}: widen it."
+            )
+    return {name: wanted.get(name) or kind(min(path), max(path)) for name, path in paths.items()}
+
+
+def _attributes(history: History, t: int) -> dict[str, Any]:
+    """Step t without its value and parameters, in what JSON has, as which storages keep it: no NaN and no infinity."""
+    columns = {name: getattr(history, name) for name in (*SCALARS[1:], "seconds", "accepted")}
+    found = {name: column[t].item() for name, column in {**columns, **history.metrics, **history.extra}.items()}
+    found |= {"step": t, "status": status_name(history.status[t])}
+    if history.hparams is None:
+        for kind, tree in history.summary.items():
+            row = numbers(jax.tree.map(lambda leaf: leaf[t], tree))
+            found |= {f"{name}.{kind}": number for name, number in row.items()}
+    return {name: value for name, value in found.items() if not isinstance(value, float) or np.isfinite(value)}
 
 
 def status_name(code: Any) -> str:
