@@ -9,7 +9,7 @@ import types
 
 import hypergrad
 
-ADAPTERS = ("nnx", "linen", "equinox", "optuna")  # extras, which `import hypergrad` does not import
+ADAPTERS = ("nnx", "linen", "equinox", "optuna", "trackers")  # extras, which `import hypergrad` does not import
 
 
 def pages() -> dict[str, str]:

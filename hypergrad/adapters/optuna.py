@@ -252,7 +252,7 @@ def polished(trial: Any, like: PyTree) -> PyTree:
     if set(names) != set(kept):
         brief = lambda found: ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise InputError(
-            f"polished: like has the hyperparameters {brief(names)}, but the trial has {brief(list(kept))}: pass a "
+            f"polished: like has the hyperparameters {brief(names)}, but the trial has {brief(sorted(kept))}: pass a "
             f"tree like the one that was tuned. Above {_MOST} hyperparameters a trial keeps a summary alone."
         )
     leaves, treedef = jax.tree.flatten(like)

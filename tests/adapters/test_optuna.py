@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 
 import hypergrad as hg
 from hypergrad._solver import Status
-from hypergrad.adapters.optuna import objective, polish, polished, report
+from hypergrad.adapters.optuna import _keep, objective, polish, polished, report
 from tests.outer._controllers import every_second
 from tests.outer._ridge import START, TRAIN, VALID, ridge, run
 from tests.reliability._runs import at, interrupt
@@ -116,29 +116,19 @@ def test_many_hyperparameters_are_kept_in_summary():
         def __init__(self):
             self.user_attrs = {}
 
-        def report(self, value, step): ...
-
-        def should_prune(self):
-            return False
-
         def set_user_attr(self, name, value):
             self.user_attrs[name] = value
 
     def many(n):
-        trial, solver = Kept(), ridge()
-        one = solver._replace(
-            hypergrad=lambda state, h, *data, key=None: (
-                lambda out, new: (out._replace(grad={"l2": jnp.ones(n) * out.grad["l2"], "b": jnp.zeros(())}), new)
-            )(*solver.hypergrad(state, {"l2": h["l2"][0]}, *data))
-        )
-        polish(trial, one, hparams={"l2": jnp.full(n, 0.01), "b": 1.0}, **SAME | {"steps": 2})
+        trial, result = Kept(), run(steps=1)
+        _keep(trial, result._replace(best=result.best._replace(hparams={"l2": jnp.full(n, 0.01), "b": 1.0})))
         return trial
 
     assert set(many(1000 - 1).user_attrs["hparams"]) == {"b", *(f"l2.{i}" for i in range(999))}
     trial = many(1000)
     assert set(trial.user_attrs["hparams"]) == {"b", "l2.min", "l2.mean", "l2.max"}
     with pytest.raises(
-        hg.InputError, match=r"but the trial has b, l2.min, l2.mean, l2.max: .* Above 1000 hyperparameters"
+        hg.InputError, match=r"but the trial has b, l2.max, l2.mean, l2.min: .* Above 1000 hyperparameters"
     ):
         polished(trial, {"l2": jnp.zeros(1000), "b": 0.0})
 
