@@ -163,14 +163,15 @@ def _as_float(name: str, path: Any, leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.result_type(leaf))  # not weakly typed, so that a second call fits the first's trace
 
 
-def spread(function: str, name: str, prefix: PyTree, tree: PyTree) -> PyTree:
+def spread(function: str, name: str, prefix: PyTree, tree: PyTree, *, of: str = "hparams") -> PyTree:
     """A pytree like `tree`, whose leaves are those of the prefix.
 
     Args:
         function: who asks.
         name: of its argument.
-        prefix: the argument: one value, or a pytree prefix of the hyperparameters.
-        tree: the hyperparameters.
+        prefix: the argument: one value, or a pytree prefix of `tree`.
+        tree: the hyperparameters, or what `of` names.
+        of: the name of `tree`, for the message.
 
     Raises:
         InputError: for a pytree that is no prefix of `tree`.
@@ -180,5 +181,5 @@ def spread(function: str, name: str, prefix: PyTree, tree: PyTree) -> PyTree:
     except ValueError as error:
         leaves = ", ".join(keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
         raise InputError(
-            f"{function}: {name} must be one value, or a pytree prefix of hparams, whose leaves are {leaves}: {error}"
+            f"{function}: {name} must be one value, or a pytree prefix of {of}, whose leaves are {leaves}: {error}"
         ) from error

@@ -20,6 +20,8 @@ PARTS = {
     "domains/_maps.py": "domains/test_domain.py",
     "inner/_inner.py": "inner/test_fixed_point.py",
     "objectives/_found.py": "objectives/test_risk.py",
+    "objectives/_kernel.py": "objectives/test_evidence.py",
+    "objectives/_likelihoods.py": "objectives/test_evidence.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",

@@ -73,6 +73,12 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a f
     "moments": hg.objectives.function_moments([(jnp.ones((4, 1)), jnp.zeros(1))], jnp.ones((2, 4))),
     "max_holes": 2,
     "key": jax.random.key(0),
+    "likelihood": "categorical",
+    "precision": 1.0,
+    "rows": 3,
+    "burn_in": 3,
+    "hyper_steps": 3,
+    "kernel": jnp.eye(2),
 }
 WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__options__")}
 # Without any option that could be wrong: data and results, or nothing at all.

@@ -1,10 +1,14 @@
 """Outer losses that are not a validation loss: for data that are too few, or too dear, to set some aside."""
 
+from hypergrad.objectives._kernel import log_determinant as log_determinant
+from hypergrad.objectives.evidence import Losses as Losses
+from hypergrad.objectives.evidence import evidence as evidence
 from hypergrad.objectives.function_distance import FunctionMoments as FunctionMoments
 from hypergrad.objectives.function_distance import exact_function_distance as exact_function_distance
 from hypergrad.objectives.function_distance import function_distance as function_distance
 from hypergrad.objectives.function_distance import function_moments as function_moments
 from hypergrad.objectives.function_distance import ntk_function_distance as ntk_function_distance
+from hypergrad.objectives.interleaved import interleaved as interleaved
 from hypergrad.objectives.risk import Smoother as Smoother
 from hypergrad.objectives.risk import calibration_error as calibration_error
 from hypergrad.objectives.risk import gcv as gcv
