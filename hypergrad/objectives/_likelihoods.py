@@ -26,6 +26,7 @@ from hypergrad._data import rows as rows_of
 from hypergrad._options import Choice, Number
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, is_float, keystr
+from hypergrad.objectives import _found
 
 LIKELIHOOD = Choice(("categorical", "bernoulli", "gaussian"))
 ROWS = Number(least=1, integer=True, static=True, advice="write the number of training examples, len(x)")
@@ -78,20 +79,13 @@ def positive(function: str, name: str, values: PyTree) -> PyTree:
     Raises:
         InputError: naming function, setting, path and what was found.
     """
-
-    def checked(path: Any, leaf: Any) -> Array:
-        if not isinstance(leaf, Tracer):
-            wrong = ~(np.asarray(leaf, float) > 0) | ~np.isfinite(np.asarray(leaf, float))
-            if np.any(wrong):
-                raise InputError(
-                    f"{function}: {name}{keystr(path)} must be positive and finite, found "
-                    f"{np.asarray(leaf, float)[wrong].flat[0]:g}: tune its logarithm, as in {name}=lambda hparams: "
-                    f"jnp.exp(hparams['log_{name}']), or keep it positive with domain=hg.domains.log()."
-                )
-        leaf = jnp.asarray(leaf, None if is_float(leaf) else jnp.result_type(float))
-        return jnp.where(leaf > 0, leaf, jnp.nan)
-
-    return jax.tree_util.tree_map_with_path(checked, values)
+    advice = (
+        f"tune its logarithm, as in {name}=lambda hparams: jnp.exp(hparams['log_{name}']), or keep it positive with "
+        "domain=hg.domains.log()"
+    )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _found.positive(f"{function}: {name}{keystr(path)}", leaf, advice), values
+    )
 
 
 def setting(function: str, name: str, value: Any) -> Callable[[PyTree], PyTree]:

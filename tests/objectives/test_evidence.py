@@ -260,10 +260,10 @@ def test_a_kernel_that_is_none_is_refused(kernel, blocks, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"precision": -1.0}, "precision must be positive and finite, found -1"),
-        ({"precision": {"a": jnp.array([1.0, 0.0])}}, "precision['a'] must be positive and finite, found 0"),
+        ({"precision": -1.0}, "precision must be greater than 0, found -1"),
+        ({"precision": {"a": jnp.array([1.0, 0.0])}}, "precision['a'] must be greater than 0, found 0"),
         ({"precision": "weak"}, "precision must be positive numbers, or a function"),
-        ({"noise": 0.0}, "noise must be positive and finite, found 0"),
+        ({"noise": 0.0}, "noise must be greater than 0, found 0"),
         ({"noise": None}, "noise is the standard deviation of likelihood='gaussian'"),
         ({"likelihood": "categorical"}, "leave noise out"),
         ({"size": 5, "blocks": 2}, "blocks=2 of size=5 need 10 examples, but there are rows=7"),
@@ -287,7 +287,7 @@ def test_options_that_cannot_work_are_refused(changes, says):
         ({}, LAYERS, IMAGES, "must be a pair (x, y)"),
         ({"likelihood": "bernoulli"}, LAYERS, (IMAGES, LABELS.astype(float)), "targets of likelihood='bernoulli'"),
         ({"likelihood": "bernoulli"}, LAYERS, DATA, "must have the shape of the outputs, (6, 3)"),
-        ({"precision": lambda h: h}, {"w": -1.0, "b": 1.0}, DATA, "precision['w'] must be positive"),
+        ({"precision": lambda h: h}, {"w": -1.0, "b": 1.0}, DATA, "precision['w'] must be greater than 0"),
         ({"precision": 1.0, "model": lambda w, h, x: x[:3]}, None, DATA, "must return floating-point outputs [6, c]"),
         ({"precision": {"w": 1.0}}, None, DATA, "pytree prefix of params, whose leaves are ['b']"),
         ({"precision": np.ones(5)}, None, DATA, "one number for a leaf of params, or one for each entry"),
