@@ -100,14 +100,14 @@ def random_like(seed: int, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(jnp.shape(x)), jnp.result_type(x)), tree)
 
 
-def mesh(devices: list[jax.Device], name: str = "data") -> Mesh:
-    """All devices on one axis whose type is Auto in every version of JAX."""
-    return jax.make_mesh((len(devices),), (name,), devices=devices, axis_types=(AxisType.Auto,))
+def mesh(devices: list[jax.Device], name: str = "data", kind: AxisType = AxisType.Auto) -> Mesh:
+    """All devices on one axis, whose type is the same in every version of JAX."""
+    return jax.make_mesh((len(devices),), (name,), devices=devices, axis_types=(kind,))
 
 
-def shard_rows(tree: PyTree, devices: list[jax.Device]) -> PyTree:
+def shard_rows(tree: PyTree, devices: list[jax.Device], kind: AxisType = AxisType.Auto) -> PyTree:
     """Split each leaf's leading axis over the devices where it divides; copy the other leaves to each."""
-    over = mesh(devices)
+    over = mesh(devices, kind=kind)
 
     def place(x: Any) -> Array:
         divides = jnp.ndim(x) > 0 and jnp.shape(x)[0] > 0 and jnp.shape(x)[0] % len(devices) == 0

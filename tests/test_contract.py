@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
+from jax.sharding import AxisType
 
 import hypergrad as hg
 from hypergrad._solver import evaluation
@@ -343,6 +344,8 @@ def test_a_state_from_one_device_moves_to_where_the_data_are_and_stays(name, dev
 
 
 COMPILED_ONCE = {
+    "implicit": hg.implicit,
+    "forward": lambda p: hg.unrolled(p, inner=_sgd(2), mode="forward"),
     "online": lambda p: hg.online(p, optax.adam(0.1), steps=2, products=2),
     "unrolled": lambda p: hg.unrolled(p, inner=_sgd(2)),
     "hypernetwork": lambda p: hg.hypernetwork(p, optimizer=optax.adam(0.01), steps=2, scale=0.1),
@@ -350,18 +353,26 @@ COMPILED_ONCE = {
 }
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", COMPILED_ONCE)
-def test_parameters_and_data_that_are_spread_over_devices_compile_once(name, devices):
-    """The state lies where the parameters do from the beginning, vectors of a response included."""
+def test_parameters_and_data_that_are_spread_over_devices_compile_once(name, kind, devices):
+    """The state lies where the parameters do from the beginning, vectors of a response included, and the hypergradient
+    is the same; on the mesh that `jax.make_mesh` makes by default too."""
     error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
     solver = COMPILED_ONCE[name](hg.Problem(lambda w, h, b: error(w, h, b) + jnp.sum(jnp.exp(h) * w**2), error))
     rng = np.random.default_rng(0)
-    params, hparams, x, y = (jnp.asarray(rng.normal(size=shape)) for shape in ((8,), (8,), (16, 8), (16,)))
-    params, hparams, data = shard_rows((params, hparams, (x, y)), devices)
-    state, step = solver.init(params, hparams, key=(key := jax.random.key(0))), jax.jit(solver.hypergrad)
-    for _ in range(2):
-        _, state = step(state, hparams, data, data, key=key)
-    assert step._cache_size() == 1
+    given = [jnp.asarray(rng.normal(size=shape)) for shape in ((8,), (8,), (16, 8), (16,))]
+    found = {}
+    for spread, (params, hparams, x, y) in {False: given, True: shard_rows(given, devices, kind)}.items():
+        data = (x, y)
+        state, step = solver.init(params, hparams, key=(key := jax.random.key(0))), jax.jit(solver.hypergrad)
+        before = step._cache_size()  # shared by every jit of one function
+        for _ in range(2):
+            out, state = step(state, hparams, data, data, key=key)
+        found[spread] = out.grad
+        assert step._cache_size() == before + 1
+    assert found[True].sharding.spec == shard_rows(given[1], devices, kind).sharding.spec
+    assert_trees_close(np.asarray(found[True]), np.asarray(found[False]), tol(1e-9, 1e-4))
 
 
 def test_integer_hyperparameters_are_refused_by_path(case):

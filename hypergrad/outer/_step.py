@@ -25,6 +25,7 @@ from jax import Array, lax
 
 from hypergrad import _tree
 from hypergrad._checks import check_same_structure
+from hypergrad._sharding import COPIED, spread_by_xla
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, evaluation, usable
 from hypergrad._tree import PyTree, keystr
 from hypergrad.domains._domain import settle, to_constrained
@@ -156,7 +157,7 @@ def make_advance(
         shown = {name: tree for name, tree in shown.items() if name == "hparams" or name in shows}
         return new, shown, _pack(taken, hparams)
 
-    return advance
+    return spread_by_xla(advance, lambda loop: (loop, COPIED, COPIED))
 
 
 def _always(solver: Solver, outer: Any, domain: PyTree, seen: dict[str, Any]) -> Callable[..., Taken]:

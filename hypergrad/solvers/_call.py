@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._checks import check_data, check_hparams
 from hypergrad._jaxpr.convolutions import fast_convolutions
 from hypergrad._problem import Objective, Problem, bind_inner, bind_outer
-from hypergrad._solver import About, Info, InputError, Solver, Status, code
+from hypergrad._sharding import COPIED, spread_by_xla
+from hypergrad._solver import About, Hypergradient, Info, InputError, Solver, Status, code
 from hypergrad._tree import PyTree
 from hypergrad.inner._optimum import Optimum
 
@@ -206,8 +207,28 @@ def framed(
     evaluate: Callable[..., Any],
     about: About,
 ) -> Solver:
-    """A solver that owns its state, and whose convolutions are as fast inside its loops as outside."""
-    return Solver(owned(init), fast_convolutions(hypergrad), response, fast_convolutions(evaluate), about)
+    """A solver that owns its state, whose convolutions are as fast inside its loops as outside, and that takes
+    parameters which are spread over an Explicit mesh.
+    """
+    hypergrad = fast_convolutions(_spread_alike(hypergrad))
+    hypergrad = spread_by_xla(hypergrad, lambda state, hparams: (Hypergradient(COPIED, hparams, COPIED, COPIED), state))
+    evaluate = spread_by_xla(fast_convolutions(evaluate), lambda state, hparams: (COPIED, COPIED, state))
+    return Solver(owned(init), hypergrad, response, evaluate, about)
+
+
+def _spread_alike(hypergrad: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, whose gradient is spread over an Auto mesh as the hyperparameters are.
+
+    XLA spreads the two operands of one operation alike, and what a learned response or a sum over tangents yields it
+    copies to every device otherwise. The gradient is NaN where the hyperparameter is, as it was before.
+    """
+
+    @functools.wraps(hypergrad)
+    def call(state: Any, hparams: PyTree, *args: Any, **kwargs: Any) -> Any:
+        out, state = hypergrad(state, hparams, *args, **kwargs)
+        return out._replace(grad=jax.tree.map(lambda g, h: jnp.where(jnp.isnan(h), h, g), out.grad, hparams)), state
+
+    return call
 
 
 def owned(init: Callable[..., State]) -> Callable[..., State]:
@@ -228,6 +249,8 @@ def _beside(given: PyTree, state: State) -> State:
     meshes = {x.sharding.mesh for x in jax.tree.leaves(given) if spread(x)}
     if len(meshes) != 1:
         return state
-    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    mesh = meshes.pop()
+    named = AxisType.Explicit in mesh.axis_types  # so that it is called what a program calls it that returns it
+    everywhere = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim * named)))
     apart = lambda x: isinstance(x, Array) and not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding)
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if apart(x) else x, state)
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere(x)) if apart(x) else x, state)

@@ -21,6 +21,7 @@ from hypergrad._checks import check_data, check_hparams, check_params
 from hypergrad._jaxpr.semigradient import check_gradient
 from hypergrad._options import as_options, options
 from hypergrad._problem import PROBLEM, Objective, Problem, bind_inner
+from hypergrad._sharding import spread_by_xla
 from hypergrad._solver import InputError, usable
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import INNER, Inner
@@ -102,7 +103,7 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
         good = usable(jax.lax.stop_gradient(status))
         return jax.tree.map(lambda leaf: _nan_derivative_unless(good, leaf), params)
 
-    return w_star
+    return spread_by_xla(w_star, lambda hparams, params0: params0)
 
 
 def _solve(inner: Inner, objective: Objective, start: PyTree, hparams: PyTree) -> tuple[PyTree, Array]:

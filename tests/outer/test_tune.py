@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import hypergrad as hg
 from hypergrad import domains
@@ -433,17 +435,19 @@ def test_parameters_and_hyperparameters_may_both_be_sharded(devices):
     solver = hg.implicit(problem, inner=hg.inner.gradient(optax.sgd(0.01), steps=3), linear=hg.linear.neumann(3))
     start = {"params": jnp.zeros(16), "hparams": jnp.full(16, -2.0)}
     found = []
-    for place in (lambda tree: tree, lambda tree: shard_rows(tree, devices)):
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    for place in (lambda tree: tree, *(functools.partial(shard_rows, devices=devices, kind=kind) for kind in kinds)):
         placed = {name: place(leaf) for name, leaf in start.items()}
         result = hg.tune(
             solver, **placed, train=(wide, y), valid=(wide[::2], y[::2]), outer=optax.adam(0.1), steps=12,
             progress=False, callbacks=lambda step, metrics: None,
         )  # fmt: skip
         found.append(result)
-    plain, sharded = found
-    assert sharded.best.params.sharding.device_set == set(devices)
-    np.testing.assert_allclose(sharded.history.value, plain.history.value, rtol=tol(1e-10, 1e-4))
-    assert_trees_close(np.asarray(sharded.hparams), np.asarray(plain.hparams), tol(1e-10, 1e-3))
+    plain, *spread = found
+    for sharded in spread:
+        assert sharded.best.params.sharding.device_set == set(devices)
+        np.testing.assert_allclose(sharded.history.value, plain.history.value, rtol=tol(1e-10, 1e-4))
+        assert_trees_close(np.asarray(sharded.hparams), np.asarray(plain.hparams), tol(1e-10, 1e-3))
 
 
 def test_a_weakly_typed_start_compiles_once():
