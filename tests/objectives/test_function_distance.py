@@ -58,7 +58,7 @@ def test_the_moments_are_the_mean_of_the_draws_at_any_depth(widths):
     layers = network(*widths)
     after = moved(jax.tree.map(lambda leaf: 1.4 * leaf, layers), 0.2)  # what is added goes along with what was there
     kept = moments_of(layers, X, LABELS)
-    draws = function_distance(kept, by="samples", samples=500)
+    draws = function_distance(kept, by="samples", samples=2000)
     found = jax.jit(jax.vmap(lambda k: draws(after, None, None, k)))(jax.random.split(jax.random.key(0), 30))
     error = np.std(found, ddof=1) / 30**0.5
     expected = float(distances(layers, after, X, LABELS)[2])
