@@ -70,6 +70,8 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a f
     "labels": jnp.eye(2),
     "width": 0.5,
     "by": "moments",
+    "count": 2,
+    "parts": 2,
     "moments": hg.objectives.function_moments([(jnp.ones((4, 1)), jnp.zeros(1))], jnp.ones((2, 4))),
     "max_holes": 2,
     "key": jax.random.key(0),

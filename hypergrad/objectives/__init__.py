@@ -16,3 +16,8 @@ from hypergrad.objectives.risk import leave_one_out as leave_one_out
 from hypergrad.objectives.risk import press as press
 from hypergrad.objectives.risk import ridge_smoother as ridge_smoother
 from hypergrad.objectives.risk import sure as sure
+from hypergrad.objectives.several import between as between
+from hypergrad.objectives.several import pareto as pareto
+from hypergrad.objectives.several import several as several
+from hypergrad.objectives.several import simplex_grid as simplex_grid
+from hypergrad.objectives.several import with_weights as with_weights
