@@ -1,6 +1,10 @@
 """Outer losses that are not a validation loss: for data that are too few, or too dear, to set some aside."""
 
 from hypergrad.objectives._kernel import log_determinant as log_determinant
+from hypergrad.objectives.elbo import Posterior as Posterior
+from hypergrad.objectives.elbo import elbo as elbo
+from hypergrad.objectives.elbo import posterior as posterior
+from hypergrad.objectives.elbo import prior_variances as prior_variances
 from hypergrad.objectives.evidence import Losses as Losses
 from hypergrad.objectives.evidence import evidence as evidence
 from hypergrad.objectives.function_distance import FunctionMoments as FunctionMoments
