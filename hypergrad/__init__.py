@@ -5,6 +5,7 @@ Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning,
                   best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, multistart, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
+Across widths     scaling: what a narrow model was tuned to, used in a wide one
 Trust             check, Status, raise_if_failed, diagnostics
 Examples          attribute: what leaving out each training example would change
 Without a split   objectives (outer losses that need no validation set)
@@ -24,6 +25,7 @@ from hypergrad import objectives as objectives
 from hypergrad import outer as outer
 from hypergrad import prox as prox
 from hypergrad import responses as responses
+from hypergrad import scaling as scaling
 from hypergrad.domains.constrain import constrain as constrain
 from hypergrad.chunked import chunked as chunked
 from hypergrad.folds import folds as folds

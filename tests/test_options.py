@@ -59,6 +59,12 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a f
     "l1": 0.5,
     "l2": 0.5,
     "rate": 0.5,
+    "scaling": hg.scaling.infer({"w": jnp.ones(2)}, {"w": jnp.ones(4)}, rule="adam"),
+    "rule": "adam",
+    "widths": (2, 4),
+    "batch": jnp.zeros((2, 3)),
+    "tuned": {"w": jnp.ones(2)},
+    "wider": {"w": jnp.ones(4)},
     "strength": 0.5,
     "scale": 0.5,
     "shift": 0.5,
@@ -89,7 +95,7 @@ WALKED = {path: f for path, f in FUNCTIONS.items() if hasattr(f, "__options__")}
 # Without any option that could be wrong: data and results, or nothing at all.
 PLAIN = {"compose", "constrain", "raise_if_failed", "orbax", "gated", "log", "positive", "real", "simplex"}
 PLAIN |= {"to_constrained", "to_unconstrained", "losses", "hyperparameters", "hypergradient", "landscape", "options"}
-PLAIN |= {"set_options", "lds", "loo_correlation", "json_lines"}
+PLAIN |= {"set_options", "lds", "loo_correlation", "json_lines", "coordinates"}
 ALL = [(path, name, option) for path, f in WALKED.items() for name, option in declared(f).items()]
 NUMBERS = [case for case in ALL if isinstance(case[2], hg.Number)]
 NAMED = functools.partial(pytest.mark.parametrize, ids=lambda x: x if isinstance(x, str) else "")

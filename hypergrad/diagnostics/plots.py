@@ -18,6 +18,7 @@ from hypergrad._options import Number, options
 from hypergrad._solver import HypergradError, InputError
 from hypergrad.diagnostics.attribution import Attribution
 from hypergrad.diagnostics.landscape import Landscape
+from hypergrad.scaling import CoordinateCheck
 
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D00")
 _DASHES = ("-", "--", "-.", ":")
@@ -332,6 +333,43 @@ def attribution(
     if query_picture is not None:
         _picture(ax, query_picture, (0.9, 0.12 if scores[-1] >= 0 else 0.88), None, zoom=44)
     return _finish(ax, "predicted change of the query's loss when it is left out", "")
+
+
+def coordinates(check: CoordinateCheck, *, ax: Any = None) -> Any:
+    """How much training changed each activation, over widths: lines that should be flat, with their slopes.
+
+    A full line is the change after the last step, a faint one that after the first.
+
+    Args:
+        check: what `hg.scaling.coordinate_check` returns.
+        ax: matplotlib Axes, or None for a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: for anything else.
+        HypergradError: if matplotlib is not installed.
+
+    >>> import hypergrad as hg, numpy as np
+    >>> widths = np.array([64, 256])
+    >>> check = hg.scaling.CoordinateCheck(widths, {"logits": np.ones(2)}, {"logits": np.sqrt(widths)[None]})
+    >>> hg.diagnostics.plots.coordinates(check).get_lines()[-1].get_label()
+    'logits: width^0.50'
+    """
+    if not isinstance(check, CoordinateCheck):
+        raise InputError(f"plots: expected what hg.scaling.coordinate_check returns, found {type(check).__name__}.")
+    ax = _axes(ax)
+    for i, (name, slope) in enumerate(check.slopes.items()):
+        style = _line(i)
+        if len(check.change[name]) > 1:
+            ax.plot(check.widths, check.change[name][0], **(style | {"lw": 0.8, "alpha": 0.45}))
+        label = f"{name or 'output'}: width^{slope:.2f}"
+        ax.plot(check.widths, check.change[name][-1], label=label, marker="o", ms=4, **style)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    steps = len(next(iter(check.change.values())))
+    return _finish(ax, "width", f"change after {steps} step{'s' if steps > 1 else ''} (and 1)")
 
 
 def _short(path: str) -> str:
