@@ -91,11 +91,6 @@ def write_npz(folder: Path, arrays: list[Any]) -> tuple[list[str | None], dict[s
     Returns:
         The SHA-256 of each leaf; size and SHA-256 of each file by name.
     """
-    if jax.process_count() > 1:
-        raise InputError(
-            "checkpoint: one process writes a checkpoint, found several, each with a part of the arrays: "
-            "use Orbax itself for those."
-        )
     plain = [_plain(array) for array in jax.device_get(arrays)]
     with Sink(folder / NPZ) as file, zipfile.ZipFile(file, "w") as archive:  # as np.savez, which wants a seekable file
         for index, array in enumerate(plain):

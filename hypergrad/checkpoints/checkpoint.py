@@ -27,6 +27,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from hypergrad._checks import caller_level
 from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
@@ -90,7 +92,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
         The folder of this checkpoint.
 
     Raises:
-        InputError: for a step or `keep` out of range.
+        InputError: for a step or `keep` out of range, and where the program has several processes.
         InputTypeError: for a leaf that is not an array or number, naming its path.
         CheckpointError: if another process is writing to the folder.
         OSError: if it cannot be written: the checkpoints before it stay as they were.
@@ -103,6 +105,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
     >>> hg.outer.load(folder, tree).tree["w"]
     Array([0, 1, 2], dtype=bfloat16)
     """
+    check_alone("save")
     store = as_store("save", folder)
     store.folder.mkdir(parents=True, exist_ok=True)
     with _durable.locked(store.folder):
@@ -142,6 +145,20 @@ def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
             f"load: there is no checkpoint in {str(store.folder)!r}: is that the folder it was saved to?"
         )
     return Loaded(found.manifest["step"], found.tree)
+
+
+def check_alone(where: str) -> None:
+    """See that this process is the only one of its program: the order of rename and sync is that of one writer.
+
+    Raises:
+        InputError: under `jax.distributed` with several.
+    """
+    if (count := jax.process_count()) > 1:
+        raise InputError(
+            f"{where}: a folder of checkpoints is written by one process, and this program has {count}: run hg.tune "
+            "without checkpoint=, a part of the steps at a time, and save result.state and result.hparams with "
+            "Orbax's own CheckpointManager in between."
+        )
 
 
 def as_store(where: str, folder: Any) -> Store:

@@ -16,7 +16,7 @@ from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
 from hypergrad.checkpoints import _durable
 from hypergrad.checkpoints._log import Segment
-from hypergrad.checkpoints.checkpoint import Store, as_store, newest, write
+from hypergrad.checkpoints.checkpoint import Store, as_store, check_alone, newest, write
 from hypergrad.outer._config import check_allowed, check_config
 from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
 
@@ -48,12 +48,14 @@ def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any
     """Hold the folder until the stack is closed; return None for a run without checkpoints.
 
     Raises:
-        InputError: if the folder cannot be written to, or for an unknown name in `allow_changed`.
+        InputError: if the folder cannot be written to, the program has several processes, or `allow_changed` holds an
+            unknown name.
         CheckpointError: if another run writes to it.
     """
     allowed = check_allowed(allow_changed)
     if checkpoint is None:
         return None
+    check_alone("tune: checkpoint")
     store = as_store("tune: checkpoint", checkpoint)
     _durable.prepare_folder("tune: checkpoint", store.folder)
     stack.enter_context(_durable.locked(store.folder))

@@ -51,7 +51,8 @@ def json_lines(path: str | Path) -> Callback:
 
     An object holds `step` and every metric by its name, the status as a word, and the hyperparameters under
     `hparams` by their paths. An array of more than 32 entries becomes its `min`, `mean` and `max`; NaN and infinities
-    become null. A line is complete once the step is: a run that dies loses none. A run that is resumed appends.
+    become null. A line is complete once the step is: a run that dies loses none. A run that is resumed appends. Of
+    several processes, the first alone writes.
 
     Args:
         path: the file; its folder must exist.
@@ -77,6 +78,8 @@ def json_lines(path: str | Path) -> Callback:
         raise InputError(f"json_lines: path must be a file in a folder that exists, found {str(path)!r}.")
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
+        if jax.process_index():
+            return
         line: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
             if name == "status":
@@ -160,13 +163,14 @@ def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Progress 
     """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status, time left.
 
     Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` take its place. The time
-    left does not count the compilation.
+    left does not count the compilation. Of several processes, the first alone shows it.
 
     Args:
         total: steps of the run.
         done: steps that a resumed run has behind it.
         show: whether to show it; None is yielded otherwise.
     """
+    show = show and jax.process_index() == 0
     bar = _tqdm(total, done) if show else None
     if bar is None or bar.disable:
         yield _Lines(total, done) if show else None

@@ -474,3 +474,11 @@ def test_a_lock_that_is_no_file_is_named(tmp_path, kind):
     with pytest.raises(CheckpointError, match=r"run/lock is not a regular file.*delete it"):
         outer.save(folder, {"a": np.zeros(2)}, step=1)
     assert (tmp_path / "target").read_text() == "precious" and not (tmp_path / "nothing").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for store in (tmp_path / "runs", hg.outer.orbax(tmp_path / "runs")):
+        with pytest.raises(hg.InputError, match=r"save: .*one process, and this program has 2: run hg\.tune without"):
+            hg.outer.save(store, {"w": jnp.zeros(2)}, step=0)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import pytest
 import hypergrad as hg
 from hypergrad._solver import InputError
 from hypergrad.outer import TuneStatus
+from hypergrad.outer.callbacks import progress_bar
 from tests._helpers import assert_trees_close, tol
 from tests.outer._controllers import every_second
 from tests.outer._ridge import TRAIN, ridge, run, weights
@@ -169,3 +170,13 @@ def test_json_lines_in_no_folder_are_refused(tmp_path):
     for path in (tmp_path / "none" / "run.jsonl", tmp_path):
         with pytest.raises(InputError, match="json_lines: path"):
             hg.outer.json_lines(path)
+
+
+def test_of_several_processes_the_first_alone_speaks(monkeypatch, tmp_path, caplog):
+    log = hg.outer.json_lines(tmp_path / "run.jsonl")
+    for index in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        log(3, {"value": 1.0})
+        with progress_bar(5, show=True) as line:
+            assert (line is None) == (index == 1)
+    assert (tmp_path / "run.jsonl").read_text().count("\n") == 1
