@@ -115,21 +115,31 @@ def test_mlflow_on_sqlite_has_every_step_and_the_outcome(tmp_path, monkeypatch):
         assert [entry.step for entry in client.get_metric_history(identifier, "value")] == [0, 1, 2, 3]
 
 
-def test_mistakes_are_named(tmp_path, monkeypatch):
+def test_mistakes_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(hg.InputError, match=r"found the file .*: name one beside it"):
         trackers.tensorboard(tmp_path / "file")
+    with pytest.raises(hg.InputTypeError, match=r"pass what mlflow.start_run\(\) returns"):
+        trackers.mlflow(tmp_path)
+
+
+@pytest.mark.experiment
+def test_what_is_no_run_of_wandb_is_named():
     wandb = pytest.importorskip("wandb")
     for wrong in (None, "run", wandb):
         with pytest.raises(hg.InputTypeError, match=r"pass wandb.init\(...\)"):
             trackers.wandb(wrong)
-    with pytest.raises(hg.InputTypeError, match=r"pass what mlflow.start_run\(\) returns"):
-        trackers.mlflow(tmp_path)
-    for library, extra, call in (
-        ("tensorboardX", "tensorboard", lambda: trackers.tensorboard(tmp_path)),
-        ("wandb", "wandb", lambda: trackers.wandb(None)),
-        ("mlflow", "mlflow", lambda: trackers.mlflow("1")),
-    ):
-        monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(hg.HypergradError, match=rf"pip install -e '.\[{extra}\]'"):
-            call()
+
+
+@pytest.mark.parametrize(
+    ("library", "extra", "call"),
+    [
+        ("tensorboardX", "tensorboard", trackers.tensorboard),
+        ("wandb", "wandb", lambda folder: trackers.wandb(None)),
+        ("mlflow", "mlflow", lambda folder: trackers.mlflow("1")),
+    ],
+)
+def test_a_tracker_that_is_not_installed_names_its_extra(library, extra, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(hg.HypergradError, match=rf"pip install -e '.\[{extra}\]'"):
+        call(tmp_path)
