@@ -6,6 +6,15 @@ Source: Franceschi et al. 2017, arXiv:1703.01785. Differs: the tangents share on
 compared with what one step injects, which says when they are noise.
 Cost: training, and a third to a half of it for each scalar hyperparameter. Memory: as many points as there are of
 those, whatever the number of steps.
+
+Z starts from zero in each call, with `warm_start` too: what earlier calls did to the parameters is left out, which is
+truncation. Real-time forward mode, which carries Z from call to call, is not offered. Measured on a stream of noisy
+digits (a network of 32 units, calls of ten steps of SGD with momentum, Adam on three numbers: learning rate, momentum
+and decay; 300 calls, six seeds, two starts, two outer rates): the mean loss of truncated runs, 1.04 to 1.16, fell by
+.001 to .006 where Z was carried, clear of its standard error in one setting of four, and the decay it found went to
+zero; by .005 to .017 (standard errors of .001) where Z was carried and shrunk by a tenth in each call, which is another
+constant to choose. Where truncation has the wrong sign, `hg.evolution` has PES and NRES, without a tangent for each
+hyperparameter.
 """
 
 from __future__ import annotations
