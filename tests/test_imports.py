@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hypergrad"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Classes that extend those of flax and scikit-learn: the package imports these modules only when they are asked for.
 EXTENDING = (PACKAGE / "responses" / "layers.py", PACKAGE / "adapters" / "sklearn.py")
+EXTENDING += (PACKAGE / "adapters" / "_hyper.py", PACKAGE / "adapters" / "_perceptron.py")
 
 
 def rooms(page: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ PARTS = {
     "__main__.py": "_demo/test_demo.py",
     "_demo": "_demo/test_demo.py",  # the folder: one command, tested as a user runs it
     "_jaxpr/dataflow.py": "_jaxpr/test_labels.py",
+    "adapters/_hyper.py": "adapters/test_sklearn.py",
     "diagnostics/_causes.py": "diagnostics/test_check.py",
     "diagnostics/_left_out.py": "diagnostics/test_attribution.py",
     "diagnostics/_probes.py": "diagnostics/test_check.py",

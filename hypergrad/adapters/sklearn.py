@@ -12,41 +12,39 @@ the costs). Differs from scikit-learn's own *CV estimators in:
 4. the first fit in a process compiles, for a few seconds; the next one of about the same shape (rows, features and
    hyperparameters up to the next power of two, beyond 128 up to the next eighth of one) does not.
 
+`HyperMLPClassifier` and `HyperMLPRegressor` are networks: their decays move while they train (`adapters._mlp`).
+
 Matrices are dense: for up to a few thousand features times classes, and a few thousand rows in `HyperKernelRidge`.
 With many hyperparameters for few rows a low validation loss may be luck: compare `per="all"` on data of your own.
 """
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
 import numpy as np
 
-from hypergrad._checks import check_choice
-from hypergrad._solver import HypergradError, InputError, InputTypeError
 from hypergrad.adapters import _dense
 from hypergrad.adapters._model import missing
 
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
-    from sklearn.model_selection import ShuffleSplit, StratifiedShuffleSplit, check_cv
-    from sklearn.utils import column_or_1d
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+    from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
     raise missing("sklearn", "sklearn", error) from error
 
+from hypergrad.adapters._hyper import Hyper, bucket, pad
+from hypergrad.adapters._perceptron import HyperMLPClassifier as HyperMLPClassifier
+from hypergrad.adapters._perceptron import HyperMLPRegressor as HyperMLPRegressor
+
 _GRID = np.log(10.0) * np.linspace(-6, 3, 10)  # strengths, beside the mean curvature of a feature
-_EXAMPLE_SIZE = 16  # the smallest bucket
 
 
-class _Hyper(BaseEstimator):
-    """What the estimators share: folds, buckets, the call of the compiled search."""
+class _Dense(Hyper):
+    """Models of `adapters._dense`: the call of its compiled search."""
 
     _kind: str
-    _pers: tuple[str, ...] = ("all", "feature", "group")
 
     def __init__(
         self,
@@ -69,77 +67,12 @@ class _Hyper(BaseEstimator):
         self.tol = tol
         self.random_state = random_state
 
-    def _settings(self) -> None:
-        """Raise for settings that cannot work, before anything compiles."""
-        name = type(self).__name__
-        check_choice(name, "per", self.per, self._pers)
-        if (self.groups is None) == (self.per == "group"):
-            hint = "give groups=, one label a feature" if self.groups is None else "write per='group', or drop groups="
-            raise InputError(f"{name}: per={self.per!r} and groups={self.groups!r} do not go together: {hint}.")
-        if not isinstance(self.max_iter, numbers.Integral) or isinstance(self.max_iter, bool) or self.max_iter < 1:
-            raise InputError(f"{name}: max_iter must be a positive integer, found {self.max_iter!r}.")
-        if not isinstance(self.tol, numbers.Real) or not 0 <= float(self.tol) < 1:
-            raise InputError(f"{name}: tol must be a number from 0 to 1, found {self.tol!r}.")
-        for option in ("refit", "fit_intercept"):
-            if not isinstance(getattr(self, option), (bool, np.bool_)):
-                raise InputTypeError(f"{name}: {option} must be True or False, found {getattr(self, option)!r}.")
-
-    def _assign(self, features: int, classes: int) -> tuple[np.ndarray, int]:
-        """Which hyperparameter each coefficient has, `[d, c]`, and how many there are."""
-        ones = np.ones((features, classes), int)
-        if self.per == "feature":
-            return np.arange(features)[:, None] * ones, features
-        if self.per == "class":
-            return np.arange(classes)[None, :] * ones, classes
-        if self.per == "group":
-            labels = np.asarray(self.groups)
-            if labels.shape != (features,):
-                raise InputError(
-                    f"{type(self).__name__}: groups must hold one label for each of the {features} features, "
-                    f"found shape {labels.shape}."
-                )
-            self.groups_, inverse = np.unique(labels, return_inverse=True)
-            return inverse[:, None] * ones, len(self.groups_)
-        return 0 * ones, 1
-
-    def _folds(self, X: np.ndarray, y: np.ndarray, classify: bool) -> np.ndarray:
-        """The rows that train `[k, n]` (True), and those that validate (False)."""
-        name = type(self).__name__
-        cv: Any = self.cv
-        if isinstance(cv, numbers.Real) and not isinstance(cv, numbers.Integral):
-            if not 0 < float(cv) < 1:
-                raise InputError(f"{name}: cv={cv!r} as a share of the rows to validate on must be between 0 and 1.")
-            split = StratifiedShuffleSplit if classify else ShuffleSplit
-            cv = split(1, test_size=float(cv), random_state=self.random_state)
-        splitter: Any = cv
-        try:
-            folds: Any = check_cv(splitter, y, classifier=classify)
-        except ValueError as error:
-            raise InputError(f"{name}: cv must be a number of folds, a share, a splitter or splits: {error}") from error
-        parts = list(folds.split(X, y))
-        if not parts:
-            raise InputError(f"{name}: cv has no splits.")
-        masks = np.zeros((2, len(parts), len(X)))
-        for i, part in enumerate(parts):
-            for mask, rows in zip(masks, part, strict=True):
-                np.add.at(mask[i], np.arange(len(X))[rows], 1.0)
-        return masks
-
     def _tune(
         self, X: np.ndarray, y: np.ndarray, weight: np.ndarray, masks: np.ndarray, assign: np.ndarray, grid: np.ndarray
     ) -> Any:
         """Pad to the bucket and search: a `_dense.Tuned` of NumPy arrays, padded rows and columns at their ends."""
-        train, valid = masks * weight
-        for what, part in (("trains", train), ("validates", valid)):
-            if not np.all(part.sum(axis=1) > 0):
-                raise InputError(f"{type(self).__name__}: a fold of cv {what} on no row with a positive sample_weight.")
-        n, d = X.shape
-        rows, columns = _bucket(n), _bucket(d)
-
-        def pad(a: np.ndarray, axis: int, size: int) -> Any:
-            return np.pad(a, [(0, size - a.shape[i] if i == axis else 0) for i in range(a.ndim)])
-
-        train = np.concatenate([train, weight[None]])
+        train, valid = self._shares(masks, weight)
+        rows, columns = bucket(len(X)), bucket(X.shape[1])
         data = _dense.Data(
             pad(pad(X, 0, rows), 1, columns),
             pad(y, 0, rows),
@@ -151,20 +84,12 @@ class _Hyper(BaseEstimator):
             search: Any = _dense.program(self._kind, bool(self.fit_intercept))
             # In one transfer each way: at this size they are most of the time.
             tuned = jax.device_get(search(data, grid, np.int32(self.max_iter), np.float64(self.tol)))
-        if not np.isfinite(tuned.value):
-            raise HypergradError(
-                f"{type(self).__name__}: the validation loss is not finite at any hyperparameter: standardise X and y."
-            )
-        self.n_iter_, self.converged_ = int(tuned.steps), bool(tuned.converged)
-        self.validation_loss_ = float(tuned.value)
+        self._found(tuned.value, tuned.steps, tuned.converged)
         return tuned
 
     def _chosen(self, parts: np.ndarray) -> np.ndarray:
         """The model of all rows; without `refit`, the mean of the folds' models."""
         return parts[-1] if self.refit else parts[:-1].mean(axis=0)
-
-    def _weights(self, sample_weight: Any, X: np.ndarray) -> np.ndarray:
-        return _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
 
     def _shaped(self, log: np.ndarray, count: int) -> Any:
         """Strengths as a number where all share one, else as an array."""
@@ -172,15 +97,11 @@ class _Hyper(BaseEstimator):
         return float(found[0]) if self.per == "all" else found
 
 
-class _HyperRegressor(MultiOutputMixin, RegressorMixin, _Hyper):
-    def _read(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        self._settings()
-        read: Any = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        X, y = read
-        return X, np.asarray(y, np.float64), self._weights(sample_weight, X)
+class _HyperRegressor(MultiOutputMixin, RegressorMixin, _Dense):
+    """Of one target or several."""
 
 
-class _HyperShared(_Hyper):
+class _HyperShared(_Dense):
     """The same, with one strength for all coefficients unless another `per` is asked for."""
 
     def __init__(
@@ -273,7 +194,7 @@ class HyperRidge(_Predictions, _HyperRegressor):
         X, y, weight = self._read(X, y, sample_weight)
         targets = y.reshape(len(y), -1)
         assign, count = self._assign(X.shape[1], targets.shape[1])
-        log = np.full(_bucket(count, 1), np.log(_curvature(X, weight, bool(self.fit_intercept))))
+        log = np.full(bucket(count, 1), np.log(_curvature(X, weight, bool(self.fit_intercept))))
         tuned = self._tune(X, targets, weight, self._folds(X, y, False), assign, log[None, :] + _GRID[:, None])
         self.alpha_ = self._shaped(tuned.log, count)
         coef, intercept = self._chosen(tuned.fits.coef)[: X.shape[1]].T, self._chosen(tuned.fits.intercept)
@@ -348,7 +269,7 @@ class HyperElasticNet(_Predictions, RegressorMixin, _HyperShared):
         middle = weight @ X / total if self.fit_intercept else np.zeros(X.shape[1])
         largest = np.abs((X - middle).T @ (weight * centred)).max() / total or 1.0  # above it every coefficient is 0
         size = _curvature(X, weight, bool(self.fit_intercept)) / total
-        half = np.ones(_bucket(count, 1))
+        half = np.ones(bucket(count, 1))
         starts = [(largest * f, size * f * ratio) for f in np.geomspace(0.5, 5e-4, 7) for ratio in (1e-3, 1.0)]
         grid = np.log([np.concatenate([a * half, b * half]) for a, b in starts])
         tuned = self._tune(X, y[:, None], weight, self._folds(X, y, False), assign, grid)
@@ -420,18 +341,10 @@ class HyperLogisticRegression(_Predictions, ClassifierMixin, _HyperShared):
             y: labels `[n]`, of any type.
             sample_weight: weights of the rows `[n]`, in training and in validation.
         """
-        self._settings()
-        read: Any = validate_data(self, X, y, dtype=np.float64)
-        X, y = read
-        check_classification_targets(y)
-        weight = self._weights(sample_weight, X)
-        self.classes_, codes = np.unique(column_or_1d(y), return_inverse=True)
-        if len(self.classes_) < 2:
-            raise InputError(f"{type(self).__name__}: y must hold two classes at least, found one class, {y[0]!r}.")
-        one_hot = np.eye(len(self.classes_))[codes]
+        X, y, weight, one_hot = self._read_classes(X, y, sample_weight)
         targets = one_hot[:, 1:] if len(self.classes_) == 2 else one_hot
         assign, count = self._assign(X.shape[1], targets.shape[1])
-        log = np.full(_bucket(count, 1), np.log(_curvature(X, weight, bool(self.fit_intercept)) / 4))
+        log = np.full(bucket(count, 1), np.log(_curvature(X, weight, bool(self.fit_intercept)) / 4))
         grid = log[None, :] + _GRID[:, None]
         tuned = self._tune(X, targets, weight, self._folds(X, y, True), assign, grid)
         self.n_iter_ = np.array([self.n_iter_])
@@ -521,7 +434,7 @@ class HyperKernelRidge(_HyperRegressor):
         spread = np.sqrt(np.average((X - np.average(X, axis=0, weights=weight)) ** 2, axis=0, weights=weight))
         # Where features share a length, one that suits the widest of them leaves no distance underflowing.
         spread = np.where(spread > 0, spread, spread.max() or 1.0) * np.sqrt(X.shape[1])
-        lengths = np.ones(_bucket(count, 1))
+        lengths = np.ones(bucket(count, 1))
         for j in range(count):
             lengths[j] = spread[assign[:, 0] == j].max()
         starts = [(f * lengths, a) for f in (0.5, 1.0, 2.0) for a in np.geomspace(1e-4, 10, 6)]
@@ -542,13 +455,6 @@ class HyperKernelRidge(_HyperRegressor):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         kernel = rbf_kernel(X / self._lengths, self.X_fit_ / self._lengths, gamma=0.5)
         return kernel @ self.dual_coef_ + self.intercept_
-
-
-def _bucket(size: int, least: int = _EXAMPLE_SIZE) -> int:
-    """The next power of two; beyond 128, the next eighth of one."""
-    power = max(least, 1 << max(size - 1, 0).bit_length())
-    eighth = power // 16
-    return power if power <= 128 else -(-size // eighth) * eighth
 
 
 def _curvature(X: np.ndarray, weight: np.ndarray, centre: bool) -> float:
