@@ -42,6 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 CORE_IMPORTS = {"jax", "optax", "numpy", "hypergrad"} | set(sys.stdlib_module_names)
 # Rooms that exist for an extra; even these import it inside the functions that need it.
 EXTRAS = ("flax", "matplotlib", "sklearn", "pandas", "tqdm", "scipy", "chex", "optuna", "orbax", "torch", "equinox")
+EXTRAS = (*EXTRAS, "blackjax", "matfree")
 EXTRAS += ("tensorboardX", "wandb", "mlflow")
 
 

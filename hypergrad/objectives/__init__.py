@@ -12,6 +12,17 @@ from hypergrad.objectives.function_distance import exact_function_distance as ex
 from hypergrad.objectives.function_distance import function_distance as function_distance
 from hypergrad.objectives.function_distance import function_moments as function_moments
 from hypergrad.objectives.function_distance import ntk_function_distance as ntk_function_distance
+from hypergrad.objectives.gp import EvidenceEstimate as EvidenceEstimate
+from hypergrad.objectives.gp import HMCSamples as HMCSamples
+from hypergrad.objectives.gp import MatrixFreeEvidence as MatrixFreeEvidence
+from hypergrad.objectives.gp import VariationalSites as VariationalSites
+from hypergrad.objectives.gp import gp_evidence as gp_evidence
+from hypergrad.objectives.gp import gp_evidence_matrix_free as gp_evidence_matrix_free
+from hypergrad.objectives.gp import gp_leave_one_out as gp_leave_one_out
+from hypergrad.objectives.gp import gp_predict as gp_predict
+from hypergrad.objectives.gp import gp_sites as gp_sites
+from hypergrad.objectives.gp import hmc as hmc
+from hypergrad.objectives.gp import squared_exponential as squared_exponential
 from hypergrad.objectives.interleaved import interleaved as interleaved
 from hypergrad.objectives.risk import Smoother as Smoother
 from hypergrad.objectives.risk import calibration_error as calibration_error
