@@ -1,4 +1,4 @@
-"""The frame of a call: what `hypergrad` and `evaluate` begin and end with, whatever the method.
+"""The frame of a call: how `hypergrad` and `evaluate` begin and end in every method.
 
     call = bind(problem, state.model_state, hparams, train, valid, key)    # checks; binds data and keys to the losses
     ...                                                                    # the method, in the order of its paper
@@ -8,7 +8,7 @@
 
     return framed(init, hypergrad, response, evaluate, about)              # the solver, whose loops convolve fast
 
-So the file of a method holds its mathematics, and what it alone needs.
+The file of a method therefore holds its mathematics, and only those helpers that no other method needs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Call(NamedTuple):
         objective: the inner problem.
         outer: `model_state -> (params, hparams) -> (outer loss, metrics)`.
         outer_key: the key that `outer` draws with, or None.
-        keys: the method's own, as many as it asked for; each None in a call without a key.
+        keys: the method's own keys, as many as it asked for; each is None in a call without a key.
     """
 
     hparams: PyTree
@@ -56,7 +56,7 @@ class Call(NamedTuple):
 
     @property
     def probe_key(self) -> Array:
-        """For random signs that steer a solve and not its result: any fixed ones serve in a call without a key."""
+        """A key for random signs that steer a solve without changing its result; fixed in a call without a key."""
         (key,) = self.keys
         return jax.random.key(0) if key is None else key
 
@@ -75,16 +75,16 @@ def bind(
 
     Args:
         problem: the two losses.
-        model_state: with which the inner problem starts, or None.
+        model_state: model state with which the inner problem starts, or None.
         hparams: pytree of floating arrays or Python numbers.
         train: pytree of arrays, minibatches, or None.
         valid: pytree of arrays, minibatches, or None.
-        key: of this call, or None.
+        key: key of this call, or None.
         own_keys: how many keys the method itself needs.
 
     Raises:
         InputTypeError: for hyperparameters that are not real numbers.
-        InputError: for data without examples, and data that are drawn where there is no key.
+        InputError: for data without examples, and for data that are drawn at random in a call without a key.
     """
     hparams = check_hparams(hparams)
     check_data("train", train)
@@ -99,10 +99,10 @@ def bind(
 
 
 def require_key(solver: str, function: str, key: Array | None, draws: str = "hyperparameters") -> Array:
-    """The key of a method that cannot do without one, since each call draws what `draws` says.
+    """Return the key, for a method that needs one in every call because it draws what `draws` names.
 
     Raises:
-        InputError: if it is None.
+        InputError: if `key` is None.
     """
     if key is None:
         raise InputError(
@@ -129,9 +129,7 @@ def bad_grad(*grads: PyTree) -> Array:
 
 
 def no_influence(grad: PyTree, rhs: PyTree = None) -> Array:
-    """INSENSITIVE for a hypergradient of zero although the outer loss has a gradient `rhs` (if that is known), else
-    OK.
-    """
+    """INSENSITIVE for a zero hypergradient, unless the outer loss's gradient `rhs` is known to be zero; else OK."""
     zero = _tree.max_abs(grad) == 0
     return code(zero if rhs is None else zero & (_tree.max_abs(rhs) > 0), Status.INSENSITIVE)
 
@@ -147,12 +145,12 @@ def report(
     error_estimate: Array | None = None,
     extra: Mapping[str, Array] | None = None,
 ) -> Info:
-    """The `Info` of a call. An argument is left out where the method has no such value: NaN, or an estimate of inf.
+    """The `Info` of a call. What a method has no value for is left out, and becomes NaN, or inf for the error estimate.
 
     Args:
         status: int32 code.
-        inner_steps: of the inner solver.
-        like: a floating scalar, in whose dtype the numbers that are left out are.
+        inner_steps: steps of the inner solver.
+        like: floating scalar whose dtype is used for the numbers that are left out.
         inner_residual: see `Info`.
         linear_residual: see `Info`.
         linear_steps: products with the operator of the adjoint system.
@@ -172,7 +170,7 @@ def report(
 
 
 def go_on_from(state: State, optimum: Optimum) -> State:
-    """The state of a solver that works at the optimum, with which the next call starts; finite if the last one is."""
+    """The state with which the next call of a solver that works at the optimum starts; finite if the last one is."""
     return state._replace(
         params=optimum.params,
         inner_state=optimum.inner_state,
@@ -207,8 +205,8 @@ def framed(
     evaluate: Callable[..., Any],
     about: About,
 ) -> Solver:
-    """A solver that owns its state, whose convolutions are as fast inside its loops as outside, and that takes
-    parameters which are spread over an Explicit mesh.
+    """Make a solver that owns its state, whose convolutions are as fast inside its loops as outside, and that accepts
+    parameters spread over an Explicit mesh.
     """
     hypergrad = fast_convolutions(_spread_alike(hypergrad))
     hypergrad = spread_by_xla(hypergrad, lambda state, hparams: (Hypergradient(COPIED, hparams, COPIED, COPIED), state))
@@ -217,10 +215,10 @@ def framed(
 
 
 def _spread_alike(hypergrad: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, whose gradient is spread over an Auto mesh as the hyperparameters are.
+    """Return the same solver with its gradient spread over an Auto mesh as the hyperparameters are.
 
-    XLA spreads the two operands of one operation alike, and what a learned response or a sum over tangents yields it
-    copies to every device otherwise. The gradient is NaN where the hyperparameter is, as it was before.
+    XLA spreads the two operands of one operation alike; otherwise it would copy what a learned response or a sum over
+    tangents yields to every device. The gradient is NaN where the hyperparameter is, as it was before.
     """
 
     @functools.wraps(hypergrad)
@@ -232,8 +230,8 @@ def _spread_alike(hypergrad: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def owned(init: Callable[..., State]) -> Callable[..., State]:
-    """The same `init`, whose state shares no buffer with its arguments or within itself, so that it can be donated, and
-    lies on the devices of the parameters, so that the second call compiles nothing.
+    """Return the same `init`, with a state that shares no buffer with its arguments or within itself, so that it can be
+    donated, and that lies on the devices of the parameters, so that the second call compiles nothing.
     """
 
     @functools.wraps(init)
@@ -244,13 +242,13 @@ def owned(init: Callable[..., State]) -> Callable[..., State]:
 
 
 def _beside(given: PyTree, state: State) -> State:
-    """The state with what lies on one device copied to all of the mesh that the arguments lie on, if they do."""
+    """Copy what lies on one device in the state to every device of the mesh that the arguments lie on, if any."""
     spread = lambda x: isinstance(x, Array) and not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding)
     meshes = {x.sharding.mesh for x in jax.tree.leaves(given) if spread(x)}
     if len(meshes) != 1:
         return state
     mesh = meshes.pop()
-    named = AxisType.Explicit in mesh.axis_types  # so that it is called what a program calls it that returns it
+    named = AxisType.Explicit in mesh.axis_types  # so that the sharding has the name that a compiled program gives it
     everywhere = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim * named)))
     apart = lambda x: isinstance(x, Array) and not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding)
     return jax.tree.map(lambda x: jax.device_put(x, everywhere(x)) if apart(x) else x, state)

@@ -56,10 +56,10 @@ class Seen(NamedTuple):
     """The values that the losses returned on the way.
 
     Attributes:
-        loss: that the parameters descend on, at the first point of the call.
+        loss: the loss that the parameters descend on, at the first point of the call.
         value: validation loss.
-        metrics: of the validation loss.
-        model_state: after the last step of the parameters.
+        metrics: metrics of the validation loss.
+        model_state: model state after the last step of the parameters.
     """
 
     loss: Array
@@ -69,7 +69,7 @@ class Seen(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The next parameters and adjoint, the hypergradient, what the method remembers, and what it saw."""
+    """The next parameters and adjoint, the hypergradient, the method's memory, and what the losses returned."""
 
     params: PyTree
     adjoint: PyTree
@@ -82,10 +82,10 @@ class Method(NamedTuple):
     """A method of `hg.single_loop`.
 
     Attributes:
-        step: `(oracles, point, memory, model_state) -> Step`; the memory that it returns is finite, whatever happened.
+        step: `(oracles, point, memory, model_state) -> Step`; it returns finite memory even after a failure.
         start: `(point, blocks of training rows, blocks of validation rows) -> memory`.
         products: Hessian products of one call, given the number of inner steps.
-        draws: blocks that one call draws of either data, given the number of inner steps.
+        draws: blocks that one call draws from each of the two data sets, given the number of inner steps.
         repeats: whether it takes several inner steps a call.
     """
 
@@ -134,11 +134,11 @@ class Oracles(NamedTuple):
         train: blocks of training rows.
         valid: blocks of validation rows.
         drawn: int32 `[draws, 2]`, the blocks of training and validation rows of each draw.
-        key: of the losses that draw.
-        step_size: of the parameters.
-        adjoint_step_size: of the adjoint.
-        perturbation: of `f2sa`.
-        inner_steps: of a method that takes several.
+        key: key for losses that draw random numbers.
+        step_size: step size of the parameters.
+        adjoint_step_size: step size of the adjoint.
+        perturbation: ε of `f2sa`.
+        inner_steps: number of inner steps, for a method that takes several.
     """
 
     problem: Problem
@@ -206,7 +206,9 @@ def directions(terms: Terms) -> Point:
 
 
 def soba(oracles: Oracles, point: Point, memory: None, model_state: PyTree) -> Step:
-    """One block each, all three directions at the old point (Dagréou, Ablin, Vaiter & Moreau 2022)."""
+    """One block of each data set; all three directions are taken at the old point (Dagréou, Ablin, Vaiter & Moreau
+    2022).
+    """
     terms, seen = oracles.terms(0, point, model_state)
     move = directions(terms)
     new = oracles.move(point, move)
@@ -222,7 +224,7 @@ class Table(NamedTuple):
 
 
 def saba(oracles: Oracles, point: Point, memory: Table, model_state: PyTree) -> Step:
-    """`new − remembered + mean(remembered)` for each term; the mean moves after use (as SOBA's authors)."""
+    """`new − remembered + mean(remembered)` for each term; the mean moves after use (as SOBA's authors do)."""
     i, j = oracles.drawn[0]
     new, seen = oracles.terms(0, point, model_state)
     old = Terms(_row(memory.inner, i), _row(memory.outer, j))
@@ -240,8 +242,8 @@ def saba(oracles: Oracles, point: Point, memory: Table, model_state: PyTree) -> 
 
 
 def _row(table: PyTree, index: Array) -> PyTree:
-    """Row `index` of each leaf. Read inside a conditional, which XLA does not merge with what uses the row: a read that
-    it repeated after the write of the new row would cost a copy of the table in every call.
+    """Return row `index` of each leaf. The row is read inside a conditional, which XLA does not merge with the code
+    that uses it: if XLA repeated the read after the new row is written, every call would copy the table.
     """
     read = lambda: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), table)
     return lax.cond(index >= 0, read, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), table))
@@ -260,7 +262,7 @@ def _empty_table(point: Point, train: int, valid: int) -> Table:
 
 
 def amigo(oracles: Oracles, point: Point, memory: None, model_state: PyTree) -> Step:
-    """K steps of the parameters, K of the adjoint from where it was, then the hypergradient (Arbel & Mairal 2022)."""
+    """K steps of the parameters, K steps of the adjoint from its last value, then g (Arbel & Mairal 2022)."""
     steps, (params, adjoint, hparams) = oracles.inner_steps, point
 
     def train(k: Any, carry: Any) -> Any:
@@ -289,7 +291,9 @@ class Recursion(NamedTuple):
 
 
 def srba(oracles: Oracles, point: Point, memory: Recursion, model_state: PyTree) -> Step:
-    """`new(now) + (last − new(before))` on one block, from all rows again every half pass (Dagréou et al. 2024)."""
+    """Return `new(now) + (last − new(before))` on one block; restart from all rows every half pass (Dagréou et al.
+    2024).
+    """
     period = max(1, (oracles.train.count + oracles.valid.count) // 2)
 
     def restart() -> tuple[Point, Seen]:
@@ -316,7 +320,7 @@ def _no_recursion(point: Point, train: int, valid: int) -> Recursion:
 
 
 def f2sa(oracles: Oracles, point: Point, memory: None, model_state: PyTree) -> Step:
-    """First order alone: w± = w ± εv descend on h ± εf, and what they differ by stands for every second derivative
+    """First derivatives only: w± = w ± εv descend on h ± εf, and their difference replaces every second derivative
     (Kwon, Kwon, Wright & Nowak 2023, here in the central form).
     """
     epsilon, steps = oracles.perturbation, oracles.inner_steps

@@ -1,4 +1,4 @@
-r"""How wrong a hypergradient at an optimum may be, from what the two solves left over.
+r"""How wrong a hypergradient at an optimum may be, judged by the residuals of the two solves.
 
     δ = H⁻¹F,   w⁺ = ŵ − 4δ,   r = ∂_w f(w⁺) − H(w⁺)v̂ + 3(∂_w f(ŵ) − Hv̂),   ε = H⁻¹r
 
@@ -6,21 +6,21 @@ r"""How wrong a hypergradient at an optimum may be, from what the two solves lef
 
     error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖))
 
-A step of four times the distance to the optimum, in place of a derivative, sees what a derivative does not: a fold, at
-which the Hessian changes by its own size, and kinks. H is the true Hessian, whatever operator the adjoint system had,
-so that ∂_w f − Hv̂ holds the bias of damping and of Gauss-Newton products as well.
+A step of four times the distance to the optimum replaces a derivative, because it detects what a derivative misses:
+kinks, and folds, at which the Hessian changes by as much as its own size. H is the true Hessian even where the adjoint
+system used another operator, so that ∂_w f − Hv̂ contains the bias of damping and of Gauss-Newton products as well.
 
-H⁻¹ is first M⁻¹/μ, with M the preconditioner and μ the smallest eigenvalue of M⁻¹H: never too small, but κ times too
-large along stiff directions. Where the estimate is not small with it, a few steps of conjugate gradients take its place
-(x + M⁻¹(b − Hx)/μ, with x what they found). μ is the smallest Ritz value of the adjoint's own conjugate gradients and
-of Lanczos's process from a random start that holds F as well. The process runs at the first call and at every 32nd:
-what it found is carried in the state, and may rise by a quarter a call.
+H⁻¹ is first approximated by M⁻¹/μ, where M is the preconditioner and μ the smallest eigenvalue of M⁻¹H: this is never
+too small, but κ times too large along stiff directions. Where the resulting estimate is not small, a few steps of
+conjugate gradients replace it (x + M⁻¹(b − Hx)/μ, where x is their result). μ is the smallest Ritz value of the
+adjoint's own conjugate gradients and of Lanczos's process from a random start that contains F as well. The process runs
+at the first call and at every 32nd call; its result is carried in the state, and may rise by a quarter per call.
 
 Nothing is known, and the estimate is infinite, where H has negative curvature, where the process has not settled and
 the adjoint system was not solved, and where the Hessian changes by its own size within four times the distance to the
-optimum. Directions in which H is flat to rounding are tried out: along one of them ŵ is moved by a thousandth of its
-length, and v̂ by its own. If the hypergradient stays, as it does where a symmetry makes them flat, they are left
-out of μ; if it does not, nothing is known.
+optimum. Directions in which H is flat to rounding are tested: along one of them ŵ is moved by a thousandth of its
+length, and v̂ by its full length. If the hypergradient does not change, as is the case where a symmetry makes them
+flat, they are left out of μ; if it changes, nothing is known.
 
 Source: the first-order analysis is that of Pedregosa 2016, arXiv:1602.02355. Cost: at a warm call two products with H,
 one with ∂²_{λw} h, and a gradient of the outer loss; at a first call at most 24 products more. Memory O(|w|).
@@ -46,17 +46,17 @@ from hypergrad.linear._linear import Linear, LinearResult, Matvec
 from hypergrad.solvers._call import Call, Outer
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py, experiments/reliability/families.py
-_STEPS = 24  # of Lanczos's process
-_REFINE = 12  # steps of conjugate gradients in place of M⁻¹/μ
-_COARSE = 2.5e-4  # the largest a that is left as it is
+_STEPS = 24  # steps of Lanczos's process
+_REFINE = 12  # steps of conjugate gradients that replace M⁻¹/μ
+_COARSE = 2.5e-4  # the largest a that is not refined
 _INSIDE = 0.25  # share of μ below which a direction's curvature is not that of the rest of the spectrum
 _FLAT = 32  # units of rounding of the largest eigenvalue, below which one cannot be told from zero
-_SETTLED = 0.5  # the largest error of the smallest Ritz value, relative to it
+_SETTLED = 0.5  # the largest relative error at which the smallest Ritz value counts as settled
 _RISE = 1.25  # how much μ may grow from one call to the next
 _AGE = 32  # calls after which Lanczos's process runs again
-_ASIDE = 1e-3  # share of the length of w by which it is moved along a flat direction
+_ASIDE = 1e-3  # share of the length of w by which w is moved along a flat direction
 _LOST = 0.05  # condition number times rounding; the Ritz values from which it comes are too far inside by up to three
-_HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F, in place of zeros; and how large at most
+_HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F instead of zeros; and a limit on that size
 _NEAR = 1e-2  # relative inner residual above which no estimate would be finite
 
 
@@ -64,8 +64,9 @@ class Spectrum(NamedTuple):
     """What is known of the eigenvalues of M⁻¹H.
 
     Attributes:
-        low: the smallest, or an estimate a little below it; 0 if nothing is known; negative if one is.
-        high: the largest; 0 if nothing is known.
+        low: the smallest eigenvalue, or an estimate a little below it; 0 if nothing is known; negative if an eigenvalue
+            is negative.
+        high: the largest eigenvalue; 0 if nothing is known.
         age: int32, calls since Lanczos's process ran, counted from 1; 0 before it has.
     """
 
@@ -160,12 +161,13 @@ def estimate(
         symmetric=inner.symmetric,
         refine=True if linear.claims else spectrum.age == 1,
     )
-    # A flat direction along which the hypergradient changes, or whose try was too coarse: nothing is known.
+    # Nothing is known if the hypergradient changes along a flat direction, or if the test of that direction was too
+    # coarse.
     undecided = (_tree.max_abs(flat) > 0) & ~(error <= _ASIDE)
     error = jnp.where(undecided, inf, error)
     spectrum = spectrum._replace(low=jnp.where(undecided & (spectrum.low > 0), 0, spectrum.low))
     large = jnp.isfinite(error) & (error > 1)
-    if not (inner.claims and linear.claims):  # a direction may be good where a size is not
+    if not (inner.claims and linear.claims):  # a direction may be good where a length is not
         return jnp.where(large, inf, error), jnp.int32(Status.OK), spectrum
     falling = (spectrum.low < 0) & (linear.symmetric and exact)
     return error, first_failure(code(falling, Status.NEG_CURVATURE), code(large, Status.INACCURATE)), spectrum
@@ -184,23 +186,23 @@ def _look(
     low: ArrayLike,
     high: ArrayLike,
 ) -> tuple[Spectrum, PyTree]:
-    """Bring what is known up to date: by Lanczos's process if it is due, by the Ritz values of this call if not.
+    """Update what is known: by Lanczos's process if it is due, otherwise by the Ritz values of this call.
 
     Args:
-        carried: from the last call.
+        carried: the spectrum that the last call returned.
         matvec: `v -> H v`.
         precondition: `v -> M⁻¹ v`, or None.
         residual: F.
-        key: for the start of Lanczos's process.
-        plausible: whether an estimate could be finite at all, so that it is worth the products.
+        key: key for the start of Lanczos's process.
+        plausible: whether a finite estimate is possible at all, so that the products are worthwhile.
         noise: eigenvalues of this size cannot be told from zero, in units of the largest.
         solved: whether the adjoint system was solved to a tolerance, so that its Ritz values can be believed.
         low: the smallest Ritz value of this call; infinite if there is none.
-        high: the largest; 0 if there is none.
+        high: the largest Ritz value; 0 if there is none.
 
     Returns:
         The spectrum, and a vector along which H is flat to rounding, of unit length in the geometry of M; zero if there
-        is none, or none was looked for.
+        is none, or if none was looked for.
     """
     dtype, eps = carried.low.dtype, _tree.eps(residual)
     low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
@@ -216,7 +218,7 @@ def _look(
     first = _Process(start, _tree.zeros_like(start), jnp.zeros(size, dtype), nothing, jnp.int32(0), due)
 
     def run(c: _Process) -> _Process:
-        """Turns 0 and 2 look for flat directions, turns 1 and 3 add them up; the second time from what was found."""
+        """Turns 0 and 2 look for flat directions, turns 1 and 3 add them up; 2 and 3 start from what was found."""
         alpha, beta, count, here, flat = _lanczos(matvec, apply, c.start, c.weights, size, eps)
         values, vectors = _tridiagonal(alpha, beta, count)
         real = jnp.arange(size) < count
@@ -235,8 +237,8 @@ def _look(
 
     c = jax.lax.while_loop(lambda c: c.more, run, first)
     found = c.found
-    # Conjugate gradients that met their tolerance have seen what their right-hand side sees; half of what they found,
-    # since it is never too small.
+    # Conjugate gradients that met their tolerance have resolved all that their right-hand side contains. Half of their
+    # Ritz value is taken, because a Ritz value is never too small.
     solved = jnp.asarray(solved) & jnp.isfinite(low)
     fresh = jnp.minimum(found.low, jnp.where(found.settled, low, low / 2))
     fresh = jnp.where(found.settled | solved, fresh, 0)
@@ -253,7 +255,7 @@ def _look(
 
 
 def _seen(carried: Spectrum, low: ArrayLike, high: ArrayLike, solved: Array | bool) -> Spectrum:
-    """What the solve of this call alone tells, for an operator that is not symmetric: its smallest singular value."""
+    """Return what this call's solve alone shows for an operator that is not symmetric: its smallest singular value."""
     dtype = carried.low.dtype
     low = jnp.asarray(low, dtype)
     known = jnp.asarray(solved) & jnp.isfinite(low)
@@ -270,8 +272,8 @@ class _Found(NamedTuple):
 class _Process(NamedTuple):
     start: PyTree
     flat: PyTree
-    weights: Array  # with which the next run adds up its vectors
-    found: _Found  # by the first run
+    weights: Array  # weights with which the next run adds up its vectors
+    found: _Found  # what the first run found
     turn: Array
     more: Array
 
@@ -279,8 +281,9 @@ class _Process(NamedTuple):
 def _lanczos(
     matvec: Matvec, apply: Matvec, start: PyTree, weights: Array, size: int, eps: float
 ) -> tuple[Array, Array, Array, PyTree, PyTree]:
-    """Lanczos's process for M⁻¹H in the inner product of M, which only M⁻¹ is needed for: the diagonal, what is beside
-    it, the number of steps, and the vectors of the process added with `weights`, times M and not.
+    """Run Lanczos's process for M⁻¹H in the inner product of M; only products with M⁻¹ are needed. Return the diagonal,
+    the off-diagonal, the number of steps, and the sum of the process's vectors by `weights`, with a factor of M and
+    without.
     """
     dtype = weights.dtype
 
@@ -329,7 +332,7 @@ def _lanczos(
 
 
 def _tridiagonal(alpha: Array, beta: Array, count: Array) -> tuple[Array, Array]:
-    """Eigenvalues and vectors of the part that was filled; those of the rest are beyond every other."""
+    """Return the eigenvalues and eigenvectors of the part that was filled; those of the rest lie beyond every other."""
     size = alpha.shape[0]
     used = jnp.arange(size) < count
     scale = jnp.max(jnp.abs(alpha)) + jnp.max(beta)
@@ -341,7 +344,7 @@ def _tridiagonal(alpha: Array, beta: Array, count: Array) -> tuple[Array, Array]
 
 
 def _read(values: Array, vectors: Array, beta: Array, count: Array, noise: Array) -> _Found:
-    """The smallest eigenvalue that is not flat, and how far it can be believed."""
+    """Return the smallest eigenvalue that is not flat, and how far it can be trusted."""
     real = jnp.arange(len(values)) < count
     high = jnp.max(jnp.where(real, jnp.abs(values), 0))
     off = beta[count] * jnp.abs(vectors[jnp.maximum(count - 1, 0)])  # the residual of each Ritz pair
@@ -393,7 +396,7 @@ def _relative_error(
     known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
     low = jnp.where(known, spectrum.low, 1)
     wide = spectrum.high / low * _tree.eps(params)
-    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units, in place of a pass for each norm
+    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units instead of a pass for each norm
     long, tall = _tree.max_abs(params), _tree.max_abs(v)
     through = norm(point.indirect, unit)
     size = jnp.maximum(norm(point.grad, unit), 1e-3 * (norm(point.direct, unit) + through))
@@ -401,7 +404,8 @@ def _relative_error(
     crosswise = norm(flat, None)
     aside = crosswise > 0
     shift = _tree.scale(jnp.where(aside, _ASIDE * length / _tree.positive(crosswise), 0), flat)
-    # F is a sum, and is not known better than its parts are: what they are along v̂ moves ŵ along v̂ by as much.
+    # F is a sum, so it is known no better than its terms are: the rounding error of the terms along v̂ shifts ŵ along
+    # v̂.
     parts = _total(point.indirect, hparams) + _total(point.rhs, params)
     slope = jnp.abs(_tree.vdot(point.rhs, v))
     shift = _tree.axpy(jnp.where(slope > 0, eps * parts / _tree.positive(slope), 0), v, shift)
@@ -419,7 +423,7 @@ def _relative_error(
         gap = _tree.sub(point.rhs, here)
 
         def stage(i: Array, c: _Stage) -> _Stage:
-            """First δ and r, from the second point; then ε, and what it changes."""
+            """First compute δ and r, from the second point; then ε, and the change that it causes."""
             second = i == 0
             x = solve(c.rhs, steps)
             turned = _tree.axpy(jnp.where(aside, reach / _tree.positive(crosswise), 0), flat, x)
@@ -460,14 +464,16 @@ def _relative_error(
 
 
 def _inverse(matvec: Matvec, apply: Matvec, b: PyTree, low: Array, steps: Array) -> PyTree:
-    """A rough H⁻¹b: x + M⁻¹(b − Hx) / μ, with x from some steps of conjugate gradients; M⁻¹b / μ without any."""
+    """A rough H⁻¹b: x + M⁻¹(b − Hx) / μ, where x is the result of some steps of conjugate gradients; M⁻¹b / μ without
+    any.
+    """
     dtype = low.dtype
 
     def step(c: Any) -> Any:
         j, x, r, p, rz, pmp = c
         product = matvec(p)
         curvature = _tree.vdot(p, product).astype(dtype)
-        ok = (curvature > _INSIDE * low * pmp) & (rz > 0)  # or p is next to a flat direction, which has no inverse
+        ok = (curvature > _INSIDE * low * pmp) & (rz > 0)  # else p is close to a flat direction
         alpha = jnp.where(ok, rz / jnp.where(ok, curvature, 1), 0)
         x, r = _tree.axpy(alpha, p, x), _tree.axpy(-alpha, product, r)
         z = apply(r)
@@ -488,7 +494,7 @@ def _total(x: PyTree, y: PyTree) -> Array:
 
 
 def _root(precondition: Matvec | None, like: PyTree) -> PyTree | None:
-    """The square root of the diagonal of M, if M is diagonal, as it mostly is; a scale of it otherwise."""
+    """The square root of the diagonal of M, if M is diagonal, as in most cases; otherwise a measure of its scale."""
     if precondition is None:
         return None
     ones = precondition(jax.tree.map(jnp.ones_like, like))

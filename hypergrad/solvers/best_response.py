@@ -4,8 +4,8 @@ r"""The best response as a differentiable function, for use inside one's own `ja
 
 Source: Griewank & Faure 2002, "Reduced functions, gradients and Hessians from fixed-point iterations"; Blondel et al.
 2022, arXiv:2105.15183. Differs: where the inner or the linear solve failed, derivatives are NaN, never a plausible
-wrong number, since there is nowhere to put a status; derivatives of any order, forward and reverse, come from the same
-rule. Cost: the inner solve; a linear solve for each derivative. Memory O(|w|).
+wrong number, because a derivative has no place for a status; derivatives of any order, forward and reverse, come from
+the same rule. Cost: the inner solve, and a linear solve for each derivative. Memory O(|w|).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def best_response(problem: Problem, *, inner: Inner | None = None, linear: Linea
     """The solution of the inner problem as a function of the hyperparameters, differentiable any number of times.
 
     Args:
-        problem: its `inner_loss` is solved; `outer_loss` is not looked at.
-        inner: how parameters are found: a solver with a tolerance. Default `hg.inner.lbfgs()`.
-        linear: how the tangent and adjoint systems are solved: a solver that claims convergence. Default
+        problem: its `inner_loss` is solved; `outer_loss` is ignored.
+        inner: how parameters are found; it must be a solver with a tolerance. Default `hg.inner.lbfgs()`.
+        linear: how the tangent and adjoint systems are solved; it must be a solver that claims convergence. Default
             `hg.linear.cg()` (`gmres()` for a fixed-point inner solver).
 
     Returns:
         `(hparams, params0, batch=None, *, key=None) -> params`. The derivative with respect to `params0` is zero. Where
-        a solve fails, the value is as good as was reached and every derivative is NaN.
+        a solve fails, the value is the best one reached and every derivative is NaN.
 
     Raises:
         InputError: for solvers without a tolerance, and for `cg` with a fixed-point inner solver.
@@ -120,7 +120,7 @@ def _solve(inner: Inner, objective: Objective, start: PyTree, hparams: PyTree) -
         preconditioner=None,
         key=jax.random.key(0),
     )
-    # Auxiliary outputs of custom_root must be floating: it gives integer ones tangents of the wrong type.
+    # Auxiliary outputs of custom_root must be floating: it gives integer outputs tangents of the wrong type.
     return optimum.params, optimum.status.astype(_tree.dtype(start))
 
 
@@ -139,8 +139,9 @@ def _solve_tangent(method: Linear, push: Matvec, rhs: PyTree, params: PyTree, hp
 
 
 def _tied(rhs: PyTree) -> PyTree:
-    """The same right-hand side, each leaf of which depends on all: custom_linear_solve cannot be transposed where some
-    leaves are linear in the tangent and others, that no hyperparameter moves, are constant zeros.
+    """Return the same right-hand side with each leaf made to depend on all of them: custom_linear_solve cannot be
+    transposed where some leaves are linear in the tangent and others are constant zeros because no hyperparameter moves
+    them.
     """
     zero = sum((0 * leaf.ravel()[0] for leaf in jax.tree.leaves(rhs) if leaf.size), start=jnp.zeros(()))
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), rhs)
@@ -148,7 +149,7 @@ def _tied(rhs: PyTree) -> PyTree:
 
 @jax.custom_jvp
 def _nan_derivative_unless(good: Array, leaf: Array) -> Array:
-    """`leaf`, whose derivative is NaN where the solve failed."""
+    """Return `leaf` with a derivative that is NaN where the solve failed."""
     del good
     return leaf
 

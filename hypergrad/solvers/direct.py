@@ -1,13 +1,14 @@
-r"""First order only: what the outer loss sees of the hyperparameters directly, at the parameters that training found.
+r"""First order only: how the outer loss depends directly on the hyperparameters, at the parameters that training found.
 
     g = ∂_λ f(w, λ)   at w ≈ w*(λ)
 
-Exact where the solution does not matter to first order: the outer loss *is* the inner one (the envelope theorem;
-evidence objectives), or does not depend on the parameters. Elsewhere it is a bias that buys speed, as in first-order
-DARTS.
+This is exact where the solution does not matter to first order: where the outer loss *is* the inner one (the envelope
+theorem; evidence objectives), or does not depend on the parameters. Elsewhere it accepts a bias in exchange for speed,
+as in first-order DARTS.
 
 Source: Liu, Simonyan & Yang 2019, arXiv:1806.09055 (ξ = 0). Differs: the outer gradient with respect to the parameters
-is reported, since it is what is left out. Cost: the inner solve and a gradient of the outer loss. Memory O(|w|).
+is reported, since it is what the method leaves out. Cost: the inner solve and a gradient of the outer loss. Memory
+O(|w|).
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         inner: how parameters are found; each call goes on from where the last one ended.
 
     Returns:
-        A `Solver`. `info.linear_residual` is NaN. `info.error_estimate` is infinite, since nothing is known of the part
-        that is left out, unless the outer loss has no gradient with respect to the parameters;
+        A `Solver`. `info.linear_residual` is NaN. `info.error_estimate` is infinite, since nothing is known about the
+        part that is left out, unless the outer loss has no gradient with respect to the parameters;
         `info.extra["outer_grad_norm"]` is the norm of that gradient.
 
     Raises:
@@ -103,7 +104,7 @@ def direct(problem: Problem, *, inner: Inner) -> Solver:
         )
 
     def solve(state: DirectState, call: Call) -> Optimum:
-        # What is wrong with the outer loss is said before the inner problem is solved.
+        # Mistakes in the outer loss are reported before the inner problem is solved.
         jax.eval_shape(call.outer(state.model_state), state.params, call.hparams)
         return find_optimum(
             inner,

@@ -1,4 +1,4 @@
-r"""Evolution strategies: hypergradients from values of the outer loss alone, antithetic, along a run of training.
+r"""Evolution strategies: antithetic hypergradients along a training run, from values of the outer loss alone.
 
     L±_i = mean of f over the steps of this call, at u ± σε_i, from the point where the particle i± stands
     g = (1/n) Σ_i ξ_i (L⁺_i − L⁻_i) / 2σ²
@@ -10,13 +10,13 @@ where u are the unconstrained hyperparameters and ξ_i is
     nres   σ ε_i, drawn once an episode; particles go on from where they stand
 
 Nothing is differentiated with respect to hyperparameters: losses may count errors, round, or sort by them, and training
-that explodes gives a large difference in place of a derivative of 10³⁰. With `truncate`, es is biased, since it sees
+that explodes gives a large difference instead of a derivative of 10³⁰. With `truncate`, es is biased, because it sees
 the hyperparameters' influence within one call only; pes and nres are unbiased over the calls of an episode.
 
 Source: PES: Vicol, Metz & Sohl-Dickstein 2021, arXiv:2112.13835. NRES: Li et al. 2023, arXiv:2304.12180. ES: Salimans
 et al. 2017, arXiv:1703.03864. Differs: a pair whose loss is not finite is left out until its episode ends.
 Cost of a call: 2n + 1 times `truncate` training steps, side by side; with `truncate`, as many evaluations of the outer
-loss. Memory: 2n + 1 times the parameters and the state of the optimizer, whatever the length of the run.
+loss. Memory: 2n + 1 times the parameters and the state of the optimizer, regardless of the length of the run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class EvolutionState(NamedTuple):
     """The state from which the next call starts.
 
     Attributes:
-        centre: where training without perturbation stands.
+        centre: where the run without perturbation stands.
         particles: where the perturbed runs stand; leaves `[2, pairs, ...]`, with u + σε first.
         drift: ξ, leaves `[pairs, ...]`, like the unconstrained hyperparameters.
         alive: which pairs have had finite losses since their episode began, `[pairs]`.
@@ -102,22 +102,22 @@ def evolution(
 ) -> Solver:
     """Hypergradients without derivatives, by perturbing the hyperparameters of parallel runs of training.
 
-    For hyperparameters in which a loss is flat, jumps or counts, and for training that is too long or too chaotic to be
-    differentiated. Where a derivative exists, `hg.unrolled` and `hg.implicit` are cheaper by a factor of the number of
-    pairs, and exact.
+    Use it for hyperparameters in which a loss is flat, jumps or counts, and for training that is too long or too
+    chaotic to be differentiated. Where a derivative exists, `hg.unrolled` and `hg.implicit` are exact, and cheaper by a
+    factor of the number of pairs.
 
     Args:
         problem: the two losses. The inner loss needs a derivative in the parameters, the outer loss none at all.
         inner: one episode of training, and its number of steps: `hg.inner.gradient(optimizer, steps=1000)`, or
             `hg.inner.fixed_point(map, steps=1000)`. An optimizer given as a function of `hparams` is tuned too.
         method: `"pes"` and `"nres"` are unbiased with `truncate`; nres has less variance where the influence of a
-            perturbation lasts. `"es"` is the same as both without `truncate`, and biased with it.
+            perturbation lasts. `"es"` equals both of them without `truncate`, and is biased with it.
         scale: σ, standard deviation of the perturbations in unconstrained coordinates (a tenth is a tenth of `u`, not
             of λ). What is estimated is the derivative of the outer loss smoothed over perturbations of this size.
         pairs: n, antithetic pairs of runs.
-        truncate: training steps a call, a divisor of the steps of `inner`. The outer loss is then averaged over all
-            steps of an episode. None: a call is a whole episode, and the outer loss is that at its end.
-        domain: pytree prefix of `hparams` with `hg.domains` as leaves; the same that `hg.tune` is given.
+        truncate: training steps per call, a divisor of the steps of `inner`. The outer loss is then averaged over all
+            steps of an episode. None: a call is a whole episode, and the outer loss is the one at its end.
+        domain: pytree prefix of `hparams` with `hg.domains` as leaves; pass the same one to `hg.tune`.
         evolve: pytree prefix of bools. Where it is False, a hyperparameter follows the gradient of `hg.unrolled`
             instead, in the same call; this needs whole episodes. None: all of them evolve.
 
@@ -176,7 +176,7 @@ def evolution(
         )
 
     def run(point: Point, hparams: PyTree, train: PyTree, valid: PyTree, keys: Any) -> tuple[Point, Array, Any]:
-        """Some steps of training from a point; where they lead, the outer loss on the way, and its metrics."""
+        """Take some training steps from a point; return the end point, the outer loss on the way, and its metrics."""
         train_key, valid_key = keys
         objective = bind_inner(problem, train, train_key, point.model_state)
         outer = lambda at: bind_outer(problem, valid, valid_key, at.model_state)(at.params, hparams)
@@ -192,7 +192,7 @@ def evolution(
         return point, value if truncate is None else total / length, metrics
 
     def begin(state: EvolutionState, hparams: PyTree) -> tuple[Point, Array]:
-        """Where this call starts without perturbation, and whether an episode starts with it."""
+        """Return where this call starts without perturbation, and whether an episode starts with it."""
         new = (state.clock == 0) | (state.clock >= (inner.steps or 0))
         return _tree.where(new, _begin(inner, state.start, hparams), state.centre), new
 
@@ -213,7 +213,7 @@ def evolution(
 
         fresh = _mask(evolve, _tree.scale(sigma, _normal(noise_key, state.drift)))
         drift = _drift(method, new, state.drift, fresh)
-        off = drift if method == "nres" else fresh  # by how much the hyperparameters are off in this call
+        off = drift if method == "nres" else fresh  # how far the hyperparameters are moved in this call
 
         def particle(sign: Array, stands: Point, off: PyTree, key: Array) -> tuple[Point, Array]:
             moved = to_constrained(domain, _tree.axpy(sign, off, free))
@@ -247,7 +247,7 @@ def evolution(
             no_influence(grad),
         )
         info = report(status, length, like=value, error_estimate=_spread(each, mean, alive), extra={"pairs": count})
-        clock = jnp.where(count == 0, inner.steps or 0, jnp.where(new, 0, state.clock) + length)  # or begin anew
+        clock = jnp.where(count == 0, inner.steps or 0, jnp.where(new, 0, state.clock) + length)  # or start again
         state = state._replace(
             centre=finite_or(centre, state.centre),
             particles=_kept(alive, particles, state.particles),
@@ -312,7 +312,7 @@ def _flags(evolve: PyTree, hparams: PyTree) -> list[bool]:
 
 
 def _mask(evolve: PyTree, draws: PyTree) -> PyTree:
-    """Draws of zero where a hyperparameter does not evolve."""
+    """Set draws to zero where a hyperparameter does not evolve."""
     if evolve is None:
         return draws
     leaves, treedef = jax.tree.flatten(draws)
@@ -324,9 +324,9 @@ class _Hybrid(NamedTuple):
     """`hg.unrolled` over those hyperparameters that do not evolve, a list of leaves.
 
     Attributes:
-        solver: over them.
-        rest: picks them.
-        merge: `(evolving, rest) -> hparams`, the first a pytree of which their own leaves are dropped.
+        solver: the unrolled solver of these hyperparameters.
+        rest: selects these hyperparameters.
+        merge: `(evolving, rest) -> hparams`; the first is a pytree without the leaves that do not evolve.
     """
 
     solver: Solver
@@ -395,7 +395,7 @@ def _along(x: Array, like: Array) -> Array:
 
 
 def _kept(alive: Array, new: PyTree, old: PyTree) -> PyTree:
-    """The particles of pairs that are alive moved on, the others where they were."""
+    """Return the moved particles for pairs that are alive, and the old ones for the others."""
     keep = lambda x, y: jnp.where(alive.reshape((1, -1) + (1,) * (x.ndim - 2)), x, y)
     return jax.tree.map(lambda x, y: y if _tree.is_key(x) else keep(x, y), new, old)
 

@@ -2,8 +2,8 @@ r"""Hypergradient through a learned response: parameters are trained as a functi
 
     min over φ of  E h(θ_φ(ũ), T(ũ)),   ũ ~ N(u, σ²) or a given distribution;      g = d/dλ f(θ_φ(u), λ),   λ = T(u)
 
-No derivative of the training loss with respect to λ is ever taken: λ may act through dropout, augmentation, or an
-integer. u are unconstrained coordinates, so that no draw leaves the domain.
+The training loss is never differentiated with respect to λ: λ may act through dropout, augmentation, or an integer. u
+are unconstrained coordinates, so that no draw leaves the domain.
 
 Source: Lorraine & Duvenaud 2018, "Stochastic hyperparameter optimization through hypernetworks", arXiv:1802.09419:
 local (around u), global (`distribution`), joint (local, with `steps=1`). Differs:
@@ -12,8 +12,8 @@ local (around u), global (`distribution`), joint (local, with `steps=1`). Differ
 
        d/du ∂_w h(θ(u), T(u)) = H θ' + C = 0
 
-   and ‖(H θ' + C) p‖ / ‖C p‖, of the kind of a linear solver's residual, becomes an estimate of the error.
-Cost: `steps` gradients of the inner loss a draw, and about six for the residual. Memory: that of the response.
+   and ‖(H θ' + C) p‖ / ‖C p‖, which is comparable to a linear solver's residual, gives an estimate of the error.
+Cost: `steps` gradients of the inner loss per draw, and about six for the residual. Memory: that of the response.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from hypergrad.solvers._call import (
     require_key,
 )
 
-_SAFETY = 3.0  # as for the other solvers whose residuals stand for errors
-_FORGET = 0.1  # a scale that is no longer seen loses a digit a call
+_SAFETY = 3.0  # as in the other solvers whose residuals stand for errors
+_FORGET = 0.1  # a scale that no longer occurs loses a digit per call
 
 Distribution = Callable[[Array], PyTree] | tuple[PyTree, PyTree]
 
@@ -68,12 +68,12 @@ class HypernetworkState(NamedTuple):
     """The state from which the next call starts.
 
     Attributes:
-        weights: of the response; `weights.base` is a pytree like the parameters.
+        weights: weights of the response; `weights.base` is a pytree like the parameters.
         inner_state: state of the optimizer of the weights.
         model_state: state of the model (batch-norm statistics), or None.
         centre: unconstrained coordinates around which the response is written. pytree like the hyperparameters.
         peak: natural size of ∂_w h, scalar; 0 before the first call.
-        warmup: int32, steps that the next call takes on top.
+        warmup: int32, additional steps that the next call takes.
         options: `{"inner": {"max_steps": ...}, "scale": ...}`, scalars that may be replaced between calls without
             recompiling. With a `distribution`, `scale` is 1, and stretches its draws away from the current λ.
     """
@@ -113,30 +113,31 @@ def hypernetwork(
 ) -> Solver:
     """Hypergradients by a response that is trained along with the parameters, as in hypernetworks.
 
-    Each call trains the response on hyperparameters drawn around the current ones (`scale`), or over all that may be
-    asked for (`distribution`), and differentiates the outer loss through it. Every draw needs a key: pass `key=` to
+    Each call trains the response on hyperparameters drawn around the current ones (`scale`), or from a given
+    distribution (`distribution`), and differentiates the outer loss through it. Every draw needs a key: pass `key=` to
     `init`, `hypergrad` and `tune`.
 
     Args:
         problem: the two losses.
         optimizer: optax optimizer of the response's weights.
-        steps: training steps in each call. `steps=1` is joint training, one step of each in turn.
-        scale: standard deviation of the draws around the current hyperparameters, in unconstrained coordinates. 0.1 to
-            0.5 is usual; 0 leaves the slope of the response undetermined, and warns. Local training.
-        distribution: what hyperparameters are drawn from instead: a function `key -> hparams`, or a pair of pytrees
-            like hparams, `(lo, hi)`, between which draws are uniform in unconstrained coordinates. Global training.
-        response: `hg.responses.linear()` (the default), `mlp` or `structured`, or one's own.
+        steps: training steps in each call. `steps=1` is joint training, which alternates one step of each.
+        scale: standard deviation of the draws around the current hyperparameters, in unconstrained coordinates, for
+            local training. Values from 0.1 to 0.5 are usual; 0 leaves the slope of the response undetermined, and
+            warns.
+        distribution: for global training, what hyperparameters are drawn from instead: a function `key -> hparams`, or
+            a pair of pytrees like hparams, `(lo, hi)`, between which draws are uniform in unconstrained coordinates.
+        response: `hg.responses.linear()` (the default), `mlp` or `structured`, or a response of your own.
         draws: hyperparameters drawn in each step, over which the loss is averaged, all on one batch.
-        warmup: steps that the first call takes on top, so that there is a response to differentiate.
+        warmup: additional steps that the first call takes, so that there is a response to differentiate.
         domain: pytree prefix of the hyperparameters with `hg.domains` as leaves, as for `tune`. The losses see
-            hyperparameters inside; the response sees unconstrained coordinates.
-        measure: whether to measure the residual. Without, `error_estimate` is inf.
+            hyperparameters inside the domain; the response sees unconstrained coordinates.
+        measure: whether to measure the residual. If False, `error_estimate` is inf.
 
     Returns:
-        A `Solver`. `info.inner_residual` is ‖∂_w h‖ at the current hyperparameters over its largest size lately,
-        `info.linear_residual` the residual of the response's slope (see the file's header; NaN where λ has no smooth
-        influence on the gradient of the training loss), `info.linear_steps` is 0. `info.error_estimate` judges by both
-        and is inf where the slope explains nothing yet. `info.extra` holds `"scale"` and `"response_residual"`.
+        A `Solver`. `info.inner_residual` is ‖∂_w h‖ at the current hyperparameters over its largest recent size,
+        `info.linear_residual` is the residual of the response's slope (see the file's header; NaN where λ has no smooth
+        influence on the gradient of the training loss), and `info.linear_steps` is 0. `info.error_estimate` combines
+        both, and is inf where the slope explains nothing yet. `info.extra` holds `"scale"` and `"response_residual"`.
 
     Raises:
         InputError: for an option out of range, for both or none of `scale` and `distribution`; from `init` and
@@ -292,7 +293,7 @@ def hypernetwork(
 
 
 def _go_on_from(state: HypernetworkState, fitted: InnerResult, weights: Weights, u: PyTree) -> HypernetworkState:
-    """The response as it was fitted around u, or, if that failed, as it was."""
+    """The response that was fitted around u or, if that failed, the one before."""
     failed = fitted.status != int(Status.OK)
     return state._replace(
         weights=_tree.where(failed, state.weights, weights),
@@ -325,7 +326,7 @@ def _measure(
     whole, cross = push(tangent, signs), push(_tree.zeros_like(tangent), signs)
     size = _tree.norm(cross)
     residual = _tree.safe_divide(_tree.norm(whole), size, otherwise=jnp.nan)
-    # ‖H w‖ is how much the gradient changes when the parameters are scaled from nothing to what they are.
+    # ‖H w‖ measures how much the gradient changes when the parameters are scaled up from zero to their current size.
     seen = jnp.maximum(_tree.norm(push(params, _tree.zeros_like(u))), _tree.norm(slope)).astype(peak.dtype)
     largest = jnp.maximum(seen, peak)
     inner = _tree.safe_divide(_tree.norm(slope), largest)
@@ -333,8 +334,8 @@ def _measure(
 
 
 def _error_estimate(grad: PyTree, indirect: PyTree, residual: Array, inner_residual: Array) -> Array:
-    """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless): a residual ρ of the slope hides at most ρ / (1 − ρ) of what it finds,
-    as far as the Hessian treats all directions alike; inf where it explains nothing or was not measured.
+    """Estimate of ‖ĝ − g‖ / ‖g‖ (dimensionless): a residual ρ of the slope hides at most ρ / (1 − ρ) of what the slope
+    shows, as far as the Hessian treats all directions alike; inf where the slope explains nothing or was not measured.
     """
     through = _tree.safe_divide(_tree.norm(indirect), _tree.norm(grad))
     missing = _tree.safe_divide(residual, 1 - residual, where=residual < 1, otherwise=jnp.inf)
@@ -356,7 +357,7 @@ def _sample(distribution: Distribution, unconstrained: Callable[[PyTree], PyTree
 
 
 def _average(states: Array) -> Array:
-    """Of a model's state over the draws of one step: the mean of numbers; the first of counters and keys."""
+    """Combine a model's state over the draws of one step: the mean of numbers, and the first of counters and keys."""
     return jnp.mean(states, axis=0) if _tree.is_float(states) else states[0]
 
 

@@ -5,10 +5,10 @@ r"""Implicit hypergradient: differentiate the optimum, not the path to it.
 and for a fixed point w = Φ(w, λ) the same with F = w − Φ in place of ∂_w h.
 
 Source: Bengio 2000, "Gradient-based optimization of hyperparameters"; Pedregosa 2016, arXiv:1602.02355; Lorraine, Vicol
-& Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` on a fixed budget).
+& Duvenaud 2020, arXiv:1911.02590 (with `hg.linear.neumann` or `hg.linear.identity` and a fixed budget).
 Differs: w, the optimizer's state and v are carried to the next call as its starting points; the inner solution is
-polished by Newton steps with the preconditioner of the adjoint system; both residuals are measured where the
-hypergradient is taken, and turned into an estimate of its error.
+refined by Newton steps with the preconditioner of the adjoint system; both residuals are measured where the
+hypergradient is taken, and give an estimate of its error.
 Cost: the inner solve, a few products with ∂²h (an eighth of a gradient each above the probes), three gradients. Memory
 O(|w|), times eight for the probes.
 """
@@ -122,20 +122,22 @@ def implicit(
         inner: how parameters are found. Default `hg.inner.lbfgs()`.
         linear: how the adjoint system is solved. Default `hg.linear.cg()` (`gmres()` for a fixed-point inner solver,
             whose system is not symmetric).
-        polish: most Newton-CG steps on the inner solution, each only where those before did not suffice; two at most if
-            the inner solver ran out of steps. Default 8 for inner solvers that minimise a loss to a tolerance, else 0.
-        curvature: `"hessian"`, or `"gauss_newton"` for an inner loss made by `hg.compose`, which stays positive
+        polish: the most Newton-CG steps on the inner solution; each is taken only if those before it did not suffice,
+            and at most two if the inner solver ran out of steps. Default 8 for inner solvers that minimise a loss to a
+            tolerance, else 0.
+        curvature: `"hessian"`, or, for an inner loss made by `hg.compose`, `"gauss_newton"`, which stays positive
             definite on networks.
         damping: added to the operator's diagonal, relative to the root mean square of its eigenvalues (dimensionless).
-            Biases the hypergradient; `hg.check` says by how much.
+            It biases the hypergradient; `hg.check` says by how much.
         warm_start: start each call from the parameters and adjoint of the last one.
-        regularity: an `hg.Regularity`, or a function from the hyperparameters to one: what is known about the losses.
-            `info.extra["error_bound"]` is then a proved bound on ‖ĝ − g‖, in the units of the hypergradient, whatever
-            the status, up to 64 units of rounding in each residual; `info.error_estimate` is relative, and an estimate.
+        regularity: an `hg.Regularity`, or a function from the hyperparameters to one, that states what is known about
+            the losses. `info.extra["error_bound"]` is then a proved bound on ‖ĝ − g‖ in the units of the hypergradient,
+            which holds for every status, up to 64 units of rounding in each residual; `info.error_estimate` is
+            relative, and an estimate.
 
     Returns:
-        A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part that came through the
-        solution.
+        A `Solver`. `info.extra` holds `"damping"` and `"indirect_norm"`, the norm of the part of the hypergradient that
+        acts through the solution.
 
     Raises:
         InputError: for an unknown or contradictory option.
@@ -224,7 +226,7 @@ def implicit(
 
     def solve(state: ImplicitState, call: Call) -> Optimum:
         begin, inner_state, scale = state.params, state.inner_state, state.scale
-        if not warm_start:  # every call is the first
+        if not warm_start:  # every call is like the first
             begin, inner_state, scale = state.start, chosen.init(state.start, call.hparams), jnp.zeros_like(state.scale)
         return find_optimum(
             chosen,
@@ -260,7 +262,7 @@ def implicit(
             options=_aim(method, state.options["linear"]),
             key=call.probe_key,
         )
-        measured = method.claims or known is not None  # a product more, which says how far the adjoint is off
+        measured = method.claims or known is not None  # one additional product, which shows how far the adjoint is off
         product, indirect = system.both(adjoint.solution) if measured else (None, system.cross(adjoint.solution))
         grad = jax.tree.map(lambda d, c: d - c.astype(d.dtype), direct, indirect)
 
@@ -326,7 +328,7 @@ def _biases(inner: Inner, linear: Linear, curvature: str, damping: ArrayLike | N
 
 
 def _operator(curvature: str, damping: Array | None, call: Call, optimum: Optimum) -> tuple[System, Matvec, Array]:
-    """The system at the optimum, the operator of the adjoint system, and what damping added to its diagonal."""
+    """Return the system at the optimum, the operator of the adjoint system, and what damping added to its diagonal."""
     system = optimum.system
     if curvature == "gauss_newton":
         curved = gauss_newton(call.objective, optimum.params, call.hparams)
@@ -338,12 +340,12 @@ def _operator(curvature: str, damping: Array | None, call: Call, optimum: Optimu
 
 
 def _aim(method: Linear, options: Mapping[str, Array]) -> dict[str, Array]:
-    """Half the tolerance: recursions lose a little to rounding, and the true residual is to meet the whole."""
+    """Half the tolerance: recursions lose some accuracy to rounding, and the true residual must meet the full one."""
     return {**options, "tol": options["tol"] / 2} if method.claims else dict(options)
 
 
 def _residual(method: Linear, shift: Array, rhs: PyTree, product: PyTree, adjoint: LinearResult) -> Array:
-    """`‖b − A v‖ / ‖b‖`, measured where a tolerance was asked for, else as the solver knows it."""
+    """`‖b − A v‖ / ‖b‖`, measured where a tolerance was asked for; otherwise the value that the solver reports."""
     if not method.claims:
         return adjoint.residual
     gap = _tree.sub(rhs, _tree.axpy(shift, adjoint.solution, product))

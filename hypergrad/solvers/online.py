@@ -1,12 +1,12 @@
-r"""Implicit hypergradients alongside the training of a network: `hg.implicit` with the choices that measurement made.
+r"""Implicit hypergradients while a network trains: `hg.implicit` with options that were chosen by measurement.
 
     w ← a few steps of the optimizer,   (∂²_{ww} h + δ) v ≈ ∂_w f in a few products,   g = ∂_λ f − (∂²_{λw} h) v
 
 Source: Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590, who sum a Neumann series. Differs: that series diverges on
-the Hessian of a network in training, which is indefinite. Here conjugate gradients make the products, and stop where
-they meet negative curvature (Steihaug 1983); where the model and its loss are known apart, the Gauss-Newton matrix,
-which has none, takes the place of the Hessian. Chosen by `experiments/networks`: all of 30 steps are usable on six
-networks, from MLPs to a transformer.
+the Hessian of a network in training, which is indefinite. Here conjugate gradients use the products, and stop where
+they meet negative curvature (Steihaug 1983); where the model and its loss are given separately, the Gauss-Newton
+matrix, which has no negative curvature, replaces the Hessian. The options were chosen by `experiments/networks`: all of
+30 steps are usable on six networks, from MLPs to a transformer.
 Cost: the training steps, the products (two gradients each), and four gradients. Memory O(|w|).
 """
 
@@ -32,28 +32,28 @@ _DAMPING = {"hessian": 0.1, "gauss_newton": 0.01}  # relative, see `hg.implicit`
     products=Number(least=1, integer=True),
 )
 def online(problem: Problem, optimizer: GradientTransformation, *, steps: int = 10, products: ArrayLike = 5) -> Solver:
-    """Hypergradients of a network while it trains: for hyperparameters that move the optimum of the training loss.
+    """Hypergradients of a network while it trains, for hyperparameters that move the optimum of the training loss.
 
     It is `hg.implicit(problem, inner=hg.inner.gradient(optimizer, steps=steps), linear=hg.linear.cg(max_steps=products,
-    indefinite="truncate"), curvature=..., damping=...)`. The curvature is that of Gauss-Newton, with a damping of 0.01,
-    where the inner loss is written as `hg.compose(outputs, loss)`, which is the better choice for a network; elsewhere
-    it is the Hessian's, with 0.1.
+    indefinite="truncate"), curvature=..., damping=...)`. If the inner loss is written as `hg.compose(outputs, loss)`,
+    which is the better choice for a network, the curvature is the Gauss-Newton matrix with a damping of 0.01; otherwise
+    it is the Hessian with a damping of 0.1.
 
-    Each call trains on from where the last one ended. The result claims no accuracy: it is a direction to step along,
-    with `outer=optax.adam(...)`, say, and `info.error_estimate` is as a rule `inf`.
+    Each call continues training from where the last one ended. The result claims no accuracy: it is a direction to step
+    along, for example with `outer=optax.adam(...)`, and `info.error_estimate` is usually `inf`.
 
     Args:
         problem: the two losses.
-        optimizer: an optax optimizer, of the parameters.
+        optimizer: an optax optimizer for the parameters.
         steps: training steps in each call, a Python integer.
-        products: most products with the curvature in each call.
+        products: the most products with the curvature in each call.
 
     Returns:
         A `Solver`, see `hg.implicit`.
 
     Raises:
         InputError: for a number of steps or products that is not a positive integer.
-        InputTypeError: for anything but an optax optimizer.
+        InputTypeError: for an optimizer that is not an optax optimizer.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> x, y = jnp.eye(3), jnp.arange(3.0)

@@ -6,10 +6,10 @@ With μ the strong convexity of h and L the Lipschitz constants in w of the quan
     ‖v̂ − v*‖ ≤ ε = (‖∂_w f(ŵ) − H(ŵ) v̂‖ + (L_H ‖v̂‖ + L_{∂_w f}) δ) / μ
     ‖ĝ − g‖ ≤ L_{∂_λ f} δ + L_J δ ‖v̂‖ + (‖J(ŵ)‖ + L_J δ) ε,          H = ∂²_{ww} h,  J = ∂²_{λw} h
 
-Source: the a-posteriori bound of Salehi, Mukherjee, Roberts & Ehrhardt 2023 (MAID), arXiv:2308.10098. Differs: it is
-written with the residuals that were measured and the adjoint that was found, where theirs has tolerances and a
-Lipschitz constant of H⁻¹; the direct term is in it; no constant is estimated, since an estimate proves nothing.
-Cost: one norm each; where no bound on ‖J‖ is given, one product for each scalar hyperparameter.
+Source: the a-posteriori bound of Salehi, Mukherjee, Roberts & Ehrhardt 2023 (MAID), arXiv:2308.10098. Differs: it uses
+the measured residuals and the computed adjoint, where theirs uses tolerances and a Lipschitz constant of H⁻¹; it
+includes the direct term; no constant is estimated, since an estimate proves nothing.
+Cost: one norm for each quantity; where no bound on ‖J‖ is given, one product for each scalar hyperparameter.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from hypergrad._options import Number
 from hypergrad._solver import InputTypeError
 from hypergrad._tree import PyTree
 
-_ROUNDING = 64  # units of rounding, of the size of its terms, that a residual may be off
+_ROUNDING = 64  # units of rounding, relative to the size of its terms, by which a residual may be off
 
 
 class Regularity(NamedTuple):
-    """Bounds that hold for the losses, wherever the parameters may be between ŵ and w*.
+    """Bounds that hold for the losses, for all parameters between ŵ and w*.
 
-    All norms are Euclidean (spectral for matrices), over all leaves together. Numbers or scalar arrays.
+    All norms are Euclidean (spectral for matrices), taken over all leaves together. Values are numbers or scalar
+    arrays.
 
     Attributes:
-        strong_convexity: no eigenvalue of ∂²_{ww} h is smaller. Greater than 0.
+        strong_convexity: a lower bound on the eigenvalues of ∂²_{ww} h, greater than 0.
         outer_gradient: Lipschitz constant in w of ∂_w f.
         cross: Lipschitz constant in w of ∂²_{λw} h. 0 where h is linear in w times a function of λ.
         hessian: Lipschitz constant in w of ∂²_{ww} h. 0 for a quadratic h.
@@ -58,10 +59,10 @@ KnownRegularity = Regularity | Callable[[PyTree], Regularity]
 
 
 def known_at(known: KnownRegularity, hparams: PyTree) -> Regularity:
-    """The constants at these hyperparameters.
+    """Return the constants at these hyperparameters.
 
     Raises:
-        InputTypeError: if it is not a `Regularity`.
+        InputTypeError: if the result is not a `Regularity`.
         InputError: for a number that is out of range.
     """
     found = known(hparams) if callable(known) else known
@@ -77,12 +78,12 @@ def known_at(known: KnownRegularity, hparams: PyTree) -> Regularity:
 
 
 def cross_size(known: Regularity, gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> ArrayLike:
-    """A bound on ‖∂²_{λw} h‖, or its Frobenius norm, for `λ -> ∂_w h(ŵ, λ)`."""
+    """Return a bound on ‖∂²_{λw} h‖, or its Frobenius norm, for `λ -> ∂_w h(ŵ, λ)`."""
     return cross_norm(gradient, hparams) if known.cross_norm is None else known.cross_norm
 
 
 def cross_norm(gradient: Callable[[PyTree], PyTree], hparams: PyTree) -> Array:
-    """Frobenius norm of ∂²_{λw} h, of `λ -> ∂_w h(ŵ, λ)`, a column at a time."""
+    """Return the Frobenius norm of ∂²_{λw} h, from `λ -> ∂_w h(ŵ, λ)`, one column at a time."""
     leaves, treedef = jax.tree.flatten(hparams)
     total = jnp.zeros((), _tree.dtype(hparams))
     for at, leaf in enumerate(leaves):
@@ -106,7 +107,7 @@ def error_bound(
     Args:
         known: the constants.
         residual: ∂_w h(ŵ).
-        size: of the terms of which the residual is the sum, scalar.
+        size: size of the terms of which the residual is the sum, scalar.
         rhs: ∂_w f(ŵ).
         product: H(ŵ) v̂.
         adjoint: v̂.

@@ -3,10 +3,10 @@ r"""Self-tuning networks: one training run in which the parameters learn how the
     train   u = u₀ + softplus(s) ε:     w(u) ← step on L_T(w(u), T(u))
     tune    g = d/du₀ [L_V(w(u), T(u))],   s ← step on L_V − τ Σ log(σ √(2πe)),  σ = softplus(s)
 
-with u₀ the current hyperparameters in unconstrained coordinates and λ = T(u) what the losses see. The derivative of the
-training loss with respect to λ is never taken: dropout rates, augmentation, whole numbers are tuned like the rest.
+where u₀ are the current hyperparameters in unconstrained coordinates and λ = T(u) is what the losses see. The training
+loss is never differentiated with respect to λ: dropout rates, augmentation and whole numbers are tuned like the rest.
 
-Three ways to train the weights of w(u) = base + slope (u − u₀), `training=`:
+There are three ways to train the weights of w(u) = base + slope (u − u₀), chosen by `training=`:
 
     joint        both on L_T(w(u), T(u))
     split        base on L_T(w(u₀), T(u₀)), slope on L_T(w(u), T(u))
@@ -14,13 +14,13 @@ Three ways to train the weights of w(u) = base + slope (u − u₀), `training=`
 
 Source: MacKay et al. 2019, arXiv:1903.03088 (joint); Bae & Grosse 2020 (Δ-STN), arXiv:2010.13514 (split, linearized).
 Differs:
-1. The papers switch dropout and augmentation off in validation and detach λ there, so that it acts through w alone.
-   Here validation is the outer loss as written: leave dropout out of it, and λ acts through w alone by itself. What the
-   outer loss does read of λ counts, since the derivative would be wrong without it.
-2. The hypergradient is handed out, not applied: any outer optimizer, domain or loop takes it.
+1. The papers switch dropout and augmentation off in validation and detach λ there, so that λ acts through w alone. Here
+   validation is the outer loss as written: if it contains no dropout, λ acts through w alone without being detached. If
+   the outer loss does read λ, that part counts, since the derivative would be wrong without it.
+2. The hypergradient is returned, not applied: any outer optimizer, domain or loop can use it.
 3. `value` is the outer loss at u₀, free of perturbation.
-Cost: `steps` gradients of training (linearized: about 1.7 each) and one of validation; learned scales add a forward
-pass. Memory: the response's, twice the parameters for `structured` and `gated`.
+Cost: `steps` gradients of training (about 1.7 times as much each for linearized) and one of validation; learned scales
+add a forward pass. Memory: that of the response, which is twice the parameters for `structured` and `gated`.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ from hypergrad.solvers._call import (
 
 Validation = Callable[[PyTree, PyTree, PyTree, Any], tuple[Array, dict[str, Any]]]
 
-_ENTRIES = 8  # entries of a leaf up to which each scale is reported
+_ENTRIES = 8  # entries up to which each scale of a leaf is reported
 
 
 class SelfTuningState(NamedTuple):
     """The state from which the next call starts.
 
     Attributes:
-        weights: of the response.
+        weights: weights of the response.
         inner_state: state of the optimizer of the weights.
         model_state: state of the model (batch-norm statistics), or None.
         scale: s, a pytree like the hyperparameters; the perturbation has the scale softplus(s).
@@ -121,35 +121,36 @@ def self_tuning(
     shared: PyTree = False,
     training: str = "joint",
 ) -> Solver:
-    """Hypergradients through a response that is trained along with the parameters, in one run of training.
+    """Hypergradients through a response that is trained along with the parameters, in a single training run.
 
     Args:
         problem: the two losses. With `hg.responses.gated()` they get `(params, offset)` for the parameters.
         response: how parameters follow hyperparameters; default `hg.responses.structured()`.
         optimizer: optax optimizer of the response's weights.
-        steps: training steps a call.
-        valid_steps: draws of validation data (and perturbations) over which a call's hypergradient is averaged.
-        scale: standard deviation of the perturbation at the start, in unconstrained coordinates, above 0: a number, or
-            a pytree prefix of `hparams`.
-        scale_optimizer: optax optimizer that learns the scales, one step a call; None keeps them as they are.
-        entropy: τ, weight of the entropy of the perturbation against the outer loss, where scales are learned: what
-            holds them up. In units of the outer loss.
-        domain: pytree prefix of `hparams` with `hg.domains` as leaves; the same that `hg.tune` is given. Perturbations
-            are drawn in its unconstrained coordinates, whole numbers rounded after them.
-        perturb: `"batch"`, one draw a step; a number of groups, each some rows of the batch with a draw and parameters
-            of its own; `"example"`, one draw for each row, which is what `hg.responses.gated()` is for (other responses
-            then make parameters for each row).
-        shared: pytree prefix of bools: hyperparameters of which all draws of a step are the same, since they mean
-            nothing for a single row.
-        training: `"joint"`, `"split"` or `"linearized"`, see above; linearized needs an inner loss by `hg.compose`.
+        steps: training steps per call.
+        valid_steps: draws of validation data (and perturbations) over which the hypergradient of a call is averaged.
+        scale: initial standard deviation of the perturbation, in unconstrained coordinates, above 0: a number, or a
+            pytree prefix of `hparams`.
+        scale_optimizer: optax optimizer that learns the scales, one step per call; None keeps them as they are.
+        entropy: τ, where scales are learned: weight of the entropy of the perturbation relative to the outer loss, in
+            units of the outer loss. It keeps the scales from shrinking to zero.
+        domain: pytree prefix of `hparams` with `hg.domains` as leaves; pass the same one to `hg.tune`. Perturbations
+            are drawn in its unconstrained coordinates; whole numbers are rounded afterwards.
+        perturb: `"batch"`, one draw per step; a number of groups, each a part of the batch with its own draw and
+            parameters; `"example"`, one draw for each row, which `hg.responses.gated()` is made for (other responses
+            then compute parameters for each row).
+        shared: pytree prefix of bools: True for hyperparameters that have one draw for the whole step, because they are
+            meaningless for a single row.
+        training: `"joint"`, `"split"` or `"linearized"`, see the file's header; linearized needs an inner loss made by
+            `hg.compose`.
 
     Returns:
-        A `Solver`, for `hg.tune` with the same `domain`. Its calls train: early ones come before anything is learned,
-        and the outer loss at the end may be far above that at the best step, `result.best`.
-        `info.extra` holds the scales, `"scale['rate']"` for each leaf of `hparams` (the mean of large ones), and the
-        norms `indirect_norm` of what acts through the response and `direct_norm` of what the outer loss reads itself.
-        `info.inner_residual` and `linear_residual` are NaN, and `error_estimate` is infinite, since nothing is known of
-        how far the response has been learned: compare with `hg.check`.
+        A `Solver`, for `hg.tune` with the same `domain`. Its calls train the model: early ones come before anything is
+        learned, and the outer loss at the end may be far above that at the best step, `result.best`. `info.extra` holds
+        the scales, `"scale['rate']"` for each leaf of `hparams` (the mean for large leaves), and the norms
+        `indirect_norm`, of the part that acts through the response, and `direct_norm`, of the part that the outer loss
+        reads itself. `info.inner_residual` and `linear_residual` are NaN, and `error_estimate` is infinite, since it is
+        not known how far the response has been learned: compare with `hg.check`.
 
     Raises:
         InputError: for options out of range, and `linearized` without `hg.compose` or with `model_state=True`; from
@@ -313,7 +314,7 @@ def self_tuning(
 
 
 def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: PyTree) -> SelfTuningState:
-    """The state after training around u, or the one before it if training failed."""
+    """Return the state after training around u, or the one before it if training failed."""
     failed = fitted.status != int(Status.OK)
     after = weights, fitted.state, fitted.model_state, u
     before = state.weights, state.inner_state, state.model_state, state.centre
@@ -322,14 +323,14 @@ def _go_on_from(state: SelfTuningState, fitted: InnerResult, weights: Any, u: Py
 
 
 def _mean(function: Callable[[Any], PyTree], count: int) -> PyTree:
-    """Of `function(0), ..., function(count - 1)`, leaf by leaf."""
+    """Stack `function(0), ..., function(count - 1)`, leaf by leaf."""
     if count == 1:
         return function(0)
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(function, jnp.arange(count)))
 
 
 def _start(scale: ArrayLike, leaf: Array) -> Array:
-    """The number whose softplus is `scale`, in the shape of the leaf."""
+    """Return the number whose softplus is `scale`, in the shape of the leaf."""
     if not np.all(np.asarray(scale) > 0):
         raise InputError(
             f"self_tuning: scale must be greater than 0, found {scale!r}: without perturbation the response to the "
@@ -340,7 +341,7 @@ def _start(scale: ArrayLike, leaf: Array) -> Array:
 
 
 def _scales(scale: PyTree) -> dict[str, Array]:
-    """σ by path: each entry of small leaves, the mean of large ones."""
+    """Return σ by path: each entry of small leaves, and the mean of large ones."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(scale):
         sigma, name = jax.nn.softplus(leaf), f"scale{keystr(path)}"
@@ -352,7 +353,7 @@ def _scales(scale: PyTree) -> dict[str, Array]:
 
 
 def _check_use(around: Around, state: SelfTuningState, call: Call, valid: PyTree) -> None:
-    """Warn of hyperparameters that neither loss uses: through the response they would seem to matter, and drift."""
+    """Warn about hyperparameters that neither loss uses: through the response they would seem to matter, and drift."""
     data_key, loss_key = jax.random.split(jax.random.fold_in(call.outer_key, 0))
 
     def used(value: Any, data: tuple[Any, Any], name: str) -> dict[str, bool]:

@@ -2,19 +2,19 @@ r"""Single-loop stochastic bilevel optimization: one step of the parameters and 
 
     w ← w − ρ d_w,   v ← v − ρ' d_v,   g = d_λ
 
-with directions d estimated from a block of training and a block of validation rows at a time (`_directions.py` holds
-them, a method a function). Nothing is solved anywhere: the adjoint is carried from block to block as the parameters
-are, and all three variables settle together.
+The directions d are estimated from one block of training rows and one block of validation rows at a time
+(`_directions.py` has one function for each method). Nothing is solved: the adjoint is carried from block to block as
+the parameters are, and all three variables converge together.
 
 Source: SOBA and SABA: Dagréou, Ablin, Vaiter & Moreau 2022, arXiv:2201.13409. AmIGO: Arbel & Mairal 2022,
 arXiv:2111.14580. SRBA: Dagréou, Moreau, Vaiter & Ablin 2024, arXiv:2302.08766. F2SA: Kwon, Kwon, Wright & Nowak 2023,
 arXiv:2301.10945.
-Differs: blocks are drawn with replacement and weighted by their rows, so that a last, shorter block biases nothing; λ
-is moved by the caller. SRBA does not project the adjoint on a ball. F2SA takes the central difference, whose bias is
-ε² in place of ε, in the coordinates w = (w₊ + w₋)/2 and v = (w₊ − w₋)/2ε.
-Cost of a call, in gradients of h and f on a block: 2.8 and 1 (SOBA and SABA), 2.8 (K + 1) + K and K + 1 (AmIGO), 5.6
-and 2, with a pass over all rows every half pass (SRBA), 2 (K + 1) of each and no second derivative (F2SA). Memory: two
-copies of the parameters; SABA holds the five terms of every block, SRBA two more points.
+Differs: blocks are drawn with replacement and weighted by their rows, so that a shorter last block causes no bias; λ is
+moved by the caller. SRBA does not project the adjoint onto a ball. F2SA takes the central difference, whose bias is ε²
+instead of ε, in the coordinates w = (w₊ + w₋)/2 and v = (w₊ − w₋)/2ε.
+Cost of a call, in gradients of h and f on a block: 2.8 and 1 (SOBA and SABA); 2.8 (K + 1) + K and K + 1 (AmIGO); 5.6
+and 2, and a pass over all rows every half pass (SRBA); 2 (K + 1) of each and no second derivative (F2SA). Memory: two
+copies of the parameters; SABA stores the five terms of every block, and SRBA two more points.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class SingleLoopState(NamedTuple):
 
     Attributes:
         params: pytree like the parameters.
-        adjoint: v, which settles at −(∂²h)⁻¹ ∂_w f; a pytree like the parameters, zeros before the first call.
-        memory: what the method remembers beside: the table of SABA, the last directions of SRBA, else None.
+        adjoint: v, which converges to −(∂²h)⁻¹ ∂_w f; a pytree like the parameters, zeros before the first call.
+        memory: what else the method remembers: the table of SABA, the last directions of SRBA, else None.
         model_state: state of the model (batch-norm statistics), or None.
-        calls: int32, how many there were; what schedules are functions of.
-        options: `{"step_size": ..., "adjoint_step_size": ..., "perturbation": ...}`, those that were given as numbers;
-            they may be replaced between calls without recompiling.
+        calls: int32, the number of calls so far, which schedules depend on.
+        options: `{"step_size": ..., "adjoint_step_size": ..., "perturbation": ...}`, as far as they were given as
+            numbers; they may be replaced between calls without recompiling.
     """
 
     params: PyTree
@@ -121,15 +121,16 @@ def single_loop(
     replacement, so rows that are sorted must be shuffled once. The losses are means over the rows that they are given.
     λ is moved by the caller: `outer=optax.sgd(0.01)` in `hg.tune` gives the papers' methods. The methods are:
 
-        "soba"   one block of each data, all three steps from the old point. Needs steps that decrease (t^−½): with
-                 constant ones it stops at a floor in proportion to them.
-        "saba"   SOBA, with the noise of the blocks taken out by a table of the terms of all blocks. Constant steps, and
-                 it converges; the method of choice where the table fits into memory.
+        "soba"   One block of each data set; all three steps start from the old point. It needs decreasing steps (t^−½):
+                 with constant steps it stops at a floor proportional to them.
+        "saba"   SOBA with the noise of the blocks removed by a table of the terms of all blocks. It converges with
+                 constant steps, and is the method of choice where the table fits into memory.
         "amigo"  `inner_steps` steps of the parameters, as many of the adjoint, then the hypergradient. Constant steps.
-        "srba"   differences between consecutive points on one block, restarted from all rows every half pass. Constant
-                 steps, and it converges without a table, at twice the cost of SOBA and the full passes.
-        "f2sa"   the parameters of two perturbed problems, by first derivatives alone: for losses that have no second
-                 ones. Biased in proportion to the square of `perturbation`.
+        "srba"   Differences between consecutive points on one block, restarted from all rows every half pass. It
+                 converges with constant steps and without a table, at twice the cost of SOBA and that of the full
+                 passes.
+        "f2sa"   The parameters of two perturbed problems, by first derivatives only, for losses without second
+                 derivatives. It is biased in proportion to the square of `perturbation`.
 
     Other papers' methods are settings of these, where t counts calls, and λ moves by the schedule given to `outer`:
 
@@ -137,32 +138,32 @@ def single_loop(
         BSA            "amigo" with several inner_steps, all steps as t^−½; it starts each adjoint from zero
         TTSA           "amigo" with inner_steps=1, step_size as t^−2/5, λ as t^−3/5
         FSLA           "soba" with all steps as t^−½ and outer=optax.sgd(schedule, momentum=0.9)
-        SUSTAIN, MRBO  "srba" with all steps as t^−⅓; a momentum that forgets stands in place of the restarts
+        SUSTAIN, MRBO  "srba" with all steps as t^−⅓; a decaying momentum replaces the restarts
         VRBO           "srba" with constant steps, and several steps of the parameters in each call
 
     Args:
         problem: the two losses.
         method: see the table.
-        size: rows of one block, of either data; 64 is usual. The last block of the data holds what is left over.
-        rows: `(n, m)`, the numbers of training and validation rows. Needed by `"saba"`, whose table `init` makes.
-        step_size: ρ of the parameters: a number, or a function of the number of calls so far such as an optax schedule
-            or `lambda t: 0.1 / (1 + t)**0.5`. Below 2 / the largest eigenvalue of the Hessian of a block.
-        adjoint_step_size: of the adjoint, in the same forms. Default: that of the parameters.
+        size: rows of one block, of either data set; 64 is usual. The last block of the data holds the remaining rows.
+        rows: `(n, m)`, the numbers of training and validation rows. Needed by `"saba"`, whose table is made by `init`.
+        step_size: ρ of the parameters: a number, or a function of the number of calls so far, such as an optax schedule
+            or `lambda t: 0.1 / (1 + t)**0.5`. It must be below 2 / the largest eigenvalue of the Hessian of a block.
+        adjoint_step_size: step size of the adjoint, in the same forms. Default: that of the parameters.
         inner_steps: K of `"amigo"` and `"f2sa"`, steps of the parameters and the adjoint in each call.
         perturbation: ε of `"f2sa"`, the weight with which the outer loss is added to, and subtracted from, the inner
-            loss. The hypergradient is biased in proportion to ε², and rounding and sampling grow with 1 / ε.
+            loss. The bias of the hypergradient is proportional to ε²; rounding errors and sampling noise grow as 1 / ε.
         memory: bytes that the table of `"saba"` may take. Default: 2³⁰ (1 GiB).
 
     Returns:
         A `Solver`. `out.value` is the outer loss on one block of validation rows, so that the best value of a run is
-        that of a lucky block: take `result.hparams` and `result.params`, and not `result.best`. `info.error_estimate`
-        is infinite and the residuals are NaN: nothing that was computed says how far the variables are from rest.
-        `evaluate` takes the same step of the parameters and leaves the adjoint.
+        that of a lucky block: use `result.hparams` and `result.params`, not `result.best`. `info.error_estimate` is
+        infinite and the residuals are NaN, because nothing that is computed shows how far the variables are from
+        convergence. `evaluate` takes the same step of the parameters and leaves the adjoint unchanged.
 
     Raises:
-        InputError: for an unknown method, an option out of range or that the method does not take, `rows` that are
-            missing or not those of the data, blocks larger than the data, a table larger than `memory`; from
-            `hypergrad`, for a missing key and data that are not arrays of rows.
+        InputError: for an unknown method, an option that is out of range or that the method does not take, `rows` that
+            are missing or differ from those of the data, blocks larger than the data, or a table larger than `memory`;
+            from `hypergrad`, for a missing key, and for data that are not arrays of rows.
         InputTypeError: for an option of the wrong type.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
@@ -228,7 +229,7 @@ def single_loop(
                 return jnp.asarray(value(state.calls), _tree.dtype(state.params))
             return option("step_size") if value is None else state.options[name]
 
-        bits = jax.random.bits(drawn_key, (way.draws(inner_steps), 2), jnp.uint32)  # the same in either precision
+        bits = jax.random.bits(drawn_key, (way.draws(inner_steps), 2), jnp.uint32)  # same bits in both precisions
         draws = (bits % jnp.asarray([[b.count for b in blocks]], jnp.uint32)).astype(jnp.int32)
         oracles = Oracles(
             problem, *blocks, draws, loss_key, option("step_size"), option("adjoint_step_size"), option("perturbation"),
@@ -240,7 +241,7 @@ def single_loop(
         state: SingleLoopState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
     ) -> tuple[Hypergradient, SingleLoopState]:
         step = run(state, hparams, train, valid, key, "hypergrad")
-        moved = _tree.max_abs(state.adjoint) > 0  # before the first step of the adjoint, a zero says nothing
+        moved = _tree.max_abs(state.adjoint) > 0  # before the adjoint's first step, a zero means nothing
         status = first_failure(
             _failed(step),
             bad_grad(step.grad, step.adjoint),
@@ -305,7 +306,8 @@ def _blocks(name: str, data: PyTree, size: int, expected: int | None) -> Blocks:
     """The data cut into blocks.
 
     Raises:
-        InputError: for data that are not arrays of rows, of fewer rows than a block, or of another number than said.
+        InputError: for data that are not arrays of rows, with fewer rows than a block, or with another number than
+            stated.
     """
     if isinstance(data, (Minibatches, Stacked, Stream)) or data is None:
         found = "None" if data is None else "hg.minibatches" if isinstance(data, Minibatches) else "hg.stream"

@@ -1,12 +1,12 @@
-r"""One solver over many tasks that share hyperparameters: folds, few-shot episodes, seeds.
+r"""One solver for many tasks that share hyperparameters: folds, few-shot episodes, seeds.
 
     F(λ) = (1/k) Σᵢ fᵢ(wᵢ*(λ), λ),    g = (1/k) Σᵢ gᵢ
 
 Each task has its own parameters, data, key and status; they are solved side by side by `vmap`.
 Source: the bilevel form of meta-learning in Franceschi et al. 2018, arXiv:1806.04910; cross-validation as a bilevel
 problem in Bennett et al. 2006, "Model selection via bilevel optimization".
-Differs: a task that fails is left out of the mean and counted, since one diverged episode of forty is not a reason to
-throw the step away.
+Differs: a task that fails is left out of the mean and counted, because one diverged episode of forty is no reason to
+discard the step.
 Cost: that of the solver on k problems at once. Memory: k states; data that the tasks share (`hg.folds`) are not copied.
 """
 
@@ -41,7 +41,7 @@ class TasksState(NamedTuple):
 
     Attributes:
         states: the solver's states, stacked: every leaf has a leading axis of tasks.
-        options: the solver's options, shared by all tasks; None for a solver without any.
+        options: the solver's options, shared by all tasks; None for a solver without options.
     """
 
     states: Any
@@ -50,28 +50,29 @@ class TasksState(NamedTuple):
 
 @options(solver=SOLVER, count=Number(least=1, integer=True, static=True), failed=Choice(("skip", "fail")))
 def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", params_axis: int | None = None) -> Solver:
-    """Lift a solver to a leading axis of tasks that share hyperparameters.
+    """Apply a solver to many tasks that share hyperparameters, along a leading axis of tasks.
 
-    `init` takes the parameters of one task (or of all, see `params_axis`), `hypergrad` takes data whose leaves carry a
-    leading axis of tasks, `[k, ...]`; what `hg.folds` returns is recognised, and its arrays are shared. One key is
-    split into one for each task; keys `[k]` are taken as they are. `response` returns the parameters of all tasks.
+    `init` takes the parameters of one task (or of all, see `params_axis`); `hypergrad` takes data whose leaves carry a
+    leading axis of tasks, `[k, ...]`. What `hg.folds` returns is recognised, and its arrays are shared. One key is
+    split into one for each task; keys `[k]` are used as they are. `response` returns the parameters of all tasks.
 
     Args:
         solver: any `hg.Solver`.
         count: k, the number of tasks. Needed where neither the parameters nor the key given to `init` carry the axis.
-        failed: `"skip"`: tasks whose status is not usable are left out of the mean, and the status is OK while one task
-            is. `"fail"`: one such task fails the call.
-        params_axis: None if `init` is given the parameters (and model state) of one task, from which all start; 0 if
-            their leaves carry the leading axis.
+        failed: `"skip"`: tasks whose status is not usable are left out of the mean, and the status is OK as long as one
+            task is usable. `"fail"`: one such task makes the call fail.
+        params_axis: None if `init` is given the parameters (and model state) of one task, from which all tasks start; 0
+            if their leaves carry the leading axis.
 
     Returns:
-        A `Solver`. `value`, `grad` and `metrics` are means over the tasks that are not left out; residuals are the
-        largest of them, and numbers of steps the sum over all tasks. `info.error_estimate` is a bound from those of the
-        tasks by the triangle inequality, relative to the mean. `info.extra["failed_tasks"]` counts what was left out.
+        A `Solver`. `value`, `grad` and `metrics` are means over the tasks that are not left out; a residual is the
+        largest over these tasks, and a number of steps is the sum over all tasks. `info.error_estimate` is a bound that
+        follows from those of the tasks by the triangle inequality, relative to the mean. `info.extra["failed_tasks"]`
+        counts the tasks that were left out.
 
     Raises:
-        InputError: for a number of tasks that is unknown, less than one, or not that of the data, naming the path;
-            for `hg.minibatches`, which draw rows and not tasks.
+        InputError: for a number of tasks that is unknown, less than one, or different from that of the data, naming the
+            path; for `hg.minibatches`, which draw rows rather than tasks.
         InputTypeError: for something that is not a solver.
 
     >>> import hypergrad as hg, jax.numpy as jnp
@@ -122,7 +123,7 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
 
 
 def _each(method: Any, state: TasksState, hparams: PyTree, train: PyTree, valid: PyTree, key: Array | None) -> Any:
-    """One of the solver's functions on every task."""
+    """Apply one of the solver's functions to every task."""
     k = jax.tree.leaves(state.states)[0].shape[0]
     axes = tuple(_data_axes(name, data, k) for name, data in (("train", train), ("valid", valid)))
 
@@ -133,7 +134,7 @@ def _each(method: Any, state: TasksState, hparams: PyTree, train: PyTree, valid:
 
 
 def _mean(ok: Array, x: Array) -> Array:
-    """Over the tasks that count; NaN if there are none. Those that do not may hold anything."""
+    """Mean over the tasks that count; NaN if there are none. The other tasks may hold any values."""
     share = ok.reshape(-1, *(1,) * (jnp.ndim(x) - 1))
     number = jnp.sum(ok).astype(x.dtype)
     return jnp.sum(jnp.where(share, x, 0), axis=0) / jnp.where(number > 0, number, jnp.nan)
@@ -171,7 +172,7 @@ def _error(out: Hypergradient, ok: Array, grad: PyTree) -> Array:
 
 
 def _shelve(states: Any) -> TasksState:
-    """Options are kept once, so that they may be replaced as those of one solver may."""
+    """Options are stored once, so that they can be replaced in the same way as those of a single solver."""
     options = getattr(states, "options", None)
     if options is None:
         return TasksState(states, None)
@@ -183,7 +184,7 @@ def _unshelve(state: Any, options: Any) -> Any:
 
 
 def _many(key: Array | None) -> int | None:
-    """The number of keys that are given; None for one key, or without a key."""
+    """The number of keys that are given; None for a single key, or without a key."""
     if key is None or not jnp.shape(key):
         return None
     return key.shape[0] if _tree.is_key(key) or len(key.shape) == 2 else None
@@ -224,7 +225,7 @@ def _data_axes(name: str, data: PyTree, k: int) -> Any:
     if isinstance(data, Fold):
         _length({f"{name}.weight": data.weight}, k)
         return Fold(None, 0)  # pyright: ignore[reportArgumentType]
-    if isinstance(data, Stacked):  # batches of several inner steps come first
+    if isinstance(data, Stacked):  # the batches of several inner steps come first
         return 1
     _length({name: data}, k)
     return 0

@@ -10,11 +10,12 @@ schedules and initialisations.
 Source: Domke 2012, "Generic methods for optimization-based modeling"; Maclaurin et al. 2015, arXiv:1502.03492;
 Franceschi et al. 2017, arXiv:1703.01785 (forward mode); Shaban et al. 2019, arXiv:1810.10667 (truncation); Kemaev et
 al. 2025, arXiv:2505.00793 (mixed mode); Engstrom et al. 2025, arXiv:2503.13751 (the tree of checkpoints).
-Differs: the recursions are written out rather than left to nested automatic differentiation; what training and they
-amplify rounding to is measured, and a run that amplifies it beyond meaning says so.
-Cost: reverse about three gradients of the inner loss a step, whatever the number of hyperparameters; forward one and a
-half with one hyperparameter, and a third to a half more for each further one. A state's first call costs two calls,
-or four where rounding shows, and every sixteenth two: see `hypergrad.unrolling.error`. Memory: see `remat`.
+Differs: the recursions are written out rather than left to nested automatic differentiation; the amount by which
+training and the recursions amplify rounding is measured, and a run that amplifies it beyond meaning reports that.
+Cost: reverse mode takes about three gradients of the inner loss per step, for any number of hyperparameters; forward
+mode one and a half with one hyperparameter, and a third to a half more for each further one. A state's first call costs
+as much as two calls, or four where rounding shows, and every sixteenth call as much as two: see
+`hypergrad.unrolling.error`. Memory: see `remat`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class UnrolledState(NamedTuple):
         model_state: state of the model (batch-norm statistics) after the last step, or None.
         start: `(params, model_state)` with which every call starts; None with `warm_start`.
         options: empty: the number of steps is part of the compiled program.
-        trust: how much rounding there was, when that was last measured.
+        trust: how much rounding there was when it was last measured.
     """
 
     params: PyTree
@@ -95,41 +96,42 @@ def unrolled(
     memory: float | None = None,
     warm_start: bool = False,
 ) -> Solver:
-    """Hypergradients by differentiating a run of training, whatever it reached.
+    """Hypergradients by differentiating a training run, wherever it ended.
 
     Args:
         problem: the two losses.
-        inner: what is unrolled, and how many steps of it: `hg.inner.gradient(optimizer, steps=100)`, or
+        inner: what is unrolled, and for how many steps: `hg.inner.gradient(optimizer, steps=100)`, or
             `hg.inner.fixed_point(map, steps=100)`. An optimizer given as a function of `hparams` is tuned too. To tune
-            the starting point, train an offset from it:
-            `lambda offset, hparams, batch: loss(hparams["start"] + offset, batch)`.
+            the starting point, train an offset from it: `lambda offset, hparams, batch: loss(hparams["start"] + offset,
+            batch)`.
         mode: `"forward"` costs a third to a half of a training run for each scalar hyperparameter and stores nothing;
             `"reverse"` costs one or two training runs for any number of them; `"auto"` is forward for at most three.
-        truncate: only the last so many steps are differentiated; the ones before run as they are, and the parameters
-            they reach count as constant. Biased; `error_estimate` says by how much, judged by how fast the
-            contributions of the steps decay.
+        truncate: differentiate only the last `truncate` steps; the steps before them run as usual, and the parameters
+            that they reach are treated as constant. The result is biased; `error_estimate` says by how much, judging by
+            how fast the contributions of the steps decay.
         remat: what reverse mode stores. `"step"`: parameters and optimizer state at each of T steps, and the gradient
             where pulling back the optimizer needs it. `"sqrt"`: about 2√T of them, for one more training run. `"tree"`:
             k log_k T of them with k ≤ 8, for log_k T more training runs. `"none"`: every intermediate, as plain
             automatic differentiation does; for comparison. `"gradient"`: the gradient of each step and k log_k T points
-            more, and the optimizer's updates are replayed: for Adam a third to a quarter of what `"step"` stores, for
-            no further gradient. `"auto"`: the first of step, sqrt and tree whose storage fits `memory`. What one step
-            needs inside a deep model is the model's to reduce: wrap its blocks in `jax.checkpoint`, and its layers in
-            `jax.lax.scan`.
+            more, from which the optimizer's updates are replayed; for Adam this takes a third to a quarter of the
+            memory of `"step"`, without additional gradients. `"auto"`: the first of step, sqrt and tree whose storage
+            fits `memory`. To reduce the memory of a single step inside a deep model, wrap the model's blocks in
+            `jax.checkpoint`, and its layers in `jax.lax.scan`.
         memory: bytes that `remat="auto"` may store. Default: 2³⁰ (1 GiB), or 16 times one state where that is more.
         warm_start: False: each call trains from the parameters given to `init`, with a fresh optimizer, and the result
-            is the exact derivative of that run. True: each call goes on from where the last one ended, and the
+            is the exact derivative of that run. True: each call continues from where the last one ended, and the
             derivative is that of this call's steps alone.
 
     Returns:
-        A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless):
-        reverse, max ‖a_t‖ / ‖a_T‖ over the steps; forward, the largest tangent over the sum of what the steps put in.
-        Where that, or training itself, leaves no correct digit the status is UNROLL_EXPLODED. `info.inner_residual` is
-        the inner gradient of the last step over the largest of the run, `info.linear_residual` is NaN, and
-        `info.error_estimate` is against the exact derivative of the run of T steps (with `warm_start`, of this call's
-        steps): `inf` where rounding may be a quarter of what was found, or more. It is measured at a state's first
-        call, which takes up to four times as long, and at every sixteenth, which takes twice as long; other calls scale
-        what was measured. Model state (batch-norm statistics) follows the steps, and the derivative goes through it.
+        A `Solver`. `info.extra["adjoint_growth"]` is how much the recursion amplified (at least 1, dimensionless): in
+        reverse mode, max ‖a_t‖ / ‖a_T‖ over the steps; in forward mode, the largest tangent over the sum of what the
+        steps contributed. Where the recursion, or training itself, leaves no correct digit, the status is
+        UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of the last step over the largest of the run, and
+        `info.linear_residual` is NaN. `info.error_estimate` is relative to the exact derivative of the run of T steps
+        (with `warm_start`, of this call's steps), and is `inf` where rounding may be a quarter of the hypergradient, or
+        more. It is measured at a state's first call, which takes up to four times as long, and at every sixteenth,
+        which takes twice as long; other calls scale what was measured. Model state (batch-norm statistics) follows the
+        steps, and the derivative goes through it.
 
     Raises:
         InputError: for an unknown option, an inner solver without a number of steps, or a truncation beyond them.
@@ -269,7 +271,7 @@ def unrolled(
 
 
 def _go_on_from(state: UnrolledState, end: Point) -> UnrolledState:
-    """The point where training ended, or, if that is not finite, where the last call ended."""
+    """The point where training ended or, if that is not finite, where the last call ended."""
     last = Point(state.params, state.inner_state, state.model_state)
     params, inner_state, model_state = _tree.where(_tree.all_finite(end), end, last)
     return state._replace(params=params, inner_state=inner_state, model_state=model_state)
@@ -281,7 +283,7 @@ def _seen(done: _Pass) -> tuple[PyTree, PyTree]:
 
 
 def _empty(finish: Callable[[Point], Any], start: Point, hparams: PyTree) -> _Pass:
-    """A pass of the same shapes, dtypes and shardings, with nothing in it."""
+    """An empty pass with the same shapes, dtypes and shardings."""
     (value, metrics), _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(finish, start))
     zero, none = jnp.zeros((), _tree.dtype(start.params)), _tree.zeros_like(hparams)
     rhs = _tree.zeros_like((start.params, moving(start).model))
@@ -367,7 +369,7 @@ def _reverse_whole(
     floats: Callable[[PyTree], list[Array]] | None,
     finish: Callable[[Point], Any],
 ) -> _Pass:
-    """Plain reverse mode over a scan: stores every intermediate, and only sees the adjoint at the beginning."""
+    """Plain reverse mode over a scan; it stores every intermediate, and yields the adjoint only at the first step."""
 
     def run(here: Moving, hparams: PyTree) -> tuple[tuple[PyTree, list[Array]], tuple[Point, Record]]:
         def body(carry: tuple[Moving, Point, Record], t: Array) -> tuple[tuple[Moving, Point, Record], None]:
