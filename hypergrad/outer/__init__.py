@@ -1,4 +1,4 @@
-"""How hyperparameters move: the loop around a solver, and what it returns."""
+"""The loop around a solver that moves the hyperparameters, and what it returns."""
 
 from hypergrad.checkpoints._durable import CheckpointError as CheckpointError
 from hypergrad.checkpoints.checkpoint import Loaded as Loaded

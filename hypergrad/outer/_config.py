@@ -1,7 +1,7 @@
-"""What must be the same for a run to go on as if it had never stopped, by name, each as a short string.
+"""What must stay the same for a run to continue as if it had never stopped: short strings, by name.
 
-Values are compared by SHA-256. Functions cannot be, so what is compared is the program that they are traced to: the
-jaxpr of one step, with its constants.
+Values are compared by SHA-256. Functions cannot be compared in this way, so the program that they are traced to is
+compared instead: the jaxpr of one step, with its constants.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, is_key, keystr
 from hypergrad.domains._domain import Domain
 
-# In the order in which they are named. The program depends on all the others, so it is compared last, and alone.
+# In the order in which they are named. The program depends on all the others, so it is compared last, and only if they
+# agree.
 KEYS = (
     "hypergrad",
     "jax",
@@ -53,13 +54,13 @@ def config(
     """The configuration of a run.
 
     Args:
-        traced: the step, traced.
+        traced: the traced step.
         state: the solver's state at the start, which holds its options.
-        outer: the functions of the outer optimizer or controller that the step calls, each with the shapes that it
-            calls it with.
-        moment: its state at the start.
+        outer: the functions of the outer optimizer or controller that the step calls, each with the shapes of its
+            arguments.
+        moment: state of the outer optimizer or controller at the start.
         domain: pytree of domains.
-        **arguments: those of `tune` by name; numbers as they are, anything else by fingerprint.
+        **arguments: arguments of `tune` by name; numbers as they are, everything else by fingerprint.
     """
     names = jax.tree.map(lambda d: d.name, domain, is_leaf=lambda d: isinstance(d, Domain))
     steps = [program(jax.jit(function).trace(*shapes)) for function, shapes in outer.values()]
@@ -84,13 +85,13 @@ def _text(value: Any) -> str:
 
 
 def check_config(saved: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str], what: str) -> None:
-    """Raise if a run would go on with another configuration than it began with.
+    """Raise if a run would continue with a configuration other than the one it began with.
 
     Args:
-        saved: of the checkpoint.
-        now: of this call.
+        saved: configuration in the checkpoint.
+        now: configuration of this call.
         allowed: names that may differ.
-        what: the checkpoint, for the message.
+        what: name of the checkpoint, for the message.
 
     Raises:
         InputError: naming what differs.
@@ -108,7 +109,7 @@ def check_config(saved: Mapping[str, str], now: Mapping[str, str], allowed: Coll
 
 
 def check_allowed(allow_changed: Any) -> tuple[str, ...]:
-    """The names that may differ, as a tuple.
+    """Return the names that may differ, as a tuple.
 
     Raises:
         InputError: for an unknown name.
@@ -124,7 +125,7 @@ def check_allowed(allow_changed: Any) -> tuple[str, ...]:
 
 
 def fingerprint(tree: PyTree) -> str:
-    """SHA-256 of paths, types, shapes and bits of the leaves."""
+    """Return the SHA-256 of the paths, types, shapes and bits of the leaves."""
     if isinstance(tree, Stream):
         return f"hg.stream of {tree.per_step} batches"
     parts = [str(tree.size)] if isinstance(tree, Minibatches) else []
@@ -134,7 +135,7 @@ def fingerprint(tree: PyTree) -> str:
 
 
 def program(traced: Any) -> str:
-    """SHA-256 of a traced function: its jaxpr as text, without addresses, and the constants in it."""
+    """Return the SHA-256 of a traced function: its jaxpr as text, without addresses, and the constants in it."""
     jaxpr = traced.jaxpr
     text = re.sub(r" at 0x[0-9a-f]+", "", str(jaxpr))
     return _digest(text, *(part for value in constants(jaxpr) for part in _bits(value)))
@@ -143,7 +144,7 @@ def program(traced: Any) -> str:
 def _bits(leaf: Any) -> list[Any]:
     if is_key(leaf):
         return [str(leaf.dtype), *_bits(jax.random.key_data(leaf))]
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # what this process holds of it
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # the part of it that this process holds
         return [str(leaf.shape), *(part for shard in leaf.addressable_shards for part in _bits(shard.data))]
     if hasattr(leaf, "__array__") or isinstance(leaf, (bool, int, float, complex)):
         array = np.asarray(leaf)
@@ -152,7 +153,7 @@ def _bits(leaf: Any) -> list[Any]:
 
 
 def _digest(*parts: Any) -> str:
-    """SHA-256 of strings and buffers, each with its length, so that no two lists of parts are taken for one."""
+    """SHA-256 of strings and buffers, each with its length, so that two different lists of parts never agree."""
     sha256 = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else memoryview(part)
@@ -162,5 +163,5 @@ def _digest(*parts: Any) -> str:
 
 
 def _change(saved: str, now: str) -> str:
-    """`(saved → now)` where a person can read it."""
+    """Write `(saved → now)` where a person can read the values."""
     return "" if max(len(saved), len(now)) > 60 else f" ({saved} → {now})"

@@ -1,4 +1,4 @@
-"""Data as `hg.tune` feeds them to a step: arrays once, minibatches with the key, streams batch by batch."""
+"""How `hg.tune` feeds data to a step: arrays once, minibatches with the key, streams batch by batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hypergrad._tree import PyTree
 
 
 def source(name: str, data: PyTree, key: Array | None, most: int) -> Callable[[int], PyTree]:
-    """A function that gives the data of the next outer steps, on the device.
+    """Make a function that returns the data of the next outer steps, on the device.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         data: arrays, minibatches, a stream or None.
-        key: of the run.
-        most: steps that one call takes: above 1, a stream gives a batch for each, on a new leading axis of this length,
-            whose last entries are copies where fewer steps are asked for.
+        key: key of the run.
+        most: steps that one call takes. Above 1, a stream yields one batch for each step, on a new leading axis of this
+            length, whose last entries are copies where fewer steps are asked for.
     """
     if isinstance(data, Minibatches) and key is None:
         raise InputError(
@@ -42,20 +42,20 @@ def source(name: str, data: PyTree, key: Array | None, most: int) -> Callable[[i
 def pull(
     streams: Mapping[str, Stream], train: Callable[[int], PyTree], valid: Callable[[int], PyTree], steps: int
 ) -> tuple[PyTree, PyTree]:
-    """The data of the next outer steps. What the streams gave for those before has been used."""
+    """Return the data of the next outer steps. Batches that the streams returned for earlier steps have been used."""
     for stream in streams.values():
         stream.forget()
     return train(steps), valid(steps)
 
 
 def of_one_step(streams: Collection[str], train: PyTree, valid: PyTree, most: int) -> tuple[PyTree, PyTree]:
-    """The data of the first of several steps."""
+    """Return the data of the first of several steps."""
     first = lambda name, data: jax.tree.map(lambda x: x[0], data) if most > 1 and name in streams else data
     return first("train", train), first("valid", valid)
 
 
 def give_back(streams: Mapping[str, Stream], cursors: Callable[[], Mapping[str, Any]]) -> None:
-    """Put what was pulled for a step that was not taken back into the streams, for the next run in this process."""
+    """Put the batches pulled for a step that was not taken back into the streams, for the next run in this process."""
     for name, cursor in cursors().items():
         with contextlib.suppress(InputError):
             streams[name].seek(cursor.position)

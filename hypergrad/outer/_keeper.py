@@ -1,4 +1,4 @@
-"""The checkpoints of one run of `hg.tune`: found again when the same call is made again, written as it goes."""
+"""The checkpoints of one run of `hg.tune`: found when the same call is made again, and written as the run proceeds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Keeper:
     """The checkpoints of a run.
 
     Attributes:
-        store: where they are.
+        store: where the checkpoints are stored.
         allowed: what may differ from the run that wrote them.
-        config: of this call; see `hypergrad.outer._config`.
-        damaged: those that cannot be used, to be deleted once a new one is safe.
-        saved: `(steps taken, steps answered)` of the last that was saved or read.
+        config: configuration of this call; see `hypergrad.outer._config`.
+        damaged: checkpoints that cannot be used, to be deleted once a new one is safe.
+        saved: `(steps taken, steps answered)` of the checkpoint that was last saved or read.
         sealed: parts of the history that need not be written again.
         failing: whether the last attempt to save failed.
     """
@@ -73,22 +73,22 @@ def resume(
     steps: int,
     min_delta: float,
 ) -> Run:
-    """The run as its newest whole checkpoint left it; `start` if there is none.
+    """Return the run as its newest intact checkpoint left it, or `start` if there is no checkpoint.
 
     Args:
-        keeper: of the folder.
-        config: of this call.
+        keeper: checkpoints of the run.
+        config: configuration of this call.
         start: the run before its first step.
-        notes: filled in.
-        templates: what callbacks may see, by name.
-        streams: brought to where the run stands.
-        steps: how many the call asks for.
-        min_delta: of the call.
+        notes: the host's notes, which are filled in.
+        templates: examples of what callbacks may see, by name.
+        streams: the streams, which are advanced to the position of the run.
+        steps: number of steps that the call asks for.
+        min_delta: `min_delta` of the call.
 
     Raises:
-        InputError: if the checkpoint was made with another configuration, is beyond `steps`, or if a stream cannot be
-            brought to where it stands.
-        CheckpointError: if there are checkpoints and all are damaged.
+        InputError: if the checkpoint was made with another configuration or is beyond `steps`, or if a stream cannot be
+            brought to its position.
+        CheckpointError: if there are checkpoints but all of them are damaged.
     """
     keeper.config = config
 
@@ -110,7 +110,7 @@ def resume(
 
 
 def save(keeper: Keeper | None, run: Run, notes: Notes) -> None:
-    """Write a checkpoint, if there is anything new. What cannot be written is a warning: the run is worth more.
+    """Write a checkpoint, if there is anything new. A failure to write only warns, because the run is worth more.
 
     Warns:
         UserWarning: at the first of several failures in a row.

@@ -1,6 +1,7 @@
-"""The loop on the host: one call of the compiled step after the other, and what happens between two of them.
+"""The loop on the host: it calls the compiled step again and again, and does what has to happen between two calls.
 
-Everything that a run has to keep is in `Run` and `Notes`; here it moves on, asks the callbacks, stops and saves.
+Everything that a run has to keep is in `Run` and `Notes`; the code here advances it, asks the callbacks, stops and
+saves.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from hypergrad.outer._step import make_block
 from hypergrad.outer.callbacks import Callback, Progress, end, shows
 
 _LOG = logging.getLogger("hypergrad")
-_VANISHED = 1e-3  # share of the largest hypergradient of a run below which one has vanished
+_VANISHED = 1e-3  # share of a run's largest hypergradient below which a hypergradient has vanished
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """When a run ends, and how often that is asked; see `hg.tune`."""
+    """When a run ends, and how often this is tested; see `hg.tune`."""
 
     steps: int
     per_call: int
@@ -58,22 +59,22 @@ class Driver:
         call: `(loop, count, train, valid, key) -> (loop, shown, report)`, compiled.
         respond: the solver's response, compiled.
         domain: pytree of domains.
-        key: of the steps.
-        sources: what gives the training and the validation data of the next steps.
-        streams: those of them that are read on the host.
-        batches: data that were pulled already for the next call.
+        key: key of the steps.
+        sources: functions that return the training and the validation data of the next steps.
+        streams: those data that are read on the host.
+        batches: data that were already pulled for the next call.
         callbacks: the caller's functions.
-        templates: what they may see, by name.
-        always: whether everything proposed is accepted at once, as with optax.
+        templates: examples of what callbacks may see, by name.
+        always: whether every proposed point is accepted at once, as with optax.
         estimates: whether the solver's method has an error that can be estimated.
         limits: see `Limits`.
-        keeper: of the checkpoints; None to keep none.
+        keeper: the checkpoints; None for a run without any.
         notes: what the steps reported.
         run: where the run stands.
         start: hyperparameters and parameters as the caller gave them.
-        began: the clock at the beginning of this call of `tune`.
-        held_out: `(evaluate, train, test)`: what computes the loss on unseen data in the end; None if there are none.
-        validated: rows of the validation data, or None.
+        began: time on the clock at the beginning of this call of `tune`.
+        held_out: `(evaluate, train, test)`, which give the loss on unseen data at the end; None without such data.
+        validated: number of rows of the validation data, or None.
     """
 
     call: Callable[..., Any]
@@ -97,7 +98,7 @@ class Driver:
     validated: int | None = None
 
     def follow(self, interrupts: Interrupts, show: Progress | None) -> TuneStatus:
-        """Call after call until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
+        """Make calls until the run is over. There is no `try` around the loop itself: see `hg.tune`."""
         status = self.ask() if self.run.count else None  # a resumed run may have ended, or been stopped by a callback
         started = False
         while status is None:
@@ -114,7 +115,7 @@ class Driver:
         return status
 
     def advance(self) -> int:
-        """One call: as many steps as there are to the next multiple of `per_call`, or to the end."""
+        """Make one call: as many steps as there are to the next multiple of `per_call`, or to the end."""
         run, most = self.run, self.limits.per_call
         steps = next_steps(run.count, self.limits)
         train, valid = self.batches or pull(self.streams, *self.sources, steps)
@@ -136,7 +137,7 @@ class Driver:
         return steps
 
     def ask(self) -> TuneStatus | None:
-        """Whether the run is over, and why: the callbacks first, about every step that they have not answered for."""
+        """Ask the callbacks about every step that they have not answered for; return why the run is over, if it is."""
         for step in range(self.run.answered, self.run.count):
             metrics = self.metrics(step)
             answers = [function(step, metrics) for function in self.callbacks]
@@ -156,11 +157,11 @@ class Driver:
         loop = self.run.loop
         here = {"state": lambda: loop.solver}
         here["params"] = lambda: self.respond(loop.solver, to_constrained(self.domain, loop.point))
-        # A resumed run may be asked for more than the one before had kept.
+        # A resumed run may be asked for more than the run before it had kept.
         return found | {name: here[name]() for name in shows(self.callbacks) if name not in found}
 
     def verdict(self) -> TuneStatus | None:
-        """The reason why the run ends here, or None if it goes on."""
+        """Return the reason why the run ends here, or None if it goes on."""
         tally, limits = self.run.tally, self.limits
         if tally.in_a_row >= limits.max_failures:
             return TuneStatus.CONVERGED if vanished(self.notes, self.run) else TuneStatus.FAILED
@@ -180,11 +181,11 @@ class Driver:
         return result._replace(validated=self.validated)
 
     def best(self) -> Best:
-        """The best step so far; the start, as the caller gave it, if none was accepted."""
+        """The best step so far; if no step was accepted, the start as the caller gave it."""
         return best_of(self.run, self.start)
 
     def end(self, status: TuneStatus) -> Result:
-        """The result, once nothing more can happen, with what there is to say about it."""
+        """Return the result, once nothing more can happen, and log what there is to say about it."""
         if status is TuneStatus.FAILED:
             self.warn_failed()
         if self.run.tally.unknown and self.estimates:
@@ -205,7 +206,7 @@ class Driver:
         return result
 
     def test(self) -> float | None:
-        """The outer loss on unseen data at the best step; None without such data or such a step."""
+        """The outer loss on unseen data at the best step; None without such data, or if there is no best step."""
         if self.held_out is None or not self.run.tally.accepted:
             return None
         evaluate, train, data = self.held_out
@@ -224,7 +225,7 @@ class Driver:
                 end(self.callbacks, result)
 
     def warn_failed(self) -> None:
-        """Say why the run failed, and where what it has is."""
+        """Say why the run failed, and where the results that it has can be found."""
         last, tally, best = metrics_of(self.notes, self.run.count - 1)["status"], self.run.tally, self.best()
         advice = f"{status_name(last)}: {Status(last).advice}" if last in set(Status) else status_name(last)
         where = (
@@ -236,8 +237,9 @@ class Driver:
 
 
 def vanished(notes: Notes, run: Run) -> bool:
-    """Whether the steps since the last usable one failed for the best of reasons: at an optimum of the outer loss the
-    hypergradient is smaller than its error, however small that error is beside the hypergradients before.
+    """Whether the hypergradient vanished, which explains why the steps since the last usable one failed: at an optimum
+    of the outer loss the hypergradient is smaller than its error, even if that error is small relative to earlier
+    hypergradients.
     """
     column = notes.columns["floats"].index
     rows = notes.taken(0, run.count)
@@ -250,7 +252,7 @@ def vanished(notes: Notes, run: Run) -> bool:
 
 
 def best_of(run: Run, start: tuple[PyTree, PyTree]) -> Best:
-    """The best step so far; the start, hyperparameters and parameters, if none was accepted."""
+    """The best step so far; if no step was accepted, the hyperparameters and parameters at the start."""
     kept = run.loop.best
     if not run.tally.accepted:
         return Best(-1, float("nan"), *start)
@@ -265,7 +267,7 @@ def conclude(
     start: tuple[PyTree, PyTree],
     status: TuneStatus,
 ) -> Result:
-    """What a run has, wherever it stands."""
+    """Return what a run has, wherever it stands."""
     final = to_constrained(domain, run.loop.point)
     assert notes.layout is not None
     return Result(
@@ -280,33 +282,33 @@ def conclude(
 
 
 def next_steps(count: int, limits: Limits) -> int:
-    """Steps of the next call."""
+    """Return the number of steps of the next call."""
     return min(limits.per_call - count % limits.per_call, limits.steps - count)
 
 
 def several(unit: Any, streams: Mapping[str, Stream], most: int, *, show: bool) -> Callable[..., Any]:
-    """The compiled step as `Driver.call` has it: at most `most` steps in a call.
+    """Return the compiled step in the form of `Driver.call`: at most `most` steps per call.
 
     Args:
-        unit: one step, under `jax.jit`.
-        streams: by the name of the argument that they feed.
-        most: steps in one call.
+        unit: one step under `jax.jit`.
+        streams: the streams, by the name of the argument that they feed.
+        most: the largest number of steps in one call.
         show: whether there are callbacks.
     """
     if most == 1:
         return lambda loop, steps, train, valid, key: unit(loop, train, valid, key)
-    # Convolutions have the same speed and the same last digits as in one step alone.
+    # This gives convolutions the same speed and the same last digits as in a single step.
     block = jax.jit(fast_convolutions(make_block(unit, most, tuple(streams), show=show)))
     return lambda loop, steps, train, valid, key: block(loop, np.int32(steps), train, valid, key)
 
 
 def attach(error: BaseException, finish: Callable[[], Result]) -> None:
-    """Give the result to an exception, if there can be one."""
+    """Attach the result to an exception, if there is a result."""
     with contextlib.suppress(Exception):  # the caller's own error matters more
         setattr(error, "result", finish())  # noqa: B010, exceptions declare no such attribute
         error.add_note("hypergrad: the run up to here is in this exception's attribute `result`.")
 
 
 def warn(message: str) -> None:
-    """A warning at the caller of `hg.tune`."""
+    """Issue a warning that points to the caller of `hg.tune`."""
     warnings.warn(message, UserWarning, stacklevel=caller_level())

@@ -1,4 +1,4 @@
-"""What `hg.tune` returns, and what it writes down on the way."""
+"""What `hg.tune` returns, and the record that it keeps of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypergrad._checks import install, nearest
 from hypergrad._solver import HypergradError, InputError, InputTypeError, Solver, Status, evaluation, usable
 from hypergrad._tree import PyTree, keystr, numbers, size
 
-TRAJECTORY = 1000  # scalars up to which every step's hyperparameters are kept
-FEW = 10  # validation rows for each hyperparameter, below which a summary warns
-_COLUMNS = 10  # entries up to which a leaf becomes one column each in a DataFrame
+TRAJECTORY = 1000  # largest number of scalars for which every step's hyperparameters are kept
+FEW = 10  # a summary warns below this many validation rows per hyperparameter
+_COLUMNS = 10  # entries up to which each entry of a leaf has its own column in a DataFrame
 
 
 class TuneStatus(enum.StrEnum):
@@ -25,12 +25,12 @@ class TuneStatus(enum.StrEnum):
     Attributes:
         FINISHED: all steps were taken.
         STOPPED: a callback asked for it.
-        CONVERGED: `patience` accepted steps went by without a new best, `max_rejections` trials in a row were
-            rejected, or the hypergradient vanished: for `max_failures` steps in a row it was smaller than its own
-            error, and that error below a thousandth of the largest hypergradient of the run.
+        CONVERGED: `patience` accepted steps went by without a new best, `max_rejections` trials in a row were rejected,
+            or the hypergradient vanished: for `max_failures` steps in a row it was smaller than its own error, and this
+            error was below a thousandth of the largest hypergradient of the run.
         FAILED: too many hypergradients in a row were unusable, or none was usable at all.
         INTERRUPTED: Ctrl-C or SIGTERM.
-        RAISED: an exception came out of a callback or the data; the result is its attribute `result`.
+        RAISED: an exception came out of a callback or the data; its attribute `result` holds the result.
         OUT_OF_TIME: `max_seconds` went by.
 
     >>> import hypergrad as hg
@@ -48,17 +48,18 @@ class TuneStatus(enum.StrEnum):
 
 
 class Best(NamedTuple):
-    """The step with the lowest outer loss among those that were accepted: with an optax optimizer, those whose
+    """The step with the lowest outer loss among the accepted steps; with an optax optimizer these are the steps whose
     hypergradient was usable. With a controller that compares values of different accuracy, the last accepted step.
 
-    With minibatches the outer loss is a draw, and this is the luckiest one. For solvers that train as they tune
-    (`hg.self_tuning`) it is the one to report: the last outer loss is often far above it, since training goes on.
+    With minibatches the outer loss is a random draw, and the best step has the luckiest one. For solvers that train
+    while they tune (`hg.self_tuning`), report this step: the last outer loss is often far above it, since training goes
+    on.
 
     Attributes:
-        step: its number, counted from 0; -1 if no step was usable, and then the rest is the start.
+        step: its number, counted from 0; -1 if no step was usable, in which case the other fields describe the start.
         value: outer loss; NaN if no step was usable.
-        hparams: the hyperparameters at which it was taken, constrained.
-        params: the parameters with which it was taken.
+        hparams: the hyperparameters of the step, constrained.
+        params: the parameters of the step.
     """
 
     step: int
@@ -68,27 +69,28 @@ class Best(NamedTuple):
 
 
 class History(NamedTuple):
-    """The record of a run, with one entry for each step, failed steps included: NumPy arrays `[steps]`.
+    """The record of a run: NumPy arrays `[steps]` with one entry for each step, including failed steps.
 
-    Entry t of everything belongs to the hyperparameters *before* update t.
+    In every array, entry t belongs to the hyperparameters *before* update t.
 
     Attributes:
         value: outer loss.
         grad_norm: norm of the hypergradient with respect to the (constrained) hyperparameters.
-        status: int, see `hg.Status`; a step whose status is not usable left the hyperparameters as they were.
+        status: int, see `hg.Status`; a step whose status is not usable left the hyperparameters unchanged.
         inner_residual: see `hg.Info`.
         linear_residual: see `hg.Info`.
         error_estimate: see `hg.Info`.
         inner_steps: int, see `hg.Info`.
         linear_steps: int, see `hg.Info`.
-        seconds: wall time from the start of `tune` to the end of the call that took the step; the first entry holds the
-            compilation.
+        seconds: wall time from the start of `tune` to the end of the call that took the step; the first entry includes
+            the compilation.
         accepted: whether the run moved to this step's hyperparameters, boolean; with an optax optimizer, whether the
-            step was usable. Where a controller refused a trial by its value alone, what was not computed is NaN.
+            step was usable. Where a controller rejected a trial by its value alone, the quantities that were not
+            computed are NaN.
         hparams: pytree like the hyperparameters with leaves `[steps, ...]`, constrained; None above 1000 scalars.
         summary: `{"min": ..., "mean": ..., "max": ...}`, each a pytree like the hyperparameters with leaves `[steps]`.
-        metrics: what `outer_loss` returned beside the loss, by name.
-        extra: what the solver reports of its own, by name.
+        metrics: metrics that `outer_loss` returned in addition to the loss, by name.
+        extra: values that the solver reports in `info.extra`, by name.
     """
 
     value: np.ndarray
@@ -112,10 +114,10 @@ class History(NamedTuple):
         return usable(self.status)
 
     def to_pandas(self) -> Any:
-        """A DataFrame with one row a step.
+        """Return a DataFrame with one row per step.
 
-        Columns: the fields above, the status by name, metrics and extra by name, and the hyperparameters by path: one
-        column for each entry of a leaf of at most ten, else `.min`, `.mean` and `.max`.
+        The columns are the fields above, the status by name, metrics and extra by name, and the hyperparameters by
+        path: one column for each entry of a leaf of at most ten, otherwise `.min`, `.mean` and `.max`.
 
         Raises:
             HypergradError: if pandas is not installed.
@@ -145,7 +147,7 @@ class History(NamedTuple):
         return f"History({len(self.value)} steps" + (f"; {', '.join(names)}" if names else "") + ")"
 
 
-# The fields of History that a step of tune computes, in the order of the vector it sends to the host.
+# The fields of History that a step of tune computes, in the order of the vector that it sends to the host.
 SCALARS = (
     "value",
     "grad_norm",
@@ -162,10 +164,10 @@ class Retrained(NamedTuple):
     """A fresh training run at tuned hyperparameters; what `Result.retrain` returns.
 
     Attributes:
-        params: the parameters, by the solver's response.
-        value: outer loss there.
-        status: name of the solver's status.
-        state: the solver's state.
+        params: the parameters, from the solver's response.
+        value: outer loss at these parameters.
+        status: name of the status of the training.
+        state: the solver's state after training.
     """
 
     params: PyTree
@@ -175,21 +177,21 @@ class Retrained(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The result of `hg.tune`. The final and the best point are kept apart; print it for a summary.
+    """The result of `hg.tune`. The final and the best point are kept separately; print it for a summary.
 
     Attributes:
-        hparams: the hyperparameters after the last update, constrained; with a controller those of the last accepted
-            step, never of an untested trial.
-        params: the solver's response at the end: for a solver that trains, the parameters of the last step, which is
-            one update behind `hparams`. For a report, retrain from scratch at the hyperparameters chosen.
+        hparams: the hyperparameters after the last update, constrained; with a controller, those of the last accepted
+            step and never of an untested trial.
+        params: the solver's response at the end; for a solver that trains, the parameters of the last step, which are
+            one update behind `hparams`. For a report, retrain from scratch at the chosen hyperparameters.
         best: see `Best`.
         history: see `History`.
         status: see `TuneStatus`.
         state: the solver's state, for `solver.hypergrad(result.state, result.hparams, ...)`.
         outer_state: the outer optimizer's state, over unconstrained hyperparameters.
-        test: outer loss on `tune(test=...)`, which nothing was chosen by, at the best step's hyperparameters; None
-            without such data.
-        validated: how many rows the validation data have; None where that is not known, as for a stream.
+        test: outer loss on `tune(test=...)`, data that did not influence any choice, at the best step's
+            hyperparameters; None without such data.
+        validated: number of rows of the validation data; None where it is not known, as for a stream.
     """
 
     hparams: PyTree
@@ -213,16 +215,17 @@ class Result(NamedTuple):
         model_state: PyTree = None,
         calls: int = 1,
     ) -> Retrained:
-        """Train afresh at the best step's hyperparameters: what a report should show.
+        """Train from scratch at the best step's hyperparameters, which is the result to report.
 
         Args:
-            solver: what trains, usually the one that tuned; on all the data there are, `train` may be larger now.
-            params: where training starts.
+            solver: the solver that trains, usually the one that tuned.
+            params: parameters from which training starts.
             train: training data, as for `solver.evaluate`.
-            valid: data for the outer loss; None for losses that close over theirs.
+            valid: data for the outer loss; None for losses that close over their data.
             key: PRNG key, if the losses or the solver need one.
             model_state: the model's state at the start.
-            calls: how often the solver goes on from where it was, for one that trains a few steps a call.
+            calls: how often the solver is called, each call continuing the last; above 1 for solvers that train a few
+                steps per call.
 
         Returns:
             See `Retrained`.
@@ -249,12 +252,13 @@ class Result(NamedTuple):
         *,
         distributions: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Write the history as trials of a new Optuna study: for its plots and dashboards, or for a sampler to go on.
+        """Write the history as trials of a new Optuna study, for its plots and dashboards, or for a sampler to continue
+        from.
 
         Each step is a trial: COMPLETE with its outer loss, or FAIL where the hypergradient was unusable or the loss not
-        finite. The parameters of a trial are the hyperparameters before the update, one for each entry, called by their
-        paths: `l2`, `layer.rate.3`; `hparams` for a bare scalar. Its user attributes are the step, its status, and all
-        other columns of the history that are finite. Above 1000 scalars, of which no trajectory is kept, a trial has no
+        finite. The parameters of a trial are the hyperparameters before the update, one for each entry, named by their
+        paths: `l2`, `layer.rate.3`; `hparams` for a single scalar. Its user attributes are the step, its status, and
+        all other columns of the history that are finite. Above 1000 scalars no trajectory is kept; a trial then has no
         parameters, and `.min`, `.mean` and `.max` of each leaf are attributes.
 
         Args:
@@ -262,17 +266,17 @@ class Result(NamedTuple):
                 study in memory.
             study_name: name of the study, which must be new in the storage; None lets Optuna choose one.
             distributions: `optuna.distributions.FloatDistribution` by the name of a parameter, as later trials of the
-                study will suggest it; by default from the smallest to the largest value of the run.
+                study will suggest it; by default the range from the smallest to the largest value of the run.
 
         Returns:
             The `optuna.Study`, which minimizes.
 
         Raises:
-            InputError: for distributions of unknown names, or that do not hold a value of the run; for text that is no
+            InputError: for distributions with unknown names, or that exclude a value of the run; for text that is not a
                 URL.
             InputTypeError: for a storage or distribution of another type.
             HypergradError: if Optuna is not installed.
-            optuna.exceptions.DuplicatedStudyError: if the storage has a study of that name.
+            optuna.exceptions.DuplicatedStudyError: if the storage already has a study of that name.
 
         >>> import hypergrad as hg, jax.numpy as jnp, optax
         >>> problem = hg.Problem(inner_loss=lambda w, h, batch: jnp.sum((w - 2.0)**2) + h["l2"] * jnp.sum(w**2),
@@ -353,7 +357,7 @@ def _check_storage(storage: Any, kind: type) -> None:
 
 
 def _ranges(paths: dict[str, list[float]], wanted: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """A distribution for each parameter, which all trials of a study share: the caller's, or the range of the run."""
+    """Return one distribution per parameter, shared by all trials of a study: the caller's, or the range of the run."""
     for name, distribution in wanted.items():
         if name not in paths:
             known = f"the parameters are {', '.join(paths)}" if paths else "the trials have no parameters"
@@ -373,7 +377,7 @@ def _ranges(paths: dict[str, list[float]], wanted: dict[str, Any], kind: Any) ->
 
 
 def _attributes(history: History, t: int) -> dict[str, Any]:
-    """Step t without its value and parameters, in what JSON has, as which storages keep it: no NaN and no infinity."""
+    """Return step t without its value and parameters, in the form that storages keep, JSON without NaN and infinity."""
     columns = {name: getattr(history, name) for name in (*SCALARS[1:], "seconds", "accepted")}
     found = {name: column[t].item() for name, column in {**columns, **history.metrics, **history.extra}.items()}
     found |= {"step": t, "status": status_name(history.status[t])}
@@ -385,7 +389,7 @@ def _attributes(history: History, t: int) -> dict[str, Any]:
 
 
 def status_name(code: Any) -> str:
-    """The name of a status code, or its number for a solver that has codes of its own."""
+    """Return the name of a status code, or its number for a solver that has codes of its own."""
     try:
         return Status(int(code)).name
     except ValueError:
@@ -397,8 +401,8 @@ class Layout(NamedTuple):
 
     Attributes:
         kinds: name and kind (float, int, bool, uint) of each scalar.
-        metrics: names among them.
-        extra: names among them.
+        metrics: names of those that are metrics.
+        extra: names of those that are extras.
     """
 
     kinds: tuple[tuple[str, str], ...]
@@ -406,19 +410,19 @@ class Layout(NamedTuple):
     extra: tuple[str, ...]
 
     def names(self, *kinds: str) -> list[str]:
-        """Of the scalars of these kinds, in the order of their columns."""
+        """Return the names of the scalars of these kinds, in the order of their columns."""
         return [name for kind in kinds for name, found in self.kinds if found == kind]
 
 
 class Rows(NamedTuple):
-    """The reports of the steps, one row each.
+    """The reports of the steps, one row for each.
 
     Attributes:
-        scalars: float64 `[steps, ...]`, the wall time last.
+        scalars: float64 `[steps, ...]`, with the wall time last.
         integers: int64 `[steps, ...]`, booleans after the integers.
         naturals: uint64 `[steps, ...]`.
-        hparams: all entries in the order of the leaves; above `TRAJECTORY` entries, instead, the minimum, mean and
-            maximum of each leaf.
+        hparams: all entries in the order of the leaves; above `TRAJECTORY` entries, the minimum, mean and maximum of
+            each leaf instead.
     """
 
     scalars: np.ndarray
@@ -428,7 +432,7 @@ class Rows(NamedTuple):
 
 
 def column(rows: Rows, layout: Layout, name: str) -> np.ndarray:
-    """One scalar over all steps, in the widest dtype of its kind."""
+    """Return one scalar over all steps, in the widest dtype of its kind."""
     kind = "float" if name == "seconds" else dict(layout.kinds)[name]
     if kind == "float":
         return rows.scalars[:, [*layout.names("float"), "seconds"].index(name)].copy()
@@ -438,11 +442,11 @@ def column(rows: Rows, layout: Layout, name: str) -> np.ndarray:
 
 
 def make_history(rows: Rows, layout: Layout, example: PyTree) -> History:
-    """The arrays that a person sees.
+    """Return the history as a person sees it.
 
     Args:
         rows: what the steps reported.
-        layout: of their scalars.
+        layout: layout of their scalars.
         example: pytree like the hyperparameters.
     """
     fields = {name: column(rows, layout, name) for name in (*SCALARS, "seconds", "accepted")}
@@ -480,7 +484,7 @@ def make_history(rows: Rows, layout: Layout, example: PyTree) -> History:
 
 
 def _spread(part: np.ndarray) -> list[np.ndarray]:
-    """Minimum, mean and maximum of each row; NaN where a row holds nothing."""
+    """Minimum, mean and maximum of each row; NaN for a row without entries."""
     if 0 in part.shape:
         return [np.full(len(part), np.nan, part.dtype)] * 3
     flat = part.reshape(len(part), -1)
@@ -492,7 +496,7 @@ def _at(tree: PyTree, path: Any) -> np.ndarray:
 
 
 def _brief(hparams: PyTree) -> str:
-    """Hyperparameters in one line: values where they fit, else the mean and range of each leaf."""
+    """Write hyperparameters in one line: their values where they fit, otherwise the mean and range of each leaf."""
     parts = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(hparams):
         values = np.asarray(leaf, np.float64).ravel()

@@ -1,4 +1,4 @@
-"""Where a run stands, and what it wrote down: all that `hg.tune` has to keep, in memory and in a checkpoint."""
+"""The state of a run and its records: all that `hg.tune` has to keep, in memory and in a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hypergrad.outer._step import Loop, Packet, words
 
 
 class Cursor(NamedTuple):
-    """The position in a stream up to which it was read.
+    """How far a stream has been read.
 
     Attributes:
-        position: batches handed out.
-        last: the last of them.
-        digest: its fingerprint, where that alone is known.
+        position: number of batches handed out.
+        last: the last of these batches.
+        digest: fingerprint of that batch, where only the fingerprint is known.
     """
 
     position: int
@@ -40,12 +40,12 @@ class Tally(NamedTuple):
 
     Attributes:
         skipped: steps that were not usable.
-        in_a_row: those since the last usable one.
+        in_a_row: unusable steps since the last usable one.
         accepted: steps that were accepted.
-        rejected: usable ones that were not, since the last that was.
-        waited: accepted ones since the last improvement.
-        reference: outer loss of that improvement; NaN before the first.
-        unknown: accepted ones whose error estimate was inf.
+        rejected: usable steps that were rejected since the last accepted one.
+        waited: accepted steps since the last improvement.
+        reference: outer loss of the last improvement; NaN before the first.
+        unknown: accepted steps whose error estimate was inf.
     """
 
     skipped: int = 0
@@ -64,10 +64,10 @@ class Run(NamedTuple):
         loop: what the next step starts from.
         count: steps taken.
         tally: see `Tally`.
-        answered: steps after which the callbacks let the run go on.
-        shown: what callbacks see of the steps since `first`, a row each.
+        answered: number of steps after which the callbacks let the run go on.
+        shown: what callbacks see of the steps since `first`, one row for each step.
         first: see `shown`.
-        cursors: where the streams stand, by the name of the argument.
+        cursors: how far each stream has been read, by the name of the argument.
     """
 
     loop: Loop
@@ -81,13 +81,13 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Notes:
-    """The host's notes: tables that double when they are full.
+    """The host's notes: tables that double in size when they are full.
 
     Attributes:
         rows: see `Rows`; those beyond `Run.count` are empty, or belong to a call that was cut off.
-        layout: of the scalars in a row.
-        columns: where each scalar stands, by kind, in the order of the columns.
-        started: the clock when the run began, less the time that a resumed run was away.
+        layout: layout of the scalars in a row.
+        columns: position of each scalar, by kind, in the order of the columns.
+        started: time on the clock when the run began, as if a resumed run had never been stopped.
     """
 
     rows: Rows | None = None
@@ -96,7 +96,7 @@ class Notes:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def arrange(self, layout: Layout) -> None:
-        """From now on, rows have these columns."""
+        """Set the columns that rows have from now on."""
         self.layout = layout
         self.columns = {
             "floats": layout.names("float"),
@@ -106,13 +106,13 @@ class Notes:
         }
 
     def taken(self, first: int, last: int) -> Rows:
-        """Rows of these steps, without a copy."""
+        """Return the rows of these steps, without a copy."""
         assert self.rows is not None
         return Rows(*[table[first:last] for table in self.rows])
 
 
 def note(notes: Notes, count: int, steps: int, report: Packet) -> None:
-    """Wait for a call and write down what it reports of its steps, as rows `count` and on."""
+    """Wait for a call, and write what it reports about its steps into rows `count` and following."""
     floats, integers = np.asarray(report.floats), np.asarray(report.integers)
     if notes.layout != report.layout:
         if notes.layout is not None:
@@ -124,7 +124,7 @@ def note(notes: Notes, count: int, steps: int, report: Packet) -> None:
     width, end = len(notes.columns["floats"]), count + steps
     if notes.rows is None:
         notes.rows = Rows(floats[:0, : width + 1], integers[:0], naturals[:0], floats[:0, width:])
-        if floats.shape[1] == width:  # no hyperparameter has an entry
+        if floats.shape[1] == width:  # the hyperparameters have no entries
             notes.rows = notes.rows._replace(scalars=np.zeros((0, width + 1)))
     if len(notes.rows.scalars) < end:
         scalars, whole, natural, hparams = notes.taken(0, count)
@@ -154,7 +154,7 @@ def _grown(old: np.ndarray, rows: int, dtype: Any) -> np.ndarray:
 
 
 def _rearranged(rows: Rows, old: Layout, new: Layout) -> Rows:
-    """Rows in the columns of another program, which a run was allowed to go on with: NaN and 0 where it has more."""
+    """Convert rows to the columns of the program that the run continues with: NaN and 0 in columns that are new."""
 
     def columns(table: np.ndarray, nothing: float, last: list[str], *kinds: str) -> np.ndarray:
         had, wanted = [*old.names(*kinds), *last], [*new.names(*kinds), *last]
@@ -168,7 +168,7 @@ def _rearranged(rows: Rows, old: Layout, new: Layout) -> Rows:
 
 
 def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
-    """The report of one step, as Python numbers by name."""
+    """Return the report of one step, as Python numbers by name."""
     rows, columns = notes.rows, notes.columns
     assert rows is not None and notes.layout is not None
     found: dict[str, Any] = dict(zip([*columns["floats"], "seconds"], rows.scalars[step].tolist(), strict=True))
@@ -183,7 +183,7 @@ def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
 
 
 def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float) -> Tally:
-    """The tally after these steps."""
+    """Return the tally after these steps."""
     floats, integers = notes.columns["floats"].index, notes.columns["integers"].index
     rows = notes.taken(first, last)
     good = usable(rows.integers[:, integers("status")])
@@ -191,7 +191,7 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
     values = rows.scalars[taken, floats("value")].tolist()
     waited, reference = tally.waited, tally.reference
     for value in values:
-        if value >= reference - min_delta:  # not at the first, whose reference is NaN
+        if value >= reference - min_delta:  # false at the first step, whose reference is NaN
             waited += 1
         else:
             waited, reference = 0, value
@@ -210,18 +210,18 @@ def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float)
 
 
 def _after_last(flags: np.ndarray) -> int:
-    """The number of entries after the last true one; at least one is true."""
+    """Return the number of entries after the last true one; at least one is true."""
     return int(flags[::-1].argmax())
 
 
 def shown_rows(shown: Mapping[str, PyTree], steps: int) -> tuple[Mapping[str, PyTree], ...]:
-    """The trees that callbacks receive, step by step, from arrays with a leading axis; on the host."""
+    """Return the trees that callbacks receive, step by step, from arrays with a leading axis; on the host."""
     found = jax.tree.map(np.asarray, shown)
     return tuple(jax.tree.map(lambda x, i=i: x[i], found) for i in range(steps)) if found else ()
 
 
 def with_keys(shown: Mapping[str, PyTree], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """One step's row, with typed keys where `templates` have them."""
+    """Return one step's row, with typed keys where `templates` have them."""
 
     def wrap(found: Any, like: Any) -> Any:
         if not is_key(like) or is_key(found):
@@ -232,9 +232,9 @@ def with_keys(shown: Mapping[str, PyTree], templates: Mapping[str, PyTree]) -> d
 
 
 def pack(run: Run, notes: Notes) -> tuple[PyTree, dict[str, np.ndarray], dict[str, Any]]:
-    """A run as a pytree of arrays, its rows, and the rest as JSON.
+    """Return a run as a pytree of arrays, its rows, and the rest as JSON.
 
-    No PRNG key: step t folds t into the key that is passed.
+    No PRNG key is stored: step t folds t into the key that is passed.
     """
     pending = run.shown[run.answered - run.first :]
     stack = lambda *rows: np.stack([np.asarray(row) for row in rows])
@@ -248,15 +248,16 @@ def pack(run: Run, notes: Notes) -> tuple[PyTree, dict[str, np.ndarray], dict[st
 
 
 def like(manifest: Mapping[str, Any], start: Run, templates: Mapping[str, PyTree]) -> PyTree:
-    """The pytree that a manifest's arrays fill: that of the run's start, with tables as long as it says.
+    """Return the pytree that a manifest's arrays fill: that of the run's start, with tables of the length that it
+    states.
 
     Args:
         manifest: see `hypergrad.checkpoints.checkpoint`.
         start: the run before its first step.
-        templates: what callbacks may see, by name.
+        templates: examples of what callbacks may see, by name.
 
     Raises:
-        Damaged: for notes that `pack` does not write.
+        Damaged: for notes of a form that `pack` does not write.
     """
     saved = _checked(manifest["notes"])
     layout, tables = _layout(saved), {}
@@ -285,7 +286,7 @@ def like(manifest: Mapping[str, Any], start: Run, templates: Mapping[str, PyTree
 def unpack(
     tree: PyTree, tables: Mapping[str, np.ndarray], manifest: Mapping[str, Any], start: Run, notes: Notes, delta: float
 ) -> Run:
-    """The run that `pack` was given; fills in the notes."""
+    """Restore the run that `pack` was given, and fill in the notes."""
     saved = manifest["notes"]
     notes.arrange(_layout(saved))
     count = saved["count"]
@@ -303,10 +304,10 @@ def unpack(
 
 
 def rewind(streams: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Bring the streams to where the run stands.
+    """Bring the streams to the position of the run.
 
     Raises:
-        InputError: if a stream is beyond it, ends before it, or yields other batches than it did.
+        InputError: if a stream is beyond this position, ends before it, or yields batches other than those of the run.
     """
     for name, stream in streams.items():
         if name not in manifest["notes"]["cursors"]:
@@ -328,7 +329,7 @@ def _layout(saved: Mapping[str, Any]) -> Layout:
 
 
 def _checked(saved: Any) -> dict[str, Any]:
-    """The notes of a manifest, if they are of the form that `pack` writes."""
+    """Return the notes of a manifest, if they have the form that `pack` writes."""
     number = lambda x: type(x) is int and x >= 0
     texts = lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x)
     pair = lambda x: texts(x) and len(x) == 2 and x[1] in ("float", "int", "bool", "uint")

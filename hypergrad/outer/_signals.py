@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM, while a run goes on: both end it as `KeyboardInterrupt` does, at once and at any instant.
+"""Ctrl-C and SIGTERM during a run: both end it as `KeyboardInterrupt` does, immediately and at any point.
 
-While a checkpoint is written, they do when it is done.
+While a checkpoint is written, they take effect when it is complete.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Interrupts:
         self.pending: int | None = None
 
     def check(self) -> None:
-        """Raise `KeyboardInterrupt` if one was sent and never arrived: Python drops what is raised while an object is
-        being deleted, and a library may catch it.
+        """Raise `KeyboardInterrupt` if a signal was sent but its exception got lost: Python discards what is raised
+        while an object is being deleted, and a library may catch it.
         """
         if self.sent:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let a signal wait until the block is done; a second one does not wait.
+        """Delay a signal until the block is done; a second signal takes effect at once.
 
-        For what a library does with open files: `zipfile`, stopped at the wrong instant, raises a `ValueError`.
+        This protects libraries with open files: `zipfile`, stopped at the wrong moment, raises a `ValueError`.
         """
         self.waits = True
         try:
@@ -43,10 +43,10 @@ class Interrupts:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interrupts]:
-    """Turn SIGTERM into a `KeyboardInterrupt` inside the block, and put its handler back afterwards.
+    """Turn SIGTERM into a `KeyboardInterrupt` inside the block, and restore its handler afterwards.
 
-    A handler of the program's own is called first. Outside the main thread, which alone hears signals, and for a
-    program that ignores SIGTERM, nothing is changed.
+    A handler that the program has installed is called first. Nothing is changed outside the main thread, which is the
+    only one to receive signals, or in a program that ignores SIGTERM.
     """
     interrupts = Interrupts()
     before: dict[signal.Signals, Any] = {}
@@ -66,13 +66,13 @@ def interruptible() -> Iterator[Interrupts]:
         term, ctrl_c = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
         if term is signal.SIG_DFL or callable(term):
             before[signal.SIGTERM] = term
-        if ctrl_c is signal.default_int_handler:  # a handler of the program's own keeps the last word
+        if ctrl_c is signal.default_int_handler:  # a handler that the program has installed has the last word
             before[signal.SIGINT] = ctrl_c
     try:
         for number in before:
             signal.signal(number, handler)
         yield interrupts
     finally:
-        interrupts.armed = False  # nothing may keep the handlers from being put back
+        interrupts.armed = False  # nothing may prevent the handlers from being restored
         for number, own in before.items():
             signal.signal(number, own)
