@@ -1,14 +1,14 @@
-r"""One step of the outer loop, to be compiled once, and K of them in one call.
+r"""One step of the outer loop, which is compiled once, and K of them in one call.
 
     u ← u + optimizer(∂F/∂u),   ∂F/∂u = (∂T/∂u)ᵀ g
 
-with g from any solver. With optax, a step that is not usable leaves u and the optimizer as they were. With a
+where g comes from any solver. With optax, a step that is not usable leaves u and the optimizer unchanged. With a
 controller,
 
     s = prepare(outer, solver);   out, s' = hypergrad(s, T(u));   next, outer, ok = update(∂F/∂u, outer, u, out)
 
-and where `ok` does not hold, or `judge` refused the trial before, the solver and the last accepted u stay bit for bit.
-Cost: the hypergradient. What a step reports are three short vectors, so that one transfer each brings it to the host.
+and where `ok` is false, or `judge` has already rejected the trial, the solver and the last accepted u stay bit for bit.
+Cost: the hypergradient. A step reports three short vectors, so that one transfer each brings them to the host.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Kept(NamedTuple):
     Attributes:
         step: its number; -1 before the first accepted one.
         value: outer loss; NaN before.
-        hparams: constrained.
+        hparams: hyperparameters of that step, constrained.
         params: what the solver's response returned there.
-        state: the solver's state there, if somebody will want it; else None.
+        state: the solver's state there, if it will be needed later; else None.
     """
 
     step: Array
@@ -52,12 +52,13 @@ class Kept(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Everything that the next step needs beside data and key: what a checkpoint has to hold.
+    """Everything that the next step needs besides data and key, which is what a checkpoint has to hold.
 
     Attributes:
         step: number of the next step.
         solver: state of the solver, at `accepted`.
-        accepted: unconstrained hyperparameters of the last accepted point; None with optax, where it is the trial.
+        accepted: unconstrained hyperparameters of the last accepted point; None with optax, for which it equals the
+            trial.
         trial: unconstrained hyperparameters of the next step.
         outer: state of the outer optimizer or controller.
         best: see `Kept`.
@@ -85,7 +86,7 @@ class Packet:
         floats: scalars, then hyperparameters or their summary.
         integers: signed integers and booleans.
         naturals: unsigned integers; None where there are none.
-        layout: what stands where.
+        layout: positions of the values in these arrays.
     """
 
     floats: Array
@@ -95,7 +96,7 @@ class Packet:
 
 
 class Taken(NamedTuple):
-    """The outcome of one trial: the parts of `Loop` after it, and the values to report."""
+    """The outcome of one trial: the fields of `Loop` after it, and the values to report."""
 
     solver: Any
     accepted: PyTree
@@ -104,7 +105,7 @@ class Taken(NamedTuple):
     out: Hypergradient
     status: Array
     ok: Array
-    computed: Array  # whether there is a hypergradient, or the verdict fell before
+    computed: Array  # False if the trial was rejected before a hypergradient was computed
     visited: Any  # the solver's state at the trial, accepted or not
 
 
@@ -122,15 +123,15 @@ def start(
 def make_advance(
     solver: Solver, outer: Any, domain: PyTree, shows: Collection[str] = (), seen: dict[str, Any] | None = None
 ) -> Callable[..., tuple[Loop, dict[str, PyTree], Packet]]:
-    """`(loop, train, valid, key) -> (loop, shown, report)`, to be compiled once.
+    """Return `(loop, train, valid, key) -> (loop, shown, report)`, to be compiled once.
 
     Args:
-        solver: of the run.
+        solver: solver of the run.
         outer: optax optimizer or controller.
         domain: pytree of domains.
-        shows: which of `params` and `state` the callbacks ask for beside the hyperparameters.
-        seen: filled, while the step is traced, with the functions that `outer` was called by and the shapes that they
-            were called with.
+        shows: whether the callbacks ask for `params` or `state` in addition to the hyperparameters.
+        seen: filled, while the step is traced, with the functions of `outer` that are called and the shapes of their
+            arguments.
     """
     seen = {} if seen is None else seen
     controlled = isinstance(outer, Controller)
@@ -161,7 +162,7 @@ def make_advance(
 
 
 def _always(solver: Solver, outer: Any, domain: PyTree, seen: dict[str, Any]) -> Callable[..., Taken]:
-    """With optax: a usable step is taken, and nothing is ever taken back."""
+    """With optax, a usable step is taken, and no step is ever taken back."""
     update = optax.with_extra_args_support(outer).update
 
     def take(loop: Loop, hparams: PyTree, pull: Any, train: PyTree, valid: PyTree, key: Array | None) -> Taken:
@@ -189,7 +190,7 @@ def _always(solver: Solver, outer: Any, domain: PyTree, seen: dict[str, Any]) ->
 
 
 def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[str, Any]) -> Callable[..., Taken]:
-    """With a controller: a trial is accepted, or everything but the controller goes back."""
+    """With a controller, a trial is accepted, or everything but the controller returns to the last accepted point."""
 
     def differentiate(loop: Loop, solver_state: Any, outer_state: Any, hparams: PyTree, pull: Any, *data: Any) -> Taken:
         train, valid, key = data
@@ -244,16 +245,16 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
 def make_block(
     advance: Callable[..., tuple[Loop, dict[str, PyTree], Packet]], most: int, streams: Collection[str], *, show: bool
 ) -> Callable[..., tuple[Loop, dict[str, PyTree], Packet]]:
-    """`(loop, count, train, valid, key) -> (loop, shown, report)`: `count` steps, at most `most`, in one call.
+    """Return `(loop, count, train, valid, key) -> (loop, shown, report)`: `count` steps, at most `most`, in one call.
 
-    How many is a traced number: one program serves the last, shorter call as well, and a run that goes on with another
-    `most`. What each step shows and reports stands in its row of buffers of `most` rows.
+    The number of steps is traced, so that one program also serves the last, shorter call, and a run that continues with
+    another `most`. What each step shows and reports is stored in its own row of buffers of `most` rows.
 
     Args:
         advance: the step.
         most: steps in one call.
-        streams: arguments (`train`, `valid`) that hold a batch for each step, on a new leading axis.
-        show: whether anybody looks at what is shown.
+        streams: names of the arguments (`train`, `valid`) that hold a batch for each step, on a new leading axis.
+        show: whether what is shown will be read.
     """
 
     def batch(name: str, data: PyTree, step: Any) -> PyTree:
@@ -281,7 +282,7 @@ def make_block(
 
 
 def words(tree: PyTree) -> PyTree:
-    """The tree with typed keys as plain integers, which can stand in a buffer."""
+    """Return the tree with typed keys as plain integers, which can be stored in a buffer."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if _tree.is_key(x) else x, tree)
 
 
@@ -298,7 +299,7 @@ def _note(seen: dict[str, Any], function: Callable[..., Any], *arguments: Any) -
 
 
 def _status(code: Any, value: Array, sound: Array) -> Array:
-    """The solver's status, unless it is usable and the numbers are not."""
+    """The solver's status, or a failure where that status is usable but the numbers are not finite."""
     status = jnp.asarray(code, jnp.int32)
     bad = jnp.where(jnp.isfinite(value), int(Status.NONFINITE_GRAD), int(Status.NONFINITE_LOSS))
     return jnp.where(usable(status) & ~(sound & jnp.isfinite(value)), bad, status)
@@ -323,7 +324,7 @@ def _nothing(shape: Any) -> Array:
 
 
 def _without_hypergradient(info: Info, nothing: Info) -> Info:
-    """The report of an evaluation, in the dtypes of a hypergradient's; NaN for values that only a hypergradient has."""
+    """Return the report of an evaluation, in the dtypes of a hypergradient's; NaN for what only a hypergradient has."""
     known = {"status": info.status, "inner_residual": info.inner_residual, "inner_steps": info.inner_steps}
     known["linear_steps"] = info.linear_steps
     cast = lambda name, like: jnp.asarray(known[name], like.dtype) if name in known else like

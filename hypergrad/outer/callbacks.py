@@ -1,4 +1,4 @@
-"""What `hg.tune` shows while it runs: to the caller's functions, and on the terminal."""
+"""What `hg.tune` shows while it runs, to the caller's functions and on the terminal."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from hypergrad.outer._result import status_name
 
 _LOG = logging.getLogger("hypergrad")
 _EVERY = 10.0  # seconds between two lines of the log
-_WHOLE = 32  # entries of an array that are written out; of a longer one, what `_plain` says
+_WHOLE = 32  # largest number of entries of an array that are written out; `_plain` summarises longer ones
 
 
 class Callback(Protocol):
     """`fn(step, metrics)`, called after every step; a true return value stops the run.
 
     `step` counts from 0. `metrics` holds Python numbers under `value`, `grad_norm`, `status`, `inner_residual`,
-    `linear_residual`, `error_estimate`, `inner_steps`, `linear_steps`, `seconds`, and under the names of the loss's
-    metrics and of the solver's extras; with an `hg.outer.Controller` also `accepted`; and under `hparams` the
-    (constrained) hyperparameters that they belong to, as arrays. With `steps_per_call=K`, the callbacks see the K steps
-    of a call one after the other when it is done.
+    `linear_residual`, `error_estimate`, `inner_steps`, `linear_steps` and `seconds`, under the names of the loss's
+    metrics and of the solver's extras and, with an `hg.outer.Controller`, under `accepted`. Under `hparams` it holds
+    the (constrained) hyperparameters that they belong to, as arrays. With `steps_per_call=K`, the callbacks see the K
+    steps of a call one after the other when the call is done.
 
-    An object may have two attributes beside:
+    The callback may also be an object with two attributes:
 
-    - `wants = ("params", "state")`, either or both: `metrics` then holds the parameters of the step (what the solver's
-      response returns), and the solver's state after it. With `steps_per_call=K`, K of each are kept for this.
-    - `on_end(result)`, called once when the run is over, however it ended, with what `hg.tune` returns (or attaches to
-      an exception): the place to close files.
+    - `wants = ("params", "state")`, or one of them: `metrics` then also holds the parameters of the step (what the
+      solver's response returns), and the solver's state after it. With `steps_per_call=K`, K of each are kept for this.
+    - `on_end(result)`, called once when the run is over, however it ended, with the result that `hg.tune` returns (or
+      attaches to an exception). Close files here.
     """
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> Any:
-        """Look, keep, print, plot; return a true value to stop."""
+        """Inspect, record, print or plot the step; return a true value to stop."""
 
 
 def json_lines(path: str | Path) -> Callback:
-    """A callback that appends one JSON object a step to a file, for whatever reads a log.
+    """A callback that appends one JSON object per step to a file, for any program that reads logs.
 
-    An object holds `step` and every metric by its name, the status as a word, and the hyperparameters under
-    `hparams` by their paths. An array of more than 32 entries becomes its `min`, `mean` and `max`; NaN and infinities
-    become null. A line is complete once the step is: a run that dies loses none. A run that is resumed appends. Of
-    several processes, the first alone writes.
+    An object holds `step`, every metric by its name, the status as a word, and the hyperparameters under `hparams` by
+    their paths. An array of more than 32 entries is replaced by its `min`, `mean` and `max`; NaN and infinities become
+    null. A line is complete once the step is, so that a run that dies loses none. A resumed run appends. Of several
+    processes, only the first writes.
 
     Args:
         path: the file; its folder must exist.
@@ -61,7 +61,7 @@ def json_lines(path: str | Path) -> Callback:
         A callback for `hg.tune(callbacks=...)`.
 
     Raises:
-        InputError: where there is no such folder, or the path is a folder.
+        InputError: where the folder does not exist, or the path is a folder.
 
     >>> import hypergrad as hg, json, jax.numpy as jnp, optax, pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
@@ -95,7 +95,7 @@ def json_lines(path: str | Path) -> Callback:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists that JSON has."""
+    """Convert to numbers and lists that JSON has."""
     if isinstance(value, (bool, str, int)) or value is None:
         return value
     found = np.asarray(value)
@@ -114,8 +114,8 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     """The callbacks as a tuple.
 
     Raises:
-        InputTypeError: for what cannot be called.
-        InputError: for `wants` that do not exist.
+        InputTypeError: for callbacks that cannot be called.
+        InputError: for `wants` with unknown names.
     """
     functions = (callbacks,) if callable(callbacks) else callbacks
     if not isinstance(functions, Iterable) or not all(map(callable, functions := tuple(functions))):
@@ -132,7 +132,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
 
 
 def shows(callbacks: tuple[Callback, ...]) -> tuple[str, ...]:
-    """The parts of a step that the callbacks want to see beside the hyperparameters."""
+    """The parts of a step that the callbacks ask for in addition to the hyperparameters."""
     wanted: set[str] = set()
     for function in callbacks:
         wants = getattr(function, "wants", ())
@@ -141,7 +141,7 @@ def shows(callbacks: tuple[Callback, ...]) -> tuple[str, ...]:
 
 
 def end(callbacks: tuple[Callback, ...], result: Any) -> None:
-    """Tell those that want to know that the run is over."""
+    """Tell the callbacks that have `on_end` that the run is over."""
     for function in callbacks:
         if callable(on_end := getattr(function, "on_end", None)):
             on_end(result)
@@ -151,23 +151,23 @@ class Progress(Protocol):
     """The line that shows how far a run has come."""
 
     def compiling(self) -> contextlib.AbstractContextManager[Any]:
-        """Around the first call, which compiles: says so, and for how long it has."""
+        """Wrap the first call, which compiles; say that it does, and for how long it has."""
         ...
 
     def __call__(self, metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
-        """After a call: the metrics of its last step, the unusable steps so far, the steps of the call."""
+        """Report a call: the metrics of its last step, the unusable steps so far, and the steps of the call."""
 
 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Progress | None]:
-    """A live line on the terminal or in the notebook: outer loss, hypergradient norm, status, time left.
+    """Show a live line on the terminal or in the notebook: outer loss, hypergradient norm, status, time left.
 
-    Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` take its place. The time
-    left does not count the compilation. Of several processes, the first alone shows it.
+    Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` replace it. The time left
+    does not count the compilation. Of several processes, only the first shows it.
 
     Args:
-        total: steps of the run.
-        done: steps that a resumed run has behind it.
+        total: number of steps of the run.
+        done: steps that a resumed run has already taken.
         show: whether to show it; None is yielded otherwise.
     """
     show = show and jax.process_index() == 0
@@ -236,7 +236,7 @@ class _Lines:
 def _tqdm(steps: int, done: int) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # in a notebook without ipywidgets it says so, and falls back to text
+            warnings.simplefilter("ignore")  # in a notebook without ipywidgets, tqdm warns and falls back to text
             from tqdm.auto import tqdm
     except ImportError:
         return None

@@ -1,11 +1,11 @@
-r"""Who moves the hyperparameters: the contract for outer methods that set accuracies, or reject a step.
+r"""What moves the hyperparameters: the contract for outer methods that set accuracies, or reject a step.
 
     s = prepare(outer, solver);   out, s' = hypergrad(s, T(trial));   next, outer, ok = update(grad, outer, trial, out)
     ok:  solver, free ← s', trial        else:  both stay, bit for bit        then  trial ← next
 
-An optax transformation is the controller that always accepts, and needs none of this: hand it to `hg.tune` as it is.
-A controller is what diffrax calls a step size controller and optimistix a search: it sees a trial point, and decides
-whether the run moves there. `hg.tune` owns the loop, the counting, the failures and the checkpoints.
+An optax transformation is the controller that always accepts, and needs none of this: pass it to `hg.tune` as it is. A
+controller is what diffrax calls a step size controller and optimistix a search: it sees a trial point, and decides
+whether the run moves there. `hg.tune` takes care of the loop, the counting, the failures and the checkpoints.
 """
 
 from __future__ import annotations
@@ -24,49 +24,50 @@ from hypergrad._tree import PyTree, keystr
 
 
 class ControllerInitFn(Protocol):
-    """`init(free) -> outer`: the controller's state, a pytree of arrays; `free` are the unconstrained hyperparameters
-    at the start, and the first trial.
+    """`init(free) -> outer`: the controller's state, a pytree of arrays. `free` are the unconstrained hyperparameters
+    at the start, which are also the first trial.
     """
 
     def __call__(self, free: PyTree, /) -> Any:
-        """The state, and nothing is decided yet."""
+        """Return the state before any decision."""
 
 
 class ControllerUpdateFn(Protocol):
     """`update(grad, outer, free, out) -> (next, outer, accepted)`; pure, traced once.
 
     `grad` is the derivative of the outer loss with respect to `free`, the trial that was just evaluated, and `out` is
-    what the solver returned there: `out.value`, `out.info`. A trial that is not usable, or not finite, arrives as value
-    inf and gradient 0 with its `info`; it is never accepted, whatever `accepted` says, and its successor should be at
-    least ten times closer to the last accepted point. `next` is the next trial, a pytree like `free`; it may be moved
-    a little, so that it stays inside its domain: measure lengths from the `free` that is given, never from what was
-    proposed. The first usable point of a run is always accepted.
+    what the solver returned there: `out.value`, `out.info`. A trial that is not usable, or not finite, arrives with
+    value inf and gradient 0 and with its `info`; it is never accepted, even if `accepted` is true, and the next trial
+    should be at least ten times closer to the last accepted point. `next` is the next trial, a pytree like `free`; it
+    may be moved slightly to stay inside its domain, so measure lengths from the `free` that is given, never from the
+    point that was proposed. The first usable point of a run is always accepted.
     """
 
     def __call__(self, grad: PyTree, outer: Any, free: PyTree, out: Hypergradient, /) -> tuple[PyTree, Any, Array]:
-        """The next trial, the new state, and whether this one is accepted."""
+        """Return the next trial, the new state, and whether this trial is accepted."""
         ...
 
 
 class PrepareFn(Protocol):
-    """`prepare(outer, solver) -> solver`: the solver's state with other options, before it is used.
+    """`prepare(outer, solver) -> solver`: returns the solver's state with other options, before it is used.
 
-    Options are set to absolute values, by `hg.outer.set_options`, and only those that `solver.about.options` names.
+    Set options to absolute values, by `hg.outer.set_options`, and only those that `solver.about.options` names.
     """
 
     def __call__(self, outer: Any, solver: Any, /) -> Any:
-        """The solver's state with the options to use."""
+        """Return the solver's state with the options to use."""
 
 
 class JudgeFn(Protocol):
-    """`judge(value, outer, free, info) -> (next, outer, accepted)`: a verdict on the outer loss alone.
+    """`judge(value, outer, free, info) -> (next, outer, accepted)`: a decision on the outer loss alone.
 
-    Where it is given, `solver.evaluate` runs first, and only if the trial `free` is accepted do `hypergrad` (warm from
-    it) and `update` run; `next` is the next trial if it is not. `value` is inf where it is not usable, or not finite.
+    Where `judge` is given, `solver.evaluate` runs first. Only if the trial `free` is accepted do `hypergrad`, which
+    starts from the result of `evaluate`, and `update` run; otherwise `next` is the next trial. `value` is inf where the
+    trial is not usable, or not finite.
     """
 
     def __call__(self, value: Array, outer: Any, free: PyTree, info: Info, /) -> tuple[PyTree, Any, Array]:
-        """The trial after a refusal, the new state, and whether this one is accepted."""
+        """Return the trial after a rejection, the new state, and whether this trial is accepted."""
         ...
 
 
@@ -76,18 +77,18 @@ def identity(outer: Any, solver: Any) -> Any:
 
 
 class Controller(NamedTuple):
-    """An outer method that may reject a trial point, or set the solver's accuracies: four pure functions and a flag.
+    """An outer method that may reject a trial point or set the solver's accuracies: four pure functions and a flag.
 
     Attributes:
         init: see `ControllerInitFn`.
         update: see `ControllerUpdateFn`.
-        prepare: see `PrepareFn`; by default nothing is set.
-        judge: see `JudgeFn`; None to judge in `update` alone.
-        compares: whether values of different steps are compared. Then one key serves the whole run, `hg.minibatches`
-            and `hg.stream` are refused, and `result.best` is the last accepted point and not the lowest value, since
-            values were computed to different accuracies.
+        prepare: see `PrepareFn`; by default no options are set.
+        judge: see `JudgeFn`; None to decide in `update` alone.
+        compares: whether values of different steps are compared. If True, one key serves the whole run,
+            `hg.minibatches` and `hg.stream` are refused, and `result.best` is the last accepted point instead of the
+            one with the lowest value, because values were computed to different accuracies.
 
-    Gradient descent that halves its step until the outer loss falls:
+    This example is gradient descent that halves its step until the outer loss falls:
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> def init(u):
@@ -114,14 +115,14 @@ class Controller(NamedTuple):
 
 
 def set_options(solver: Any, options: Mapping[str, ArrayLike]) -> Any:
-    """A solver's state with other values of its traced options: for a controller's `prepare`, or a loop of your own.
+    """Return a solver's state with other values of its traced options, for a controller's `prepare` or your own loop.
 
     Args:
         solver: the state of a solver whose options are a nested dict `solver.options`.
         options: new values by name, as in `solver.about.options`.
 
     Returns:
-        The state; the dtypes of the options stay.
+        The state with the new values; the dtypes of the options do not change.
 
     Raises:
         InputError: for an option that the state does not have.
@@ -159,15 +160,15 @@ def check_controller(controller: Controller, solver: Solver, state: Any, outer: 
     """Raise for a controller that cannot work with this solver, or with these data.
 
     Args:
-        controller: of the run.
-        solver: of the run.
-        state: the solver's, at the start.
+        controller: controller of the run.
+        solver: solver of the run.
+        state: the solver's state at the start.
         outer: the controller's state at the start.
         data: `train` and `valid`, by name.
 
     Raises:
         InputError: for options that the solver does not have, and for data that differ from step to step where values
-            are compared.
+            of different steps are compared.
     """
     for name, found in data.items():
         if controller.compares and isinstance(found, (Minibatches, Stream)):
@@ -182,7 +183,7 @@ def check_controller(controller: Controller, solver: Solver, state: Any, outer: 
 
 def _check_prepare(controller: Controller, solver: Solver, state: Any, outer: Any) -> None:
     names = [part for part in getattr(controller.prepare, "__qualname__", "outer").split(".") if part != "<locals>"]
-    name = names[-2] if len(names) > 1 else names[0]  # that of the function which made it: `hoag` for `hoag.prepare`
+    name = names[-2] if len(names) > 1 else names[0]  # the name of the function that made it: `hoag` for `hoag.prepare`
     method = solver.about.name or "this solver"
     try:
         traced, shapes = jax.make_jaxpr(controller.prepare, return_shape=True)(outer, state)

@@ -1,14 +1,14 @@
-r"""HOAG: gradient descent on hyperparameters with accuracies that grow as the run goes on.
+r"""HOAG: gradient descent on hyperparameters with accuracies that increase during the run.
 
     inner and adjoint systems to ε_k;   u_{k+1} = u_k − g_k / L
     accept u_k  ⇔  f_k ≤ f_{k−1} + s (C ε_k + (C + 1) ε_{k−1} ‖u_k − u_{k−1}‖),   C = ¼
     accepted: L ← .95 L;   refused: back to (u, w, v)_{k−1}, L ← 2 L, and a shorter step along the same gradient
 
 Early steps are cheap, since ε starts large, and the run still converges if Σ ε_k is finite.
-Source: Pedregosa 2016, arXiv:1602.02355. Differs: a step is judged by its own length, where the collected code takes
-that of the next one, and a refusal really goes back; ε is relative to the natural scale of each system, and s is
-|f_{k−1}|, so that no unit matters.
-Cost: one hypergradient a step, a refused one included.
+Source: Pedregosa 2016, arXiv:1602.02355. Differs: a step is judged by its own length, where the published code takes
+that of the next one, and a rejection really goes back; ε is relative to the natural scale of each system, and s is
+|f_{k−1}|, so that units do not matter.
+Cost: one hypergradient per step, including rejected steps.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "exact": lambda k: 0.0 * k,
 }
 _SLACK = 0.25  # C
-_LONGER, _SHORTER, _BROKEN = 0.95, 2.0, 10.0  # factors of L after an accepted, a refused, and an unusable trial
-_ROUNDING = 32  # units of rounding, below which no tolerance is asked for
+_LONGER, _SHORTER, _BROKEN = 0.95, 2.0, 10.0  # factors of L after an accepted, a rejected, and an unusable trial
+_ROUNDING = 32  # units of rounding; no tolerance below this is asked for
 
 
 class HoagState(NamedTuple):
@@ -65,19 +65,19 @@ def hoag(
     schedule: str | Callable[[Any], Any] = "exponential",
     tol: ArrayLike = 1e-3,
 ) -> Controller:
-    """Gradient descent whose step size is found, and whose solves start loose and become exact.
+    """Gradient descent that finds its step size, with solves that start loose and become exact.
 
-    For deterministic problems and solvers that work at the optimum (`hg.implicit`): it sets `inner.tol` and
-    `linear.tol` of the solver at every step, whatever they were. Values of different steps are compared, so data that
-    are drawn are refused.
+    Use it for deterministic problems and solvers that work at the optimum (`hg.implicit`). It sets `inner.tol` and
+    `linear.tol` of the solver at every step and overrides the values that they had. Values of different steps are
+    compared, so data that are drawn at random are refused.
 
     Args:
-        step_size: of the first step, in units of (unconstrained hyperparameter)² over outer loss. Default: such that
-            the root mean square of its entries is 1.
+        step_size: size of the first step, in units of (unconstrained hyperparameter)² over outer loss. By default it is
+            chosen such that the root mean square of the step's entries is 1.
         schedule: how the tolerance of step k, counted from 0, follows from `tol`: `"exponential"` (0.9ᵏ, recommended),
             `"quadratic"` (1/(k+1)²), `"cubic"` (1/(k+1)³), `"exact"` (as accurate as the precision allows from the
             first step on), or a function of the step number whose values have a finite sum.
-        tol: tolerance of the first step on both systems (relative, dimensionless).
+        tol: tolerance of the first step for both systems (relative, dimensionless).
 
     Returns:
         A `Controller` for `hg.tune(outer=...)`.
@@ -130,7 +130,7 @@ def hoag(
 
 
 def _checked(schedule: Any) -> Callable[[Any], Any]:
-    """The schedule as a function, once it is known to be positive and to have a finite sum."""
+    """Return the schedule as a function, after checking that it is positive and has a finite sum."""
     if isinstance(schedule, str) and schedule in _SCHEDULES:
         return _SCHEDULES[schedule]
     if not callable(schedule):
@@ -142,7 +142,7 @@ def _checked(schedule: Any) -> Callable[[Any], Any]:
     values = np.asarray([float(share(k)) for k in (0, 10**3, 10**6)])
     if not (np.all(np.isfinite(values)) and np.all(values >= 0)):
         raise InputError(f"hoag: schedule gave {values.tolist()} at steps 0, 1e3 and 1e6: it must be at least 0.")
-    # Where k ε_k does not fall over three decades the sum behaves like that of 1/k, or worse.
+    # If k ε_k does not fall over three decades, the sum behaves like that of 1/k, or worse.
     if values[2] * 10**6 > 0.5 * values[1] * 10**3:
         raise InputError(
             f"hoag: schedule has no finite sum: it gave {values[1]:.3g} at step 1e3 and {values[2]:.3g} at step 1e6; "

@@ -3,9 +3,9 @@ r"""A quasi-Newton method with a line search, for a few dozen hyperparameters.
     d = −B g  by the two-loop recursion over the last m pairs (s, y),   trial = u + t d
     accept  ⇔  f(trial) ≤ f(u) + 10⁻⁴ t g·d;   refused: t ← the minimum of the parabola through f(u), g·d, f(trial)
 
-Source: Nocedal 1980; Liu & Nocedal 1989. Differs: the line search asks for the outer loss alone (`solver.evaluate`),
-and for the hypergradient only where the loss has fallen; a pair with s·y ≤ 0, as a search without a curvature condition
-may meet, is left out.
+Source: Nocedal 1980; Liu & Nocedal 1989. Differs: the line search evaluates the outer loss alone (`solver.evaluate`),
+and the hypergradient only where the loss has fallen; a pair with s·y ≤ 0, which a search without a curvature condition
+may produce, is left out.
 Cost: an evaluation for each trial and a hypergradient for each accepted one. Memory: 2 m copies of the hyperparameters.
 """
 
@@ -24,8 +24,8 @@ from hypergrad._tree import PyTree
 from hypergrad.outer.controllers import Controller
 
 _ARMIJO = 1e-4
-_SHORTEST, _LONGEST = 0.1, 0.5  # share of a refused step that the next trial may be
-_ROUNDING = 8  # units of rounding of the outer loss that count as no rise
+_SHORTEST, _LONGEST = 0.1, 0.5  # smallest and largest ratio of the next trial step to a rejected one
+_ROUNDING = 8  # a rise of the outer loss by fewer units of rounding does not count
 
 
 class LbfgsState(NamedTuple):
@@ -39,7 +39,7 @@ class LbfgsState(NamedTuple):
         slope: g·d, scalar.
         size: t of the current trial, scalar.
         steps, changes: s and y of the last pairs, stacked on a leading axis of m, the newest last.
-        inverse: 1/(s·y) of each, `[m]`; 0 where there is none.
+        inverse: 1/(s·y) of each pair, `[m]`; 0 where there is none.
         count: accepted points, int32.
     """
 
@@ -59,12 +59,12 @@ class LbfgsState(NamedTuple):
 def lbfgs(*, history: int = 10) -> Controller:
     """L-BFGS with a backtracking line search on the outer loss.
 
-    For deterministic problems with up to a few dozen hyperparameters, where it needs a third of the evaluations of
-    Adam; with hundreds, and with hypergradients that are noisy or biased, prefer `optax.adam`. Values of different
-    steps are compared, so data that are drawn are refused.
+    Use it for deterministic problems with up to a few dozen hyperparameters, where it needs a third of the evaluations
+    of Adam; with hundreds, or with hypergradients that are noisy or biased, prefer `optax.adam`. Values of different
+    steps are compared, so data that are drawn at random are refused.
 
     Args:
-        history: pairs kept, a Python integer.
+        history: number of pairs kept, a Python integer.
 
     Returns:
         A `Controller` for `hg.tune(outer=...)`.
@@ -94,13 +94,13 @@ def lbfgs(*, history: int = 10) -> Controller:
         del info
         value = value.astype(state.value.dtype)
         rise = value - state.value
-        # Along what was stepped, which a domain may have shortened.
+        # Along the step that was really taken, which a domain may have shortened.
         expected = _tree.vdot(state.grad, _tree.sub(free, state.free)).astype(state.slope.dtype)
         noise = _ROUNDING * _tree.eps(free) * jnp.abs(state.value)
         ok = (state.count == 0) | (rise <= _ARMIJO * jnp.minimum(expected, 0)) | (jnp.abs(rise) <= noise)
         ok &= jnp.isfinite(value)
         bent = 2 * (rise - expected)
-        best = _tree.safe_divide(-expected, bent)  # of the parabola, as a share of t
+        best = _tree.safe_divide(-expected, bent)  # minimum of the parabola, as a share of t
         share = jnp.where(jnp.isfinite(value), jnp.clip(best, _SHORTEST, _LONGEST), _SHORTEST)
         shorter = state._replace(size=(share * state.size).astype(state.size.dtype))
         return _tree.axpy(shorter.size, shorter.direction, shorter.free), _tree.where(ok, state, shorter), ok
@@ -130,7 +130,7 @@ def lbfgs(*, history: int = 10) -> Controller:
             inverse,
             state.count + 1,
         )
-        # Unusable where the loss alone was fine: back, and ten times closer.
+        # If the hypergradient is unusable although the loss was fine, go back, and ten times closer.
         size = (0.1 * state.size).astype(state.size.dtype)
         state = _tree.where(ok, here, state._replace(size=size))
         return _tree.axpy(state.size, state.direction, state.free), state, ok
@@ -139,7 +139,7 @@ def lbfgs(*, history: int = 10) -> Controller:
 
 
 def _two_loops(grad: PyTree, steps: PyTree, changes: PyTree, inverse: Array) -> PyTree:
-    """B g, with B from the pairs; scaled by the newest, and without any such that the first step has length 1."""
+    """B g, with B from the pairs and scaled by the newest; without pairs, such that the first step has length 1."""
     pairs = inverse.shape[0]
     at = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
 

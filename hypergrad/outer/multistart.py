@@ -2,10 +2,10 @@ r"""Tuning from many starting hyperparameters at once.
 
     u^i ← u^i + optimizer(∂F/∂u^i),   i = 1 … k
 
-The outer loss is not convex, and neighbouring starts may end in different optima. One compiled step takes all of them
-by `vmap`: k runs of `hg.tune` for one compilation, side by side on the device.
-Cost: k times the solver's, less what a device gains by working on all at once; an inner solve takes as many steps as
-the slowest start needs. Memory: k states; the data are shared.
+The outer loss is not convex, and neighbouring starts may end in different optima. One compiled step advances all of
+them by `vmap`: k runs of `hg.tune` for one compilation, side by side on the device.
+Cost: k times that of the solver, less what a device gains by working on all of them at once; an inner solve takes as
+many steps as the slowest start needs. Memory: k states; the data are shared.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Multistart(NamedTuple):
     """The results of tuning from many starts.
 
     Attributes:
-        results: an `hg.Result` for each start, in their order.
-        best: the one whose best step has the lowest outer loss; None if no start had a usable step.
+        results: one `hg.Result` for each start, in the order of the starts.
+        best: the result whose best step has the lowest outer loss; None if no start had a usable step.
     """
 
     results: tuple[Result, ...]
@@ -69,29 +69,29 @@ def multistart(
     """Tune from several starting hyperparameters at once, and keep all results.
 
     Start i is the run of `hg.tune` with `hparams[i]` and `key=jax.random.fold_in(key, i)`, to rounding; all runs take
-    all steps. Ctrl-C ends them and returns what there is. The lowest of many validation losses is a lucky one: judge
-    the best result on data that chose nothing.
+    all steps. Ctrl-C ends them and returns the results so far. The lowest of many validation losses is low partly by
+    luck: judge the best result on data that did not influence any choice.
 
     Args:
         solver: the method, `hg.implicit(problem)` or any other `hg.Solver`.
-        params: the model's parameters, with which every start begins.
+        params: the model's parameters, from which every start begins.
         hparams: pytree of arrays with a leading axis of k starts, each inside its domain.
         train: training data, which the starts share: a pytree of arrays, `hg.minibatches(...)`, or None.
         valid: validation data, in the same forms.
-        outer: optax optimizer or `hg.outer.Controller`, a state for each start.
+        outer: optax optimizer or `hg.outer.Controller`, with a separate state for each start.
         steps: number of outer steps.
         key: PRNG key, if the losses, the solver or the data need one.
         domain: pytree prefix of the hyperparameters of one start, with `hg.domains` as leaves.
-        model_state: state of the model beside its parameters, for `hg.Problem(..., model_state=True)`.
+        model_state: state of the model besides its parameters, for `hg.Problem(..., model_state=True)`.
         steps_per_call: steps that one call of the compiled program takes; Ctrl-C acts after each call.
 
     Returns:
-        See `Multistart`. A start none of whose steps was usable has the status FAILED.
+        See `Multistart`. A start without any usable step has the status FAILED.
 
     Raises:
-        InputError: for leaves without a leading axis or with axes of different lengths, hyperparameters outside of
-            their domain, and as `hg.tune`.
-        InputTypeError: for a stream, which can be read once only, and as `hg.tune`.
+        InputError: for leaves without a leading axis or with axes of different lengths, for hyperparameters outside
+            their domain, and wherever `hg.tune` raises it.
+        InputTypeError: for a stream, which can be read only once, and wherever `hg.tune` raises it.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> problem = hg.Problem(inner_loss=lambda w, h, batch: jnp.sum((w - h)**2),
@@ -152,13 +152,13 @@ def multistart(
 
 
 def _of_one(packet: Packet, i: int, most: int) -> Packet:
-    """The report of one start."""
+    """Return the report of one start."""
     at = (slice(None), i) if most > 1 else i
     return jax.tree.map(lambda x: x[at], packet)
 
 
 def _starts(hparams: PyTree) -> int:
-    """The length of the leading axis."""
+    """Return the length of the leading axis."""
     lengths = {
         _tree.keystr(path): leaf.shape[0] if leaf.ndim else None
         for path, leaf in jax.tree_util.tree_leaves_with_path(hparams)

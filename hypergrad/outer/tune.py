@@ -1,14 +1,14 @@
-r"""The outer loop: hyperparameters follow their hypergradients.
+r"""The outer loop, in which hyperparameters follow their hypergradients.
 
     u ← u + optimizer(∂F/∂u),   F(u) = f(w*(T(u)), T(u)),   ∂F/∂u = (∂T/∂u)ᵀ g
 
-with T the map onto the hyperparameters' domain (`hg.domains`) and g from any solver.
+where T is the map onto the hyperparameters' domain (`hg.domains`) and g comes from any solver.
 
-Differs from a hand-written loop in that
-1. a hypergradient that cannot be trusted moves nothing: hyperparameters and outer optimizer stay, the solver goes on;
-2. the best step is kept apart from the last;
-3. nothing that happens on the host can lose the run: a callback that raises, Ctrl-C, an iterator that ends.
-Cost: one compiled step, traced once; one transfer to the host a step.
+It differs from a hand-written loop in three ways:
+1. a hypergradient that cannot be trusted moves nothing: hyperparameters and outer optimizer stay, the solver continues;
+2. the best step is kept separately from the last;
+3. nothing that happens on the host can lose the run, be it a callback that raises, Ctrl-C or an iterator that ends.
+Cost: one compiled step, traced once; one transfer to the host per step.
 """
 
 from __future__ import annotations
@@ -87,20 +87,20 @@ def tune(
     """Tune hyperparameters by gradient descent on the outer loss.
 
     A step whose status is not usable (see `hg.Status`), or whose hypergradient or update is not finite, changes neither
-    the hyperparameters nor the outer optimizer; the solver's state advances, so that an unconverged solve goes on where
-    it stopped. Ctrl-C and SIGTERM end the run within one step and return what there is, with the status INTERRUPTED (a
-    SIGTERM handler of the program's own is called first). An exception raised by a callback or by the data propagates
-    with its type; its attribute `result` holds what there is.
+    the hyperparameters nor the outer optimizer; the solver's state advances, so that an unconverged solve continues
+    where it stopped. Ctrl-C and SIGTERM end the run within one step and return the result so far, with the status
+    INTERRUPTED (a SIGTERM handler that the program has installed is called first). An exception raised by a callback or
+    by the data propagates with its type; its attribute `result` holds the result so far.
 
-    A step whose `error_estimate` is inf is taken; the logger `hypergrad` says once, at the end, how many there were.
+    A step whose `error_estimate` is inf is taken; the logger `hypergrad` reports once, at the end, how many there were.
 
-    With `checkpoint`, the same call made again goes on where the run was, however it ended, and its result is the same
-    to the bit (wall times aside) as that of a run that was never stopped; a finished run returns its result. What was
-    done since the last checkpoint is done again, callbacks included; one that stopped the run or raised is asked again.
-    A checkpoint that is damaged is named in a warning, and the one before it taken. A save that fails (a full disk) is
-    a warning, and the run goes on. Three checkpoints are kept, each with the whole history. On a small problem a step
-    takes 50 ms more with one at every step, and 3 ms more with one at every tenth (two cores under a load of 18;
-    `experiments/reliability/durability.py --overhead`).
+    With `checkpoint`, making the same call again continues the run where it stopped, however it ended, and the result
+    is equal to the bit (except for wall times) to that of a run that was never stopped; a finished run returns its
+    result. Steps since the last checkpoint are repeated, including their callbacks; a callback that stopped the run or
+    raised is asked again. A warning names a damaged checkpoint, and the one before it is used. If a save fails (a full
+    disk), a warning is issued and the run goes on. Three checkpoints are kept, each with the whole history. On a small
+    problem a step takes 50 ms more with a checkpoint at every step, and 3 ms more with one at every tenth (two cores
+    under a load of 18; `experiments/reliability/durability.py --overhead`).
 
     Args:
         solver: the method, `hg.implicit(problem)` or any other `hg.Solver`.
@@ -110,32 +110,35 @@ def tune(
         valid: validation data, in the same forms.
         outer: optax optimizer of the hyperparameters, such as `optax.adam(3e-2)`, or an `hg.outer.Controller`, which
             may reject steps and set the solver's accuracies.
-        steps: number of outer steps; with a controller every trial counts, accepted or not.
+        steps: number of outer steps; with a controller every trial counts, whether accepted or not.
         key: PRNG key. Step t uses `fold_in` of it with t, so that a run is repeatable; needed by minibatches and by
             losses that take a key.
         domain: pytree prefix of `hparams` with `hg.domains` as leaves. `hparams` is given and returned in its domain;
             the optimizer moves unconstrained coordinates.
-        model_state: state of the model beside its parameters, for `hg.Problem(..., model_state=True)`.
+        model_state: state of the model besides its parameters, for `hg.Problem(..., model_state=True)`.
         callbacks: one function or several, `fn(step, metrics)`, called after each step; a true return value stops the
             run. See `hg.outer.Callback`.
-        max_failures: unusable steps in a row after which to stop; see also `TuneStatus.CONVERGED`.
-        max_rejections: usable trials that a controller rejected in a row, after which the run counts as converged.
-        patience: accepted steps without a new best after which to stop; None for no such limit.
-        min_delta: by how much the outer loss must fall to count as a new best for `patience`, in its unit.
-        max_seconds: wall time of this call, compilation included, after which to stop, with the status OUT_OF_TIME. The
-            same call made again with a checkpoint goes on for as long.
-        steps_per_call: steps that one call of the compiled program takes, for steps that take less than a millisecond.
-            Callbacks see all of them afterwards; stopping, patience, failures, interrupts and checkpoints act after
-            each call. The steps are the same to the bit, and a run may go on with another number.
-        test: data that nothing is chosen by: a pytree of arrays. After the last step the outer loss on them is computed
-            once, at the best step's hyperparameters and from the solver's state there, and is `result.test`.
+        max_failures: stop after this many unusable steps in a row; see also `TuneStatus.CONVERGED`.
+        max_rejections: number of usable trials that a controller rejects in a row after which the run counts as
+            converged.
+        patience: stop after this many accepted steps without a new best; None for no such limit.
+        min_delta: how much the outer loss must fall to count as a new best for `patience`, in the unit of the outer
+            loss.
+        max_seconds: stop when this call has taken this many seconds, compilation included, with the status OUT_OF_TIME.
+            Making the same call again with a checkpoint continues for as long.
+        steps_per_call: number of steps in one call of the compiled program, for steps that take less than a
+            millisecond. Callbacks see all of them afterwards; stopping, patience, failures, interrupts and checkpoints
+            act after each call. The steps are the same to the bit, and a run may continue with another number.
+        test: data that do not influence any choice, a pytree of arrays. After the last step the outer loss on them is
+            computed once, at the best step's hyperparameters and from the solver's state there, and stored in
+            `result.test`.
         progress: whether to show a live progress line (where tqdm is installed and stderr is a terminal or a notebook).
-            Elsewhere the logger `hypergrad` has a line at level INFO, at most every ten seconds.
-        checkpoint: folder of this run's checkpoints, made if it is not there; None to keep none. Or
-            `hg.outer.orbax(folder)`, for state that is sharded over devices.
-        every: steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple. The last
-            step, an interrupt and an exception make one as well.
-        allow_changed: names of what may differ from the call that the run was begun with: arguments of `tune`, `"x64"`,
+            Elsewhere the logger `hypergrad` writes a line at level INFO, at most every ten seconds.
+        checkpoint: folder for this run's checkpoints, which is created if it does not exist; None to keep none. For
+            state that is sharded over devices, pass `hg.outer.orbax(folder)`.
+        every: number of steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple.
+            The last step, an interrupt and an exception also write one.
+        allow_changed: names of what may differ from the call with which the run began: arguments of `tune`, `"x64"`,
             `"device"`, `"jax"`, `"jaxlib"`, `"hypergrad"`. `"solver"` stands for the whole compiled step (losses,
             method, options), which depends on the others, and is compared where none of them differs. `steps`,
             `steps_per_call`, `max_seconds`, `every` and `callbacks` may always differ.
@@ -144,15 +147,15 @@ def tune(
         See `hg.outer.Result`: `hparams`, `params`, `best`, `history`, `status`, `state`. Print it for a summary.
 
     Raises:
-        InputError: for hyperparameters outside their domain, data that are empty, unpaired or labelled outside their
-            classes, a missing key, options out of range; a checkpoint folder that cannot be written to, or that holds
-            a run that was begun with something else, naming what.
+        InputError: for hyperparameters outside their domain; for data that are empty, unpaired or labelled outside
+            their classes; for a missing key or options out of range; for a checkpoint folder that cannot be written to,
+            or that holds a run with a different configuration, naming the difference.
         InputTypeError: for a solver, optimizer, callback, key or leaf of the wrong type.
-        CheckpointError: if another run writes to the checkpoint folder, or if all that is in it is damaged.
+        CheckpointError: if another run writes to the checkpoint folder, or if all its checkpoints are damaged.
 
     Warns:
-        UserWarning: if the run stops because of unusable steps, if no hyperparameter moves the outer loss, for NaN
-            in the data, for a checkpoint that is damaged, or could not be written.
+        UserWarning: if the run stops because of unusable steps, if no hyperparameter moves the outer loss, for NaN in
+            the data, and for a checkpoint that is damaged or could not be written.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> problem = hg.Problem(inner_loss=lambda w, l2, batch: jnp.sum((w - 2.0)**2) + l2 * jnp.sum(w**2),
@@ -192,7 +195,7 @@ def tune(
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
-            # The wishes of callbacks are not part of the run: they may differ when it goes on.
+            # The `wants` of callbacks are not part of the run: they may differ when it continues.
             plain = jax.jit(make_advance(solver, outer, domain, (), seen := {})) if shows(functions) else unit
             made = config(
                 plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
@@ -223,8 +226,8 @@ def tune(
             began=began,
         )
         try:
-            # CPython leaves the jump back to a loop's head out of the `try` around it (seen in 3.12 and 3.13), and runs
-            # signal handlers on that jump: one interrupt in some two hundred went past `except`.
+            # CPython leaves the jump back to the head of a loop outside the `try` around it (seen in 3.12 and 3.13),
+            # and runs signal handlers on that jump: one interrupt in about two hundred escaped `except`.
             with interruptible() as interrupts, progress_bar(limits.steps, run.count, show=progress) as show:
                 status = driver.follow(interrupts, show)
         except KeyboardInterrupt:
@@ -240,7 +243,7 @@ def tune(
 
 
 def _validated(solver: Solver, valid: PyTree) -> int | None:
-    """Rows of the validation data, if each is an example: not for a stream, nor for a leading axis of tasks."""
+    """The number of validation rows, if each is an example: not for a stream or for a leading axis of tasks."""
     if isinstance(valid, Fold):
         valid = valid.arrays
     elif isinstance(valid, Stream) or solver.about.name.startswith("hg.tasks"):
