@@ -103,8 +103,8 @@ def check_config(saved: Mapping[str, str], now: Mapping[str, str], allowed: Coll
     if wrong:
         parts = [name + _change(saved.get(name, "nothing"), now[name]) for name in wrong]
         raise InputError(
-            f"tune: {what} was made with another {', '.join(parts)}: pass what that run was begun with, or a new "
-            f"folder for a new run, or allow_changed={tuple(wrong)!r} to go on from there with what is passed now."
+            f"tune: {what} was made with another {', '.join(parts)}: pass what that run began with, or a new "
+            f"folder for a new run, or allow_changed={tuple(wrong)!r} to continue it with what is passed now."
         )
 
 

@@ -311,13 +311,13 @@ def rewind(streams: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """
     for name, stream in streams.items():
         if name not in manifest["notes"]["cursors"]:
-            raise InputError(f"tune: {name} is hg.stream, and was none when the run began: pass what it began with.")
+            raise InputError(f"tune: {name} is hg.stream, but was not when the run began: pass what it began with.")
         position, digest = manifest["notes"]["cursors"][name]
         forward = stream.position < position
         stream.seek(position)
         if forward and fingerprint(stream.recent[-1]) != digest:
             raise InputError(
-                f"tune: batch {position} of {name} is not the one that the run had seen, so it cannot go on as if it "
+                f"tune: batch {position} of {name} is not the one that the run had seen, so it cannot continue as if it "
                 "had never stopped: let the loader yield the same order each time (a fixed seed), or name another "
                 "folder."
             )

@@ -365,8 +365,8 @@ def _check(scale: Any, distribution: Any) -> None:
     if (scale is None) == (distribution is None):
         found = "neither" if scale is None else "both"
         raise InputError(
-            f"hypernetwork: give scale= to draw around the current hyperparameters, or distribution= to draw over all "
-            f"that may be asked for, found {found}."
+            f"hypernetwork: give scale= to draw around the current hyperparameters, or distribution= to draw from "
+            f"a distribution that you choose, found {found}."
         )
     pair = isinstance(distribution, tuple) and len(distribution) == 2
     if distribution is not None and not callable(distribution) and not pair:
