@@ -248,8 +248,8 @@ def check(
             faults += _value_faults(run, center, rows) if own and not from_there and run.usable else []
             if not own:
                 faults += [
-                    f"unused: the outer loss stays the same to the last digit whatever {what} is: the solver reads "
-                    "other data than those that it is given, or none."
+                    f"unused: the outer loss stays the same to the last digit for any {what}: the solver reads "
+                    "other data than those it is given, or no data."
                     for what in _probes.unused_data(reference.solve, reference.problem, at, center)
                 ]
         evidence = Evidence(

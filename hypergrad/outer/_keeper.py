@@ -97,7 +97,7 @@ def resume(
         check_config(manifest["config"], config, keeper.allowed, what)
         if manifest["step"] > steps:
             raise InputError(
-                f"tune: {what} is beyond steps={steps}: ask for at least as many, or begin anew in another folder."
+                f"tune: {what} is beyond steps={steps}: ask for at least as many, or start a new run in another folder."
             )
 
     found = newest(keeper.store, functools.partial(like, start=start, templates=templates), check)

@@ -152,7 +152,7 @@ def _replaced(table: Any, path: list[str], value: ArrayLike, name: str) -> dict[
 
 class _NoOptionError(InputError):
     def __init__(self, name: str):
-        super().__init__(f"set_options: the solver has no option {name}: its state's `options` holds those there are.")
+        super().__init__(f"set_options: the solver has no option {name}: the `options` of its state holds all of them.")
         self.name = name
 
 
@@ -174,8 +174,8 @@ def check_controller(controller: Controller, solver: Solver, state: Any, outer: 
         if controller.compares and isinstance(found, (Minibatches, Stream)):
             kind = "hg.minibatches" if isinstance(found, Minibatches) else "hg.stream"
             raise InputError(
-                f"tune: outer compares the losses of different steps, but {name} is {kind}, so that each step has "
-                "another loss: pass the arrays themselves, or an optax optimizer as outer."
+                f"tune: outer compares the losses of different steps, but {name} is {kind}, so that the loss differs "
+                "from step to step: pass the arrays themselves, or an optax optimizer as outer."
             )
     if controller.prepare is not identity:
         _check_prepare(controller, solver, state, outer)
@@ -228,5 +228,5 @@ def _option(path: tuple[Any, ...]) -> str | None:
 
 def _no_option(controller: str, method: str, option: str, solver: Solver) -> str:
     known = ", ".join(solver.about.options)
-    hint = f"those that may be set are {known}" if known else "it names none that may be set in about.options"
+    hint = f"those that may be set are {known}" if known else "its about.options names no option that may be set"
     return f"{controller}: {method} has no {option}: {hint}."

@@ -152,8 +152,8 @@ def unrolled(
         )
     if remat == "gradient" and inner.update is None:
         raise InputError(
-            'unrolled: remat="gradient" replays the updates of an optimizer, and the steps of hg.inner.fixed_point are '
-            'a map that has none: write remat="sqrt" or remat="tree".'
+            'unrolled: remat="gradient" replays the updates of an optimizer, but hg.inner.fixed_point has '
+            'no optimizer: write remat="sqrt" or remat="tree".'
         )
     steps = inner.steps
     length = steps if truncate is None else int(truncate)
