@@ -1,4 +1,4 @@
-"""What happened, in numbers and pictures: `hg.check`, attribution to examples, overtuning, landscapes, plots."""
+"""Numbers and pictures of what happened: `hg.check`, attribution to examples, overtuning, landscapes, plots."""
 
 from hypergrad.diagnostics import plots as plots
 from hypergrad.diagnostics._report import Comparison as Comparison

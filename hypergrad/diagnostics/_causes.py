@@ -1,6 +1,6 @@
-"""Why a hypergradient differs from finite differences, as far as that can be seen from outside the solver.
+"""Why a hypergradient differs from finite differences, as far as the reason can be seen from outside the solver.
 
-What a solver is, it says itself (`About`), and only what is true of every solver is said of one that says nothing.
+A solver describes itself (`About`). About a solver without a description, only what is true of every solver is said.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Evidence(NamedTuple):
     """The measurements; they have the names of `Report`, and:
 
     Attributes:
-        about: what the solver says of itself.
+        about: the solver's description of itself.
         doubt: relative error of the finite differences.
-        first, center: the solution at λ in one call, and in as many as it takes.
-        trains_on: whether a solver that differentiates training goes on from call to call.
-        batches: whether data are drawn.
-        given: precision of the hypergradient.
+        first, center: the solution at λ after one call, and after as many calls as it takes.
+        trains_on: whether the solver differentiates training that continues from call to call.
+        batches: whether data are drawn at random.
+        given: precision in which the hypergradient was given.
         eps: its rounding level.
         slopes: all finite differences.
         products: `(hypergradient, differences)` along the random directions.
@@ -65,7 +65,7 @@ class Evidence(NamedTuple):
 
 
 def find_causes(e: Evidence) -> tuple[str, ...]:
-    """Plain sentences, each beginning with one word for the cause."""
+    """Yield plain sentences, each beginning with one word for the cause."""
     found = [
         *_status(e),
         *_unconverged(e),
@@ -83,7 +83,7 @@ def find_causes(e: Evidence) -> tuple[str, ...]:
 
 
 def is_unrolled(about: About) -> bool:
-    """Whether a hypergradient is that of training itself, not of its optimum."""
+    """Whether a hypergradient is that of training itself instead of its optimum."""
     return about.differentiates == "path"
 
 
@@ -99,7 +99,7 @@ def _status(e: Evidence) -> Iterator[str]:
     elif e.status == Status.PRECISION_LIMITED:
         yield f"precision: {e.status.advice}"
     elif e.status == Status.INACCURATE and e.about.biases:
-        return  # the biases that the caller chose are what is inaccurate, and are named below
+        return  # the inaccuracy comes from the biases that the caller chose, which are named below
     elif not e.status.usable:
         word = {
             Status.NONFINITE_LOSS: "non-finite",

@@ -1,13 +1,14 @@
-r"""Finite differences of the problem solved again at other hyperparameters, with their own error.
+r"""Finite differences of the problem solved again at other hyperparameters, with an estimate of their own error.
 
     D(h) = (F(λ + h v) − F(λ − h v)) / 2h,    D = (4 D(h/2) − D(h)) / 3,    |D − dF(v)| ≲ |D − D(h/2)|
 
-and the same once more with h/4 where that is not accurate enough.
+and the same again with h/4 where that is not accurate enough.
 
 Source: Richardson 1911, "The approximate arithmetical solution by finite differences". Differs: the step size is
-changed by factors of ten until the step sizes agree; slopes that differ on the two sides by as much at h/2 as at h are
-a kink. F is a solver's own outer loss, from a fresh start, after as many calls as it takes until it stops changing.
-Cost: four to six evaluations of F a direction and step size.
+changed by factors of ten until the step sizes agree; if the slopes on the two sides differ by as much at h/2 as at h,
+there is a kink. F is a solver's own outer loss, from a fresh start, after as many calls as it takes until F stops
+changing.
+Cost: four to six evaluations of F for each direction and step size.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from hypergrad.outer.controllers import set_options
 _CALLS = 50
 _TIGHT = 1e-12
 _MAX_STEPS = 20_000
-_TRAIN = 1000  # steps a call, of a learned response
+_TRAIN = 1000  # steps per call, for a learned response
 _LARGEST = 0.5
-_FINE = 1e-7  # rounding over a step size that still shows a slope
+_FINE = 1e-7  # rounding over a step size at which a slope is still visible
 
 
 class Solution(NamedTuple):
     """The outer loss at one point.
 
     Attributes:
-        settled: after the calls it took; NaN where it is not finite.
-        first: after one call.
+        settled: value after as many calls as it took; NaN where it is not finite.
+        first: value after one call.
         calls: how many calls it took.
-        drift: |change| in the last of them.
+        drift: absolute change in the last of these calls.
         calm: whether it stopped changing.
         eps: rounding level of its type (dimensionless).
     """
@@ -57,9 +58,9 @@ class Slope(NamedTuple):
     """A directional derivative.
 
     Attributes:
-        value: by extrapolated central differences.
+        value: the derivative, by extrapolated central differences.
         error: estimate of its absolute error.
-        jump: slope on one side minus slope on the other, where that is a kink; else 0.
+        jump: slope on one side minus slope on the other, where they differ by a kink; else 0.
     """
 
     value: float
@@ -80,7 +81,7 @@ class Setting(NamedTuple):
 
 
 def in_float64(problem: Setting) -> Setting:
-    """The same problem with floating leaves in float64; call it, and use it, under `jax.enable_x64(True)`."""
+    """Return the same problem with floating leaves in float64; call and use it under `jax.enable_x64(True)`."""
 
     def cast(x: Any) -> Any:
         return jnp.asarray(np.asarray(x, np.float64)) if is_float(x) else x
@@ -91,7 +92,7 @@ def in_float64(problem: Setting) -> Setting:
 
 
 def flatten(hparams: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]]:
-    """Hyperparameters as one float64 vector, and back, in the dtypes of the leaves."""
+    """Return hyperparameters as one float64 vector, and a function back to the tree, in the dtypes of the leaves."""
     leaves, treedef = jax.tree.flatten(hparams)
     ends = np.cumsum([np.size(x) for x in leaves])[:-1]
 
@@ -105,7 +106,7 @@ def flatten(hparams: PyTree) -> tuple[np.ndarray, Callable[[np.ndarray], PyTree]
 
 
 def make_resolve(problem: Setting, compiled: Callable[..., Any] | None = None) -> Callable[..., Solution]:
-    """`(vector, calls=None, tight=True, **changed) -> Solution`: as `make_solve`, without the state."""
+    """Return `(vector, calls=None, tight=True, **changed) -> Solution`: like `make_solve`, but without the state."""
     solve = make_solve(problem, compiled)
 
     def resolve(vector: np.ndarray, calls: int | None = None, tight: bool = True, **changed: Any) -> Solution:
@@ -115,13 +116,14 @@ def make_resolve(problem: Setting, compiled: Callable[..., Any] | None = None) -
 
 
 def make_solve(problem: Setting, compiled: Callable[..., Any] | None = None) -> Callable[..., tuple[Solution, Any]]:
-    """`(vector, calls=None, tight=True, **changed) -> (Solution, state)`, with the solver's calls compiled once.
+    """Return `(vector, calls=None, tight=True, **changed) -> (Solution, state)`; the solver's calls are compiled once.
 
-    With `calls`, exactly as many are made. With `tight`, the inner tolerance is lowered to rounding level where the
-    solver declares that it may be, see `tighten`. `changed` replaces fields of the problem: `params`, `train`
-    or `valid` of the same shapes. The outer loss is the solver's `evaluate`, so that it does not come from the code
-    under test. For a solver without one it is what `hypergrad` reports: by `compiled`, the compiled `solver.hypergrad`,
-    or else by a function that leaves out the derivative where the next call does not need it.
+    If `calls` is given, exactly as many calls are made. With `tight`, the inner tolerance is lowered to rounding level
+    where the solver declares that this is possible, see `tighten`. `changed` replaces fields of the problem: `params`,
+    `train` or `valid` of the same shapes. The outer loss is that of the solver's `evaluate`, so that it does not come
+    from the code under test. For a solver without `evaluate`, it is the value that `hypergrad` reports: from
+    `compiled`, the compiled `solver.hypergrad`, or else from a function that leaves out the derivative where the next
+    call does not need it.
     """
     solver, key = problem.solver, problem.key
     init_key, call_key = (None, None) if key is None else jax.random.split(key)
@@ -162,7 +164,7 @@ def make_solve(problem: Setting, compiled: Callable[..., Any] | None = None) -> 
 
 
 def settled(values: list[float], eps: float) -> bool:
-    """Whether a sequence has stopped changing: at rounding level, or close to it and no longer approaching."""
+    """Whether a sequence has stopped changing: it is at rounding level, or close to it and no longer approaching it."""
     if len(values) < 2:
         return False
     change, size = abs(values[-1] - values[-2]), abs(values[-1])
@@ -172,11 +174,11 @@ def settled(values: list[float], eps: float) -> bool:
 
 
 def tighten(state: Any, about: About, linear: bool = False) -> Any:
-    """A solver's state with an inner tolerance near rounding level, where it has one; a learned response's with no
-    spread and more steps, so that it is trained at the hyperparameters alone; else the state itself.
+    """Return a solver's state with an inner tolerance near rounding level, where it has one; for a learned response,
+    with no spread and more steps, so that it is trained at the hyperparameters alone; otherwise the state unchanged.
 
-    Only options that `about.options` names are replaced. A fixed budget stays one. With `linear` the tolerance of the
-    adjoint system is lowered as well.
+    Only options that `about.options` names are replaced. A fixed budget stays unchanged. With `linear`, the tolerance
+    of the adjoint system is lowered as well.
     """
     table = getattr(state, "options", None)
     found = {name: functools.reduce(_entry, name.split("."), table) for name in about.options}
@@ -201,14 +203,14 @@ def _entry(table: Any, name: str) -> Any:
 def slopes(
     resolve: Callable[[np.ndarray], Solution], at: np.ndarray, direction: np.ndarray, center: Solution, tol: float
 ) -> tuple[Slope, Slope]:
-    """Directional derivatives of the settled and of the first value.
+    """Directional derivatives of the settled value and of the first value.
 
     Args:
         resolve: `vector -> Solution`.
         at: λ, `[n]`.
-        direction: v, `[n]`, so scaled that a step of size 1 is a large one.
+        direction: v, `[n]`, scaled such that a step of size 1 is a large one.
         center: the solution at λ.
-        tol: relative accuracy at which to stop looking for a better step size.
+        tol: relative accuracy at which the search for a better step size stops.
     """
     eps = center.eps
     h = eps**0.2
@@ -217,7 +219,7 @@ def slopes(
     smaller = [s for s in (0.01 * h, 0.001 * h) if eps <= _FINE * s]
     for size in (h, 0.1 * h, *smaller, *(s for s in (10 * h, 100 * h) if s < _LARGEST)):
         if size in smaller and pair[0].error <= tol * abs(pair[0].value):
-            continue  # these are for an F that bends within a thousandth; elsewhere they show rounding
+            continue  # these steps are for an F that bends within a thousandth; elsewhere they show rounding
         sides: list[tuple[Solution, Solution]] = []
         for step in (size, size / 2, size / 4):
             sides.append((resolve(at + step * direction), resolve(at - step * direction)))
@@ -237,10 +239,10 @@ def slopes(
 
 
 def _with_noise(entry: tuple[float, Slope, Slope], found: list[tuple[float, Slope, Slope]]) -> list[Slope]:
-    """The slopes at one step size, whose errors count the noise seen at smaller ones.
+    """Return the slopes at one step size, with errors that include the noise seen at smaller step sizes.
 
-    Noise in F is as large at every step size. To choose the smallest error without it would be to choose the step size
-    where noise happened to cancel.
+    Noise in F is equally large at every step size. Choosing the smallest error without counting the noise would select
+    the step size at which noise happened to cancel.
     """
     size = entry[0]
     smaller = [other for other in found if other[0] < size]
@@ -255,7 +257,7 @@ def _with_noise(entry: tuple[float, Slope, Slope], found: list[tuple[float, Slop
 
 
 def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: float) -> Slope:
-    """From values on both sides at two or three step sizes, each half of the one before."""
+    """Compute it from values on both sides at two or three step sizes, each half of the one before."""
     steps = size / 2 ** np.arange(len(sides))
     right, left = np.asarray(sides).T
     with np.errstate(all="ignore"):
@@ -267,7 +269,7 @@ def _slope(size: float, sides: list[tuple[float, float]], center: float, eps: fl
         bend = (right - 2 * center + left) / steps
         alike = bool(np.all(np.abs(bend / bend[-1] - 1) < 0.3))  # the bend of a smooth F halves, noise doubles
         kinked = len(sides) > 2 and alike and abs(bend[-1]) > 10 * error + 100 * rounding
-        if not kinked:  # a smooth F has none of this; it shows noise that happened to cancel in the differences
+        if not kinked:  # zero for a smooth F; else noise that happened to cancel in the differences
             error = max(
                 error,
                 abs(bend[0] - 2 * bend[1]) / 4,

@@ -1,11 +1,11 @@
-r"""Directions in the space of all hyperparameters along which a hypergradient is compared with differences.
+r"""Directions in the space of all hyperparameters, along which a hypergradient is compared with differences.
 
     v = s z:  every entry in units s of its leaf's own size, times a normal number z
     v = s z w,  w = min(1, max(10⁻³, smallest / |s ĝ|)):  so weighted that each entry of a leaf counts alike
 
-Normal numbers, not signs: along signs two entries of the hypergradient that were exchanged cancel in every other
-direction. Differs from a random projection of the error in the second kind: along it an entry whose hypergradient is a
-thousand times smaller than its neighbour's shows as much as the neighbour.
+The numbers are normal rather than signs: along signs, the errors of two exchanged entries of the hypergradient cancel
+in every second direction. The second kind differs from a random projection of the error: along it, an entry whose
+hypergradient is a thousand times smaller than its neighbour's shows as much as the neighbour.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from hypergrad._tree import PyTree, keystr
 
-_WEIGHTS = 1e3  # largest ratio of steps within one direction: beyond it differences drown in rounding
+_WEIGHTS = 1e3  # largest ratio of steps within one direction; beyond it differences drown in rounding
 
 
 class Part(NamedTuple):
-    """A leaf of the hyperparameters in the vector of all entries."""
+    """The position of a leaf of the hyperparameters in the vector of all entries."""
 
     path: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ def parts_of(hparams: PyTree) -> list[Part]:
 
 
 def scales_of(at: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
-    """The size of a relative change of one, for each entry: the root mean square of its leaf; 1 for a leaf of zeros."""
+    """The size of a relative change of 1, for each entry: the root mean square of its leaf; 1 for a leaf of zeros."""
     scales = np.ones_like(at)
     for part in parts:
         scales[part.where] = rms(at[part.where]) or 1.0
@@ -58,7 +58,7 @@ def scales_of(at: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
 def directions_along(
     parts: Sequence[Part], scales: np.ndarray, count: int, limit: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Along each entry of these leaves if there are at most `limit`, else along `count` random sums of them."""
+    """Steps along each entry of these leaves if there are at most `limit`, else along `count` random sums of them."""
     if sum(part.size for part in parts) > limit:
         for i in range(count):
             yield f"random {i + 1}", random(parts, scales, rng)
@@ -69,7 +69,7 @@ def directions_along(
 
 
 def along_entry(part: Part, i: int, scales: np.ndarray) -> np.ndarray:
-    """A step of its leaf's size in one entry."""
+    """A step in one entry, of the size of its leaf."""
     direction = np.zeros_like(scales)
     direction[part.where.start + i] = scales[part.where.start + i]
     return direction
@@ -86,7 +86,7 @@ def random(parts: Sequence[Part], scales: np.ndarray, rng: np.random.Generator) 
 def level(
     parts: Sequence[Part], scales: np.ndarray, grad: np.ndarray, rng: np.random.Generator, weights: float = _WEIGHTS
 ) -> np.ndarray:
-    """As `random`, so weighted that every entry of these leaves contributes about alike to the product with `grad`."""
+    """Like `random`, weighted such that each entry of these leaves contributes equally to the product with `grad`."""
     direction = random(parts, scales, rng)
     inside = np.concatenate([np.arange(part.where.start, part.where.stop) for part in parts])
     size = np.abs((scales * grad)[inside])
@@ -98,7 +98,7 @@ def level(
 
 
 def groups(parts: Sequence[Part], scales: np.ndarray, grad: np.ndarray, most: int) -> list[list[Part]]:
-    """The leaves one by one, or, where they are more than `most`, so many groups of alike hypergradients."""
+    """The leaves one by one, or, if there are more than `most`, as many groups of similar hypergradients."""
     if len(parts) <= most:
         return [[part] for part in parts]
     sizes = [np.nan_to_num(rms((scales * grad)[part.where]), nan=np.inf) for part in parts]
@@ -107,6 +107,6 @@ def groups(parts: Sequence[Part], scales: np.ndarray, grad: np.ndarray, most: in
 
 
 def rms(x: np.ndarray) -> float:
-    """Root mean square; 0 of nothing."""
+    """Root mean square; 0 for an empty array."""
     with np.errstate(all="ignore"):
         return float(np.sqrt(np.mean(x**2))) if x.size else 0.0

@@ -1,12 +1,12 @@
-r"""The problem in which training rows can be left out by degrees: each row, or group of rows, is a hyperparameter.
+r"""The problem in which training rows can be left out by degrees; each row, or group of rows, has a hyperparameter.
 
     h_s(w) = (1/n) Σ_j p_j h({j}),   p_j = 1 − r_j n/(n − 1) + Σ_i r_i/(n − 1),   r_i = Σ s_g over the columns g ∋ i
 
 For an inner loss that is a mean over rows, s = 0 gives back h(B), and r = e_i gives (n h(B) − h({i}))/(n − 1), which is
-the loss without row i. Without a group of k rows it is s = (n − 1)/(n − k) e_g. p is linear in s, so that derivatives
-add up over columns.
+the loss without row i. The loss without a group of k rows has s = (n − 1)/(n − k) e_g. p is linear in s, so that
+derivatives add up over columns.
 
-A row that is drawn into a minibatch counts with its p. A loss that draws is given a key of its own for each row.
+A row that is drawn into a minibatch is weighted with its p. A loss that draws gets its own key for each row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hypergrad._problem import Composed, Problem, compose, inner_value, key_use,
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
 
-TRIALS = 32  # keys over which the loss of a row that draws is averaged, before it is compared
+TRIALS = 32  # keys over which the loss of a row is averaged before the comparison, if the loss draws
 
 
 class Numbered(NamedTuple):
-    """A batch whose rows know their number among the training rows."""
+    """A batch whose rows know their numbers among the training rows."""
 
     arrays: PyTree
     number: Array
@@ -51,7 +51,7 @@ class Columns(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The arguments that are shared by whatever leaves out rows, checked."""
+    """The arguments that are shared by all functions that leave out rows, after their checks."""
 
     params: PyTree
     hparams: PyTree
@@ -67,8 +67,8 @@ def setting(
     """Check what does not depend on the method, before anything large is compiled.
 
     Raises:
-        InputError: for data that cannot be left out row by row, or losses that are no mean over rows.
-        InputTypeError: for arguments of another type, and inside `jit`.
+        InputError: for data that cannot be left out row by row, or losses that are not means over rows.
+        InputTypeError: for arguments of another type, and for calls inside `jit`.
     """
     for what, tree in (("params", params), ("hparams", hparams), ("train", train), ("queries", queries)):
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
@@ -117,7 +117,7 @@ def every_row(n: int) -> Columns:
 
 
 def columns_of(name: str, groups: Any, n: int) -> Columns:
-    """The columns that `groups` describes: labels `[n]`, or for each group the numbers of its rows.
+    """Return the columns that `groups` describes: labels `[n]`, or for each group the numbers of its rows.
 
     Raises:
         InputError: for groups that do not cover the rows, or hold all of them.
@@ -148,7 +148,7 @@ def _labelled(name: str, labels: np.ndarray, n: int, write: str) -> Columns:
     if labels.dtype == object and any(label is None for label in labels):
         raise InputError(f"{name}: groups leaves out row {[x is None for x in labels].index(True)} (None): {write}.")
     if labels.dtype.kind in "if":
-        outside = ~(labels >= 0)  # NaN as well
+        outside = ~(labels >= 0)  # True for NaN as well
         if outside.any():
             first = int(np.argmax(outside))
             raise InputError(
@@ -188,15 +188,15 @@ def leave_out(
     piece: int,
     force: Callable[[Any], PyTree] | None = None,
 ) -> Problem:
-    """The problem whose hyperparameters leave out rows; its batches are `Numbered`, and rows of queries.
+    """Return the problem whose hyperparameters leave out rows; its batches are `Numbered`, and rows of queries.
 
     Args:
         problem: the two losses.
-        hparams: theirs, held where they are.
-        n: training rows.
-        removed: from the new hyperparameters to r, `[n]`.
-        piece: rows that are computed at a time.
-        force: from the new hyperparameters to a pytree δ like the parameters, and ⟨δ, w⟩ is added to the loss.
+        hparams: hyperparameters of the problem, which stay fixed.
+        n: number of training rows.
+        removed: function from the new hyperparameters to r, `[n]`.
+        piece: number of rows that are computed at a time.
+        force: function from the new hyperparameters to a pytree δ like the parameters; ⟨δ, w⟩ is added to the loss.
     """
 
     def outer(params: PyTree, at: Any, batch: PyTree, key: Array | None = None) -> Array:
@@ -250,7 +250,7 @@ def leave_out(
 
 
 def bytes_of_a_row(setting: Setting, problem: Problem, key: Array | None) -> int:
-    """About what one row takes while the inner loss is differentiated: all intermediates of its forward pass."""
+    """Estimate the memory of one row while the inner loss is differentiated: all intermediates of its forward pass."""
     arrays = setting.train.arrays.arrays if isinstance(setting.train, Minibatches) else setting.train.arrays
     row = jax.tree.map(lambda x: x[:1], arrays)
     loss = lambda row: inner_value(problem, setting.params, setting.hparams, row, key, None)[0]
@@ -295,7 +295,7 @@ def _check_query(
 
 
 def _check_mean(name: str, problem: Problem, params: PyTree, hparams: PyTree, train: PyTree, key: Array | None) -> None:
-    """Compare the loss of the batch with the mean over its halves, and over its rows, at and near the start."""
+    """Compare the loss of the batch with the mean over its halves and over its rows, at the start and near it."""
     n = jax.tree.leaves(train)[0].shape[0]
     near = jax.tree.map(lambda w, z: w + 0.1 * z, params, _tree.rademacher_like(jax.random.key(0), params))
 

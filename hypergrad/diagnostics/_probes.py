@@ -1,8 +1,8 @@
-"""What no finite difference shows: an outer loss and a hypergradient that agree, and are both of another problem.
+"""Probes for faults that no finite difference shows: outer loss and hypergradient agree, but belong to another problem.
 
-- It never trains, or ends at a saddle: solved again from parameters moved a little off the solution.
-- It does not read the data it is given: solved again with half of their rows replaced by the other half.
-- It works with the hyperparameters of the call before: called once more, at a neighbouring point.
+- The solver never trains, or ends at a saddle: solve again from parameters moved slightly off the solution.
+- It does not read the data that it is given: solve again with half of their rows replaced by the other half.
+- It works with the hyperparameters of the previous call: call it once more, at a neighbouring point.
 
 Cost: one or two solutions of the problem each.
 """
@@ -21,19 +21,19 @@ from hypergrad._solver import Hypergradient, usable
 from hypergrad._tree import PyTree, is_float
 from hypergrad.diagnostics._differences import Setting, Solution
 
-_MOVE = 1e-3  # of the parameters' size, off the solution
-_LEFT = 10  # times the move: whoever goes further was not at a minimum
-_STALE = 0.1  # of the change between two points, of the value; and of the hypergradient
+_MOVE = 1e-3  # distance of the move off the solution, relative to the size of the parameters
+_LEFT = 10  # times the move: parameters that go further were not at a minimum
+_STALE = 0.1  # share of the change between two points, for the value and for the hypergradient
 
 
 class Again(NamedTuple):
-    """The solution found again from parameters moved a little off it.
+    """The solution found again from parameters moved slightly off it.
 
     Attributes:
-        outcome: `"back"`, `"left"` for another solution far away, `"untrained"` where the parameters stay where they
-            are put, both times, and `"unknown"`.
+        outcome: `"back"`; `"left"` for another solution far away; `"untrained"` where the parameters stay where they
+            are put, both times; and `"unknown"`.
         start: the moved parameters.
-        solution: found from there.
+        solution: solution found from there.
     """
 
     outcome: Literal["back", "left", "untrained", "unknown"]
@@ -50,19 +50,19 @@ def solve_again(
     state: Any,
     rng: np.random.Generator,
 ) -> Again:
-    """Train again from parameters that are moved by a thousandth off the solution at λ, and say where that leads.
+    """Train again from parameters that are moved by a thousandth off the solution at λ, and report where that leads.
 
     Args:
         solve: `(vector, params=...) -> (Solution, state)`.
-        problem: with the parameters of the first start.
+        problem: the problem, with the parameters of the first start.
         hparams: λ.
         at: λ as a vector.
         center: the solution from the first start.
-        state: of the solver at that solution.
-        rng: for the move.
+        state: state of the solver at that solution.
+        rng: random generator for the move.
     """
     solver = problem.solver
-    with contextlib.suppress(Exception):  # a `response` that cannot be called so is not what is checked here
+    with contextlib.suppress(Exception):  # a `response` that cannot be called in this way is not checked here
         found = solver.response(state, hparams)
         if jax.tree.structure(found) != jax.tree.structure(problem.params) or not np.isfinite(center.settled):
             return Again("unknown", problem.params, None)
@@ -74,7 +74,7 @@ def solve_again(
         if _same(found, problem.params) and _same(again, start) and change > noise:
             return Again("untrained", start, solution)
         far = _distance(again, found) > _LEFT * _distance(start, found)
-        # A minimum with a flat direction is left as well, but not by changing what is measured there.
+        # The parameters also leave a minimum with a flat direction, but without changing the values measured there.
         significant = change > noise + 1e-6 * (abs(center.settled) + abs(solution.settled))
         return Again("left" if far and significant else "back", start, solution)
     return Again("unknown", problem.params, None)
@@ -83,9 +83,9 @@ def solve_again(
 def unused_data(
     solve: Callable[..., tuple[Solution, Any]], problem: Setting, at: np.ndarray, center: Solution
 ) -> list[str]:
-    """The data on which the outer loss does not depend: `"train"`, `"half of the rows of valid"`.
+    """Return the data on which the outer loss does not depend: `"train"`, `"half of the rows of valid"`.
 
-    Rows are replaced by other rows of the same data, so that labels, tokens and counts stay what they were.
+    Rows are replaced by other rows of the same data, so that labels, tokens and counts remain valid.
     """
     found, read = [], []
     for name in ("train", "valid"):
@@ -93,7 +93,7 @@ def unused_data(
         read += [x for x in reads if x]
         if False in reads:
             found.append(name if reads == [False, False] else f"half of the rows of {name}")
-    # A loss that no data move at all is a constant, or one that closes over its data.
+    # An outer loss that no data change at all is constant, or closes over its data.
     return found if read else []
 
 
@@ -105,14 +105,14 @@ def is_stale(
     noise: float,
     tol: float,
 ) -> bool:
-    """Whether a state that comes from other hyperparameters gives another result than a fresh one.
+    """Whether a state that comes from other hyperparameters gives a result that differs from that of a fresh state.
 
     Args:
         compiled: the solver's `hypergrad`.
         problem: the data and the first parameters.
-        hparams: a point near the one that `used` is of.
-        used: the state after a call, and what that call returned.
-        noise: by how much the outer loss changes in a second call at the same point.
+        hparams: a point near the one that `used` belongs to.
+        used: the state after a call, and the result of that call.
+        noise: change of the outer loss in a second call at the same point.
         tol: relative error allowed.
     """
     init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
@@ -133,7 +133,7 @@ def is_stale(
 
 
 def _moved(found: PyTree, like: PyTree, rng: np.random.Generator) -> PyTree:
-    """Every floating leaf moved by a thousandth of its size, or of the size of all where it is zero."""
+    """Move every floating leaf by a thousandth of its size, or, where it is zero, of the size of all leaves."""
     floats = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(found) if is_float(x)]
     overall = float(np.sqrt(np.mean(np.concatenate(floats) ** 2))) if floats else 0.0
 
@@ -149,7 +149,7 @@ def _moved(found: PyTree, like: PyTree, rng: np.random.Generator) -> PyTree:
 
 
 def _distance(a: PyTree, b: PyTree | None) -> float:
-    """Euclidean distance; from zero, without `b`."""
+    """Euclidean distance; the norm of `a` without `b`."""
     left = [np.asarray(x, np.float64) for x in jax.tree.leaves(a) if is_float(x)]
     right = [0.0] * len(left) if b is None else [np.asarray(x, np.float64) for x in jax.tree.leaves(b) if is_float(x)]
     with np.errstate(all="ignore"):
@@ -157,7 +157,7 @@ def _distance(a: PyTree, b: PyTree | None) -> float:
 
 
 def _same(a: PyTree, b: PyTree) -> bool:
-    """The same numbers, to the bit, in the type of the second."""
+    """The same numbers, to the bit, in the dtype of the second argument."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.shape(x) == np.shape(y) and np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
@@ -181,5 +181,5 @@ def _reads(
         if _same(changed, data) or not np.isfinite(center.settled):
             return None
         return solve(at, center.calls, **{name: changed})[0].settled != center.settled
-    except Exception:  # data of a kind of its own
+    except Exception:  # data of an unknown kind
         return None

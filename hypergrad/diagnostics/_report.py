@@ -1,4 +1,4 @@
-"""What `hg.check` found, as numbers and as a table."""
+"""The findings of `hg.check`, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Comparison(NamedTuple):
     """One directional derivative of the outer loss, per unit of relative change of the hyperparameters.
 
     Attributes:
-        name: the direction: `"random 1"`, the path of an entry, or that of a leaf.
-        solver: the hypergradient's product with it.
-        reference: by finite differences of the problem solved again.
+        name: the direction: `"random 1"`, the path of an entry, or the path of a leaf.
+        solver: product of the hypergradient with the direction.
+        reference: the same derivative by finite differences of the problem solved again.
         reference_error: estimate of the absolute error of `reference`.
         relative_error: `|solver − reference| / |reference|` (dimensionless).
     """
@@ -31,8 +31,8 @@ class Leaf(NamedTuple):
     Attributes:
         path: `"['l2']"`; empty where the hyperparameters are one array.
         size: number of entries.
-        relative_error: of the leaf's part of the hypergradient (dimensionless).
-        entries: one comparison an entry, or random directions within a large leaf.
+        relative_error: relative error of the leaf's part of the hypergradient (dimensionless).
+        entries: one comparison per entry, or random directions within a large leaf.
     """
 
     path: str
@@ -42,14 +42,14 @@ class Leaf(NamedTuple):
 
 
 class Metasmoothness(NamedTuple):
-    """The agreement of a hypergradient of training with the one after a step downhill.
+    """How well a hypergradient of training agrees with the one after a step downhill.
 
     After Engstrom et al. 2025, arXiv:2503.13751: where they disagree, the loss over hyperparameters is too rough for
-    gradients, and descent will not work however exact they are. Smoother training helps: warm-up, a lower learning
-    rate, a larger `eps` in Adam, no sharp end of the schedule.
+    gradients, and descent will not work even if the gradients are exact. Smoother training helps: warm-up, a lower
+    learning rate, a larger `eps` in Adam, or a schedule without a sharp end.
 
     Attributes:
-        cosine: between the two, in relative coordinates, from −1 to 1.
+        cosine: cosine between the two, in relative coordinates, from −1 to 1.
         signs: agreement of the signs of their entries, weighted by size, from −1 to 1.
         step: length of the step, relative to the size of the hyperparameters (dimensionless).
     """
@@ -64,28 +64,28 @@ class Report(NamedTuple):
 
     Attributes:
         ok: whether the hypergradient is confirmed: its relative error is below `tol`, and the finite differences are
-            good enough to say so.
-        relative_error: `‖ĝ − g‖ / ‖g‖` over the directions tried (dimensionless), ĝ what the solver returns at its
-            first call, g the reference. Leaves count in units of their own size.
-        reference_error: estimate of the same error of the reference.
-        settled_error: as `relative_error`, of the hypergradient after further calls at the same hyperparameters, when
-            the outer loss no longer changes.
-        one_call_error: as `relative_error`, against the derivative of what the *first* call computes. It differs from
-            `relative_error` for solvers that train on from call to call.
-        error_estimate: `info.error_estimate`, the solver's own.
-        status: of the first call; a plain integer for a code that is not in `hg.Status`.
-        causes: what could be seen that makes, or would explain, a difference; each begins with a word. `off:` names the
-            leaf or entry; `untrained:`, `saddle:`, `unused:`, `stale:`, `value:`, `shape:` and `contradicted:` are
-            faults that no direction shows; `unconverged:`, `damped:`, `truncated:`, `stochastic:`, `kinked:`,
-            `insensitive:`, `unreliable:` and others explain an error.
-        directions: one row a direction.
-        leaves: one row a leaf, with `per_leaf=True`.
-        metasmoothness: for unrolled runs, else None.
+            accurate enough to show that.
+        relative_error: `‖ĝ − g‖ / ‖g‖` over the directions tried (dimensionless), where ĝ is the result of the solver's
+            first call and g the reference. Leaves count in units of their own size.
+        reference_error: estimate of the relative error of the reference.
+        settled_error: like `relative_error`, for the hypergradient after further calls at the same hyperparameters,
+            when the outer loss no longer changes.
+        one_call_error: like `relative_error`, against the derivative of what the *first* call computes. It differs from
+            `relative_error` for solvers that continue training from call to call.
+        error_estimate: the solver's own `info.error_estimate`.
+        status: status of the first call; a plain integer for a code that is not in `hg.Status`.
+        causes: findings that make, or would explain, a difference; each begins with a word. `off:` names the leaf or
+            entry; `untrained:`, `saddle:`, `unused:`, `stale:`, `value:`, `shape:` and `contradicted:` are faults that
+            no direction shows; `unconverged:`, `damped:`, `truncated:`, `stochastic:`, `kinked:`, `insensitive:`,
+            `unreliable:` and others explain an error.
+        directions: one row per direction.
+        leaves: one row per leaf, with `per_leaf=True`.
+        metasmoothness: see `Metasmoothness`, for unrolled runs; else None.
         key_spread: relative change of the hypergradient with other keys; NaN without a key.
         value: outer loss of the first call.
         tol: relative error allowed.
-        precision: of the finite differences, `"float64"` or `"float32"`.
-        info: of the first call.
+        precision: precision of the finite differences, `"float64"` or `"float32"`.
+        info: `info` of the first call.
     """
 
     ok: bool

@@ -1,8 +1,8 @@
-"""Which leaf or entry of a hypergradient is off, and how, in sentences.
+"""Sentences that say which leaf or entry of a hypergradient is off, and how.
 
-Method: leaves whose own direction is off are looked at entry by entry where they are small. In a larger one the half
-that is off is halved again, as long as the other half is right.
-Cost: four solutions of the problem for each entry of a small leaf, eight for each halving; four leaves at most.
+Method: small leaves whose own direction is off are examined entry by entry. In a larger leaf, the half that is off is
+halved again as long as the other half is right.
+Cost: four solutions of the problem for each entry of a small leaf, eight for each halving; at most four leaves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 
 from hypergrad.diagnostics._directions import Part, along_entry, level
 
-_ENTRIES = 12  # up to which a leaf is looked at entry by entry
+_ENTRIES = 12  # entries up to which a leaf is examined entry by entry
 _LEAVES = 4
 _MEMBERS = 100  # leaves of one group
-_LIKE = 0.02  # relative difference of two numbers that are called the same
+_LIKE = 0.02  # relative difference below which two numbers are called the same
 
 
 def locate(
@@ -28,15 +28,15 @@ def locate(
     is_off: Callable[[Any], bool],
     rng: np.random.Generator,
 ) -> Iterator[str]:
-    """One sentence for each leaf that is off.
+    """Yield one sentence for each leaf that is off.
 
     Args:
         leaf_rows: leaves, and the slope along a direction within them.
         scales: size of each entry's leaf, `[n]`.
         grad: the hypergradient, `[n]`.
-        compare: `(name, direction) -> row`.
-        is_off: whether a row contradicts the hypergradient.
-        rng: for directions.
+        compare: function `(name, direction) -> row`.
+        is_off: function that says whether a row contradicts the hypergradient.
+        rng: random generator for the directions.
     """
     off: list[Part] = []
     for members, row in leaf_rows:
@@ -65,7 +65,7 @@ def locate(
 
 
 def nonfinite_entries(parts: Sequence[Part], grad: np.ndarray) -> Iterator[str]:
-    """One sentence for each leaf whose hypergradient holds NaN or infinities."""
+    """Yield one sentence for each leaf whose hypergradient holds NaN or infinities."""
     for part in parts:
         bad = np.flatnonzero(~np.isfinite(grad[part.where]))
         if bad.size:
@@ -76,12 +76,12 @@ def nonfinite_entries(parts: Sequence[Part], grad: np.ndarray) -> Iterator[str]:
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two vectors are the same but for a small part of their size."""
+    """Whether two vectors agree up to a small part of their size."""
     return a.shape == b.shape and bool(np.linalg.norm(a - b) <= _LIKE * np.linalg.norm(b))
 
 
 def _entries(part: Part, ours: np.ndarray, theirs: np.ndarray, wrong: list[bool]) -> str:
-    """The entries that are off, in a leaf of which every entry is known."""
+    """Describe the entries that are off, in a leaf of which every entry is known."""
     which = np.flatnonzero(wrong)
     if not which.size:
         return f"off: hparams{part.path}, in a sum of its entries more than in any of them."
@@ -104,7 +104,7 @@ def _entries(part: Part, ours: np.ndarray, theirs: np.ndarray, wrong: list[bool]
 
 
 def _relation(ours: float, theirs: float) -> str:
-    """How a wrong number relates to the right one, where the relation is simple: in words."""
+    """Say in words how a wrong number relates to the right one, where the relation is simple."""
     if ours == 0:
         return ": exactly zero"
     if not theirs:
@@ -123,7 +123,7 @@ def _block(
     is_off: Callable[[Any], bool],
     rng: np.random.Generator,
 ) -> str:
-    """Halves a large leaf as long as one half alone is off."""
+    """Halve a large leaf as long as only one half is off."""
     begin, end = part.where.start, part.where.stop
     while end - begin > 1:
         middle = (begin + end) // 2

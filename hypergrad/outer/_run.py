@@ -317,8 +317,8 @@ def rewind(streams: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         stream.seek(position)
         if forward and fingerprint(stream.recent[-1]) != digest:
             raise InputError(
-                f"tune: batch {position} of {name} is not the one that the run had seen, so it cannot continue as if it "
-                "had never stopped: let the loader yield the same order each time (a fixed seed), or name another "
+                f"tune: batch {position} of {name} is not the one that the run had seen, so it cannot continue as if "
+                "it had never stopped: let the loader yield the same order each time (a fixed seed), or name another "
                 "folder."
             )
 
