@@ -2,20 +2,20 @@ r"""Data attribution: how much each training example mattered for the loss of ea
 
     a_qi = d/ds f_q(w*(h + s (h₋ᵢ − h))) at s = 0,   h₋ᵢ = (n h(B) − h({i})) / (n − 1)
 
-is the hypergradient of the query's loss with one hyperparameter for each example, times the whole step from the batch B
-to the batch without i. What w* is, the method says: the optimum (influence functions), or the end of a training run
-(the metagradient).
+This is the hypergradient of the query's loss with one hyperparameter for each example, times the whole step from the
+batch B to the batch without i. The method determines what w* is: the optimum (influence functions), or the end of a
+training run (the metagradient).
 
-A group G of k examples is left out along the same line. Its score is the sum of those of its examples; where w* is an
-optimum with Hessian H, with ẇ = −H⁻¹∂_wΔ and Δ = h₋G − h, the second-order term adds what the sum leaves out,
+A group G of k examples is left out along the same line. Its score is the sum of the scores of its examples. Where w* is
+an optimum with Hessian H, and with ẇ = −H⁻¹∂_wΔ and Δ = h₋G − h, the second-order term adds what the sum leaves out,
 
     (k − 1)/(n − k) a_qG + ½ ∂²f_q[ẇ, ẇ] − ⟨H⁻¹∂_w f_q, ∂²Δ ẇ + ½ ∂³h[ẇ, ẇ]⟩.
 
 Source: Koh & Liang 2017, arXiv:1703.04730; Basu, You & Feizi 2020, arXiv:1911.00418 (groups); Engstrom et al. 2025,
-arXiv:2503.13751 (metagradients). Differs: any solver; the exact loss without the example in place of a reweighted one;
-the third derivative is kept; each query has the status and the estimated error of its hypergradient.
-Cost: the method's training once a chunk of queries, and a derivative of it for each query; with groups and an optimum
-one more solve for each group.
+arXiv:2503.13751 (metagradients). Differs: any solver can be used; the loss without the example is exact instead of
+reweighted; the third derivative is kept; each query has the status and the estimated error of its hypergradient.
+Cost: the method's training once per chunk of queries, and one derivative of it for each query; with groups and an
+optimum, one more solve for each group.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from hypergrad._tree import PyTree
 from hypergrad.diagnostics._left_out import Columns, Setting, bytes_of_a_row, columns_of, leave_out, setting
 from hypergrad.solvers.implicit import implicit
 
-_ROWS = 64  # rows in a piece from which on smaller pieces save memory at hardly any time
+_ROWS = 64  # rows in a piece above which smaller pieces save memory at hardly any cost in time
 
 
 class Top(NamedTuple):
     """The examples, or groups, that mattered most for one query; see `Attribution.top`.
 
     Attributes:
-        helpful: columns of `scores` whose removal raises the query's loss most, the largest first, `[count]`.
+        helpful: columns of `scores` whose removal raises the query's loss most, the largest increase first, `[count]`.
         helpful_scores: their scores, positive unless fewer than `count` help, `[count]`.
         harmful: columns whose removal lowers it most, `[count]`.
         harmful_scores: their scores, `[count]`.
@@ -59,7 +59,7 @@ class Top(NamedTuple):
 
 
 class Attribution(NamedTuple):
-    """What leaving out each example, or group, would change; made by `hg.attribute`.
+    """Predicted effects of leaving out each example, or group; made by `hg.attribute`.
 
     Attributes:
         scores: predicted change of each query's loss when the example is left out, to first order and in the units of
@@ -68,10 +68,10 @@ class Attribution(NamedTuple):
         status: int code of each query's hypergradient, see `hg.Status`, `[queries]`.
         error_estimate: estimate of the error of a query's scores, relative to their norm, `[queries]`; `inf` where
             nothing is known.
-        second_order: what is to be added to the scores of groups for their removal to second order,
-            `[queries, groups]`. None without groups, where the method differentiates no optimum (training without the
-            group then costs less than this term), and with minibatches.
-        names: of the columns: the labels of groups in sorted order, or row numbers.
+        second_order: term to add to the scores of groups for their removal to second order, `[queries, groups]`. None
+            without groups, with minibatches, and where the method does not differentiate an optimum (training without
+            the group then costs less than this term).
+        names: names of the columns: the labels of groups in sorted order, or row numbers.
 
     >>> import hypergrad as hg, numpy as np
     >>> scores = np.array([[0.2, -0.1, 0.0]])
@@ -88,18 +88,18 @@ class Attribution(NamedTuple):
 
     @property
     def removal(self) -> np.ndarray:
-        """The predicted changes with the second-order term where there is one, else `scores`."""
+        """The predicted changes, with the second-order term where there is one; otherwise `scores`."""
         return self.scores if self.second_order is None else self.scores + self.second_order
 
     def top(self, query: int, count: int = 5) -> Top:
         """The columns that mattered most for one query.
 
         Args:
-            query: its row.
-            count: how many of each kind; at most as many as there are columns.
+            query: row of the query.
+            count: number of columns of each kind; at most as many as there are columns.
 
         Raises:
-            InputError: for a query that is not there, or whose status is not usable.
+            InputError: for a query that does not exist, or whose status is not usable.
         """
         queries, columns = self.scores.shape
         if not -queries <= query < queries:
@@ -113,7 +113,7 @@ class Attribution(NamedTuple):
         return Top(helpful, scores[helpful], harmful, scores[harmful])
 
     def to_pandas(self) -> Any:
-        """The scores as a DataFrame: a row for each query, a column for each example or group, by name.
+        """Return the scores as a DataFrame: one row per query, one column per example or group, by name.
 
         Raises:
             HypergradError: if pandas is not installed.
@@ -157,31 +157,32 @@ def attribute(
     """Predict how each query's loss would change if a training example, or a group of them, were left out.
 
     Args:
-        problem: the two losses. The inner loss must be a mean over rows plus a penalty that does not depend on their
-            number, which is checked on two halves of the data and on single rows. The outer loss is that of a query.
-        params: where the method starts: trained parameters for `hg.implicit`, the initial ones for `hg.unrolled`.
-        hparams: the hyperparameters, any pytree, held where they are.
+        problem: the two losses. The inner loss must be a mean over rows plus a penalty that does not depend on the
+            number of rows, which is checked on two halves of the data and on single rows. The outer loss is that of a
+            query.
+        params: parameters from which the method starts: trained ones for `hg.implicit`, initial ones for `hg.unrolled`.
+        hparams: the hyperparameters, any pytree; they stay fixed.
         train: pytree of arrays `[n, ...]`, or `hg.minibatches(arrays, size)` for a training run that draws its batches.
         queries: pytree of arrays `[queries, ...]` in the form that `outer_loss` takes.
-        method: from a problem to a solver. `hg.implicit` follows the optimum. A training run is followed by
-            `lambda problem: hg.unrolled(problem, inner=hg.inner.gradient(optax.adam(1e-2), steps=200))`. Influence with
-            a damped Gauss-Newton matrix, at parameters that stay where they are, is `lambda problem:
+        method: a function from a problem to a solver. `hg.implicit` follows the optimum. A training run is followed by
+            `lambda problem: hg.unrolled(problem, inner=hg.inner.gradient(optax.adam(1e-2), steps=200))`. For influence
+            with a damped Gauss-Newton matrix, at parameters that do not move, write `lambda problem:
             hg.implicit(problem, inner=hg.inner.gradient(optax.set_to_zero(), steps=1), curvature="gauss_newton",
             damping=0.1)` with an inner loss made by `hg.compose`. An optimizer that was a function of the
             hyperparameters is given at their values, `optax.sgd(hparams["rate"])`.
-        groups: labels `[n]`, or for each group the numbers of its rows, which together cover all rows; None for single
-            examples.
-        memory: about how many bytes the computation may take beside the data, the parameters and what the method
-            itself stores of a training run. Queries and rows are computed in chunks that fit.
+        groups: labels `[n]`, or for each group the numbers of its rows; together the groups must cover all rows. None
+            for single examples.
+        memory: about how many bytes the computation may take in addition to the data, the parameters and what the
+            method itself stores of a training run. Queries and rows are computed in chunks that fit.
         key: for losses, minibatches and methods that draw; every query sees the same draws.
 
     Returns:
-        See `Attribution`. A query whose status is not usable has NaN in place of scores.
+        See `Attribution`. A query whose status is not usable has NaN instead of scores.
 
     Raises:
-        InputError: for an inner loss that is no mean over rows or has a model state, queries that the outer loss
+        InputError: for an inner loss that is not a mean over rows or has a model state, queries that the outer loss
             cannot take, groups that do not cover the rows, or a memory in which a single row does not fit.
-        InputTypeError: for a method that is no function from a problem to a solver, and inside `jit`.
+        InputTypeError: for a method that is not a function from a problem to a solver, and inside `jit`.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> squares = lambda w, l2, batch: jnp.mean((batch - w)**2)  # w* is the mean of the batch
@@ -206,10 +207,10 @@ def attribute(
 
 
 def check_method(name: str, method: Any) -> None:
-    """Raise unless it can be called with a problem alone.
+    """Raise unless the method can be called with a problem alone.
 
     Raises:
-        InputTypeError: naming what was found, and what to write.
+        InputTypeError: naming what was found and what to write.
     """
     write = "write hg.implicit, or lambda problem: hg.unrolled(problem, inner=hg.inner.gradient(optimizer, steps=100))"
     if not callable(method):
@@ -223,15 +224,15 @@ def check_method(name: str, method: Any) -> None:
         raise InputTypeError(
             f"{name}: method must be a function of an hg.Problem alone, and calling it so says: {error}: {write}."
         ) from None
-    except ValueError:  # no signature to be read
+    except ValueError:  # no signature can be read
         pass
 
 
 def solver_of(name: str, method: Callable[[Problem], Solver], problem: Problem) -> Solver:
-    """What the method makes of the problem.
+    """Return the solver that the method makes for the problem.
 
     Raises:
-        InputTypeError: if that is no solver.
+        InputTypeError: if the result is not a solver.
     """
     solver = method(problem)
     if not all(callable(getattr(solver, part, None)) for part in ("init", "hypergrad", "response")):
@@ -240,22 +241,22 @@ def solver_of(name: str, method: Callable[[Problem], Solver], problem: Problem) 
 
 
 def chunks(data: PyTree, count: int, width: int) -> list[PyTree]:
-    """Pieces of `width` rows; the last is filled up with rows from the beginning."""
+    """Return pieces of `width` rows; the last one is filled up with rows from the beginning."""
     index = np.arange(-(-count // width) * width) % count
     return [jax.tree.map(lambda x, j=j: x[index[j : j + width]], data) for j in range(0, len(index), width)]
 
 
 def batch_rows(at: Setting) -> int:
-    """Rows of one batch of training."""
+    """Number of rows of one training batch."""
     return at.train.size if isinstance(at.train, Minibatches) else at.rows
 
 
 def _fit(
     name: str, problem: Problem, at: Setting, columns: int, memory: float, key: Array | None, copies: int = 12
 ) -> tuple[int, int]:
-    """Queries of a chunk, and rows of a piece, that take about `memory` bytes.
+    """Number of queries in a chunk, and of rows in a piece, that take about `memory` bytes.
 
-    Each query has a dozen vectors like the parameters (adjoint, optimizer state, probes), a gradient with one entry
+    Each query needs a dozen vectors like the parameters (adjoint, optimizer state, probes), a gradient with one entry
     for each column, and the intermediates of its derivative at each row of a piece.
     """
     row = 2 * max(1, bytes_of_a_row(at, problem, key))
@@ -283,7 +284,7 @@ def _follows_an_optimum(run: _Run) -> bool:
 
 
 class _Ways(NamedTuple):
-    """How the optimum moves without each group, and what bends: in chunks of groups, the last filled up."""
+    """How the optimum moves without each group, and the second-order terms; the last chunk of groups is filled up."""
 
     params: PyTree  # the optimum
     velocity: list[PyTree]  # ẇ of each group
@@ -292,7 +293,7 @@ class _Ways(NamedTuple):
 
 
 class _Run:
-    """One call of `attribute`: its compiled functions share what they close over."""
+    """One call of `attribute`; its compiled functions share what they close over."""
 
     def __init__(
         self, problem: Problem, method: Any, at: Setting, columns: Columns, piece: int, key: Array | None
@@ -301,7 +302,7 @@ class _Run:
         self.init_key, self.call_key = (None, None) if key is None else jax.random.split(key)
         self.single = np.array_equal(columns.row, columns.column) and len(columns.row) == at.rows
         self.zero = jnp.zeros(len(columns.names), _tree.dtype(at.params))
-        self.step = (at.rows - 1) / (at.rows - columns.sizes)  # from all rows to those without a group
+        self.step = (at.rows - 1) / (at.rows - columns.sizes)  # from all rows to the rows without a group
         self.gradient = jax.jit(self._gradient, static_argnames=("forced",))
         self.curved = jax.jit(self._curved)
         self.moved = jax.jit(self._moved)
@@ -365,7 +366,7 @@ class _Run:
         return solver.response(evaluation(solver)(state, here, train, query, key=self.call_key)[2], here)
 
     def _moved(self, params: PyTree, hparams: PyTree, train: PyTree, chunk: PyTree) -> tuple[PyTree, PyTree, Array]:
-        """ẇ and the bend of each group, one after the other."""
+        """ẇ and the second-order term of each group, one after the other."""
         problem = self.problem_at(hparams, forced=True)
         along = Problem(problem.inner_loss, lambda w, at, batch: _tree.vdot(batch["along"], w))
         solver, here = solver_of("attribute", self.method, along), self.start(True)

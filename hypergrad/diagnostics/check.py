@@ -1,15 +1,17 @@
-r"""Is my hypergradient right? Compared with finite differences of the problem solved again.
+r"""Is my hypergradient right? It is compared with finite differences of the problem solved again.
 
     ‖ĝ − g‖ / ‖g‖,    g·v = dF(λ + h v)/dh,    F(λ) = f(w*(λ), λ) solved from a fresh start, harder than the solver does
 
 along random directions v through all hyperparameters, and along one more within each leaf, in which its entries count
-alike. F is the outer loss of the solver's own `evaluate` (of `hypergrad`, for a solver without one) with the tolerance
-lowered to rounding level, after as many calls as it takes until that stops changing.
-Differs from a plain difference quotient: F is computed in float64 wherever the losses allow it, whatever the precision
-of the hypergradient; the differences carry an error of their own, and where it is too large nothing is confirmed; what
-no difference can show is looked for apart (`_probes`); the causes that can be seen from outside are named.
-Cost: four solutions of the problem a direction where all is well, up to 24 where it is not. Three directions, and one a
-leaf, up to twelve. What is off is looked for, with a few more, only where nothing else explains it.
+alike. F is the outer loss of the solver's own `evaluate` (of `hypergrad`, for a solver without one), with the tolerance
+lowered to rounding level and after as many calls as it takes until F stops changing.
+Differs from a plain difference quotient: F is computed in float64 wherever the losses allow it, regardless of the
+precision of the hypergradient; the differences carry an error estimate of their own, and where it is too large nothing
+is confirmed; faults that no difference can show are looked for separately (`_probes`); the causes that can be seen from
+outside are named.
+Cost: four solutions of the problem per direction where all is well, up to 24 where it is not. There are three
+directions, and one per leaf, for at most twelve leaves. A few more are needed to locate an error, only where nothing
+else explains it.
 """
 
 from __future__ import annotations
@@ -48,20 +50,20 @@ from hypergrad.diagnostics._directions import Part, directions_along, groups, le
 from hypergrad.diagnostics._report import Comparison, Leaf, Metasmoothness, Report
 from hypergrad.diagnostics._where import locate, nonfinite_entries
 
-_CALLS = 30  # at the same hyperparameters, to see what a warm start makes of the hypergradient
+_CALLS = 30  # calls at the same hyperparameters, which show how a warm start changes the hypergradient
 _KEYS = 3
 _SMALL = 8  # entries up to which `per_leaf` checks a leaf entry by entry
-_LEAVES = 12  # directions within leaves
-_STEP = 0.1  # relative, over which metasmoothness is measured
-_NEAR = 0.02  # relative, to the point at which a used state is tried
+_LEAVES = 12  # most directions within leaves
+_STEP = 0.1  # relative length of the step over which metasmoothness is measured
+_NEAR = 0.02  # relative distance of the point at which a used state is tried
 _FLOOR = 1e-5  # changes of F below this share of F, for a relative change of 1 of the hyperparameters, count as zero
-_LEAST = 1e-5  # part of the hypergradient's size below which a leaf counts as zero
+_LEAST = 1e-5  # share of the hypergradient's size below which a leaf counts as zero
 _NOISE = 10  # errors of a difference by which one leaf may be off
-_FINE = 1e-4  # relative, to which differences in float64 are taken
-_SHRINKS = 0.3  # what is left, of an error that comes from rounding or a loose tolerance, in an accurate run: less
-_VALUE = 1e-3  # relative, by which the outer losses of `hypergrad` and `evaluate` may differ
-_SAME_DRAW = 3e-5  # relative, by which the outer loss may differ between precisions for the same random numbers
-_BOAST = 30  # times its estimate an error may be
+_FINE = 1e-4  # relative accuracy of differences in float64
+_SHRINKS = 0.3  # an error from rounding or a loose tolerance falls below this share in an accurate run
+_VALUE = 1e-3  # relative difference allowed between the outer losses of `hypergrad` and `evaluate`
+_SAME_DRAW = 3e-5  # relative difference of the outer loss between precisions allowed for the same draws
+_BOAST = 30  # largest ratio of an error to its estimate
 _NONFINITE = (Status.NONFINITE_LOSS, Status.NONFINITE_GRAD)
 _OF_NONFINITE = {"non-finite", "failed", "unreliable"}
 _NO_EXPLANATION = {"scaled", "wrong", "stochastic", "precision", "insensitive"}
@@ -81,16 +83,16 @@ class _Run(NamedTuple):
 
     Attributes:
         compiled: `solver.hypergrad`.
-        out: of the first call.
-        used: the state after it, and `out`.
-        grad: its hypergradient as a vector `[n]`.
-        misshapen: what is wrong with its structure or shapes, or the empty string.
-        drift: by how much the outer loss changes in the second call.
-        status: of the first call.
-        settled_grad: that of the last of several calls at the same hyperparameters.
-        trains_on: whether the solver differentiates training, and goes on with it from call to call.
+        out: result of the first call.
+        used: the state after the first call, and `out`.
+        grad: hypergradient of the first call as a vector `[n]`.
+        misshapen: description of a fault in its structure or shapes, or the empty string.
+        drift: change of the outer loss in the second call.
+        status: status of the first call.
+        settled_grad: hypergradient of the last of several calls at the same hyperparameters.
+        trains_on: whether the solver differentiates training that continues from call to call.
         key_spread: relative change of the hypergradient with other keys.
-        metasmoothness: for unrolled runs.
+        metasmoothness: see `Metasmoothness`, for unrolled runs.
     """
 
     compiled: Callable[..., tuple[Hypergradient, Any]]
@@ -126,26 +128,28 @@ def check(
 ) -> Report:
     """Compare a solver's hypergradient with central differences of the problem solved again.
 
-    The report's `ok` takes three things: the error along random directions is within `tol`; so is that of every leaf
+    The report's `ok` requires three things: the error along random directions is within `tol`; so is that of every leaf
     on its own, as far as the differences can tell; and the solver is found to train, to end at a minimum, to read its
-    data and to use the hyperparameters that it is given. Those are looked for by solving again from other parameters,
-    with other rows, and from the state of another call. A solver's `evaluate` is taken as right; without one only
-    agreement of the solver with itself can be tested, and what these looks show.
+    data and to use the hyperparameters that it is given. The last is tested by solving again from other parameters,
+    with other rows, and from the state of another call. A solver's `evaluate` is assumed to be right; without one, only
+    the agreement of the solver with itself and the results of these tests can be checked.
 
     Args:
         solver: any solver.
         params: the model's parameters at the start.
-        hparams: where to check: best at a random point, since at 0 and 1 many mistakes cancel.
+        hparams: hyperparameters at which to check; a random point is best, since at 0 and 1 many mistakes cancel.
         train: training data, a pytree of arrays or `hg.minibatches(...)`.
         valid: validation data, in the same forms.
-        key: for losses and data that draw; the same draw is used on both sides, and others to see what it matters.
-        directions: number of random directions; hyperparameters of at most so many entries are checked along each.
-        per_leaf: list each leaf in the report, with every entry of leaves of at most eight; `ok` listens to these too.
+        key: for losses and data that draw; both sides use the same draw, and other draws show how much it matters.
+        directions: number of random directions; hyperparameters with at most this many entries are checked along each
+            entry.
+        per_leaf: list each leaf in the report, with every entry of leaves of at most eight; `ok` then depends on these
+            too.
         model_state: as for `solver.init`.
         tol: relative error allowed (dimensionless). Default: 1e-4 for hyperparameters in float64, else 1e-2.
 
     Returns:
-        See `Report`; print it. A solver that fails gives a report that says so, never an exception.
+        See `Report`; print it. A solver that fails gives a report that says so; it never raises an exception.
 
     Raises:
         InputError: for a stream, for labels outside their classes, and for mistakes that the solver itself names.
@@ -189,7 +193,7 @@ def check(
         from_there: dict[str, Any] = {}
         if again is not None and again.outcome == "left" and kind != "path" and again.solution is not None:
             center, from_there = again.solution, {"params": again.start}
-        # What one call settles needs no second.
+        # Quantities that do not change after one call need no second call.
         calls = 1 if center.calls == 2 and center.drift == 0 else None
 
         def resolve(vector: np.ndarray) -> Solution:
@@ -230,7 +234,7 @@ def check(
         estimate = float(info.error_estimate)
         boastful = tol is None and error > _FINE + 10 * doubt and error > _BOAST * estimate
         if agrees and (off or boastful):
-            # Rounding and loose tolerances leave a smaller leaf less exact. A bug is as large in an accurate run.
+            # Rounding and loose tolerances make a smaller leaf less exact. A bug is just as large in an accurate run.
             accurate = _accurate(reference, run.compiled, at, center.calls if calls is None else 1)
             off = [row for row in off if _gap(row, accurate) > _SHRINKS * _gap(row, grad)]
             left = _errors(rows, accurate, floor)[0]
@@ -239,7 +243,7 @@ def check(
                     f"contradicted: the error is {error:.1g}, the solver's own estimate {estimate:.1g}, and in an "
                     f"accurate run the error is still {left:.1g}: the hypergradient is biased."
                 )
-        # Parameters that a NaN keeps where they are say nothing that the status has not said.
+        # If a NaN keeps the parameters where they are, this says nothing that the status has not already said.
         broken = int(run.out.info.status) in (Status.NONFINITE_LOSS, Status.NONFINITE_GRAD)
         if again is not None and not broken:
             faults += _start_faults(again, kind, center.settled, state_value=float(run.out.value))
@@ -277,7 +281,7 @@ def check(
         )
         causes = list(find_causes(evidence))
         finite = bool(np.isfinite(evidence.value) and np.isfinite(center.settled)) and run.status not in _NONFINITE
-        if not finite:  # nothing else that was measured means anything
+        if not finite:  # no other measurement means anything
             causes = [cause for cause in causes if cause.split(":")[0] in _OF_NONFINITE]
         unexplained = {cause.split(":")[0] for cause in causes} <= _NO_EXPLANATION
         if unexplained and not faults and (off or (not agrees and doubt <= allowed)):
@@ -323,10 +327,10 @@ def check(
 
 
 class _Reference(NamedTuple):
-    """The problem of which differences are taken, and how it is solved.
+    """The problem of which differences are taken, and the way to solve it.
 
     Attributes:
-        context: within which to solve it.
+        context: context manager within which to solve it.
         problem: in the precision of the differences.
         solve: `(vector, calls=None, tight=True, **changed) -> (Solution, state)`.
         precision: `"float64"` or `"float32"`.
@@ -397,7 +401,7 @@ def _run(problem: Setting, at: np.ndarray, scales: np.ndarray) -> _Run:
 
 
 def _misshapen(grad: PyTree, hparams: PyTree) -> str:
-    """The fault in the structure of a hypergradient, in words."""
+    """Describe the fault in the structure of a hypergradient."""
     if jax.tree.structure(grad) != jax.tree.structure(hparams):
         return (
             f"shape: the hypergradient has the structure {jax.tree.structure(grad)}, the hyperparameters "
@@ -413,14 +417,14 @@ def _misshapen(grad: PyTree, hparams: PyTree) -> str:
 
 
 def _reference(problem: Setting, at: np.ndarray, run: _Run) -> _Reference:
-    """The problem to take differences of: in float64, unless the losses fail there or draw other random numbers."""
-    # The derivative of training costs more than to compile the training once more.
+    """The problem of which differences are taken: in float64, unless the losses fail or draw other numbers there."""
+    # The derivative of training costs more than compiling the training once more.
     compiled = None if is_unrolled(about_of(problem.solver)) else run.compiled
     with contextlib.suppress(Exception), _float64():
         same = in_float64(problem)
         solve = make_solve(same, compiled)
         first, given = solve(at, calls=1, tight=False)[0].first, float(run.out.value)
-        # NaN: there is no key. Draws of another type are others, but may come near by chance.
+        # NaN means that there is no key. Draws in another dtype are different numbers, but may come close by chance.
         drawn = run.key_spread > 0 and np.isfinite(first - given)
         if not drawn or abs(first - given) <= _SAME_DRAW * abs(given):
             return _Reference(_float64, same, solve, "float64")
@@ -431,7 +435,7 @@ def _reference(problem: Setting, at: np.ndarray, run: _Run) -> _Reference:
 def _accurate(
     reference: _Reference, compiled: Callable[..., tuple[Hypergradient, Any]], at: np.ndarray, calls: int
 ) -> np.ndarray:
-    """The solver's hypergradient in the precision of the reference, with every tolerance near rounding level."""
+    """Return the solver's hypergradient in the precision of the reference, with every tolerance near rounding level."""
     problem = reference.problem
     hparams = reference.unflatten(at)
     init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
@@ -444,7 +448,7 @@ def _accurate(
 
 
 def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: float) -> Iterator[str]:
-    """The faults that a second start reveals in the first."""
+    """Return the faults of the first start that a second start reveals."""
     if again.outcome == "untrained":
         yield (
             "untrained: the parameters stay where they are put, so nothing is trained: the comparison is of the outer "
@@ -460,7 +464,7 @@ def _start_faults(again: _probes.Again, kind: str, reached: float, state_value: 
 
 
 def _value_faults(run: _Run, center: Solution, rows: Sequence[_Row]) -> Iterator[str]:
-    """Whether `hypergrad` reports another outer loss than `evaluate`."""
+    """Whether `hypergrad` reports an outer loss that differs from that of `evaluate`."""
     value = float(run.out.value)
     size = abs(center.settled) + rms(np.asarray([row.settled.value for row in rows]))
     gap = min(abs(value - center.first), abs(value - center.settled))
@@ -473,7 +477,7 @@ def _value_faults(run: _Run, center: Solution, rows: Sequence[_Row]) -> Iterator
 
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
-    """The user has seen every warning when the solver ran in the given precision."""
+    """Suppress warnings, since the user saw them all when the solver ran in the given precision."""
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -487,7 +491,7 @@ def _metasmoothness(here: np.ndarray, there: np.ndarray) -> Metasmoothness:
 
 
 def _generator(key: Array | None, at: np.ndarray) -> np.random.Generator:
-    """Directions that differ from problem to problem, and are the same in every run."""
+    """Return directions that differ from problem to problem, and are the same in every run."""
     point = zlib.crc32(at.tobytes())
     if key is None:
         return np.random.default_rng(point)
@@ -518,9 +522,9 @@ def _comparison(row: _Row, grad: np.ndarray) -> Comparison:
 
 
 def _is_off(row: _Row, grad: np.ndarray, scales: np.ndarray, allowed: float) -> bool:
-    """Whether a hypergradient contradicts one difference, by more than either may err.
+    """Whether a hypergradient contradicts one difference by more than the errors of both allow.
 
-    The size that an error is relative to is that of the terms of the product, not of their sum, which may cancel.
+    An error is relative to the size of the terms of the product, not to that of their sum, in which terms may cancel.
     """
     ours, theirs = _product(row, grad), row.settled.value
     if not np.isfinite(theirs):
@@ -546,5 +550,5 @@ def _name(members: Sequence[Part]) -> str:
 
 
 def _product(row: _Row, grad: np.ndarray) -> float:
-    with np.errstate(all="ignore"):  # NaN and infinity are reported, not warned of
+    with np.errstate(all="ignore"):  # NaN and infinity are reported instead
         return float(row.direction @ grad)

@@ -2,8 +2,8 @@ r"""The outer loss over one or two hyperparameters, by solving the problem again
 
     F(λ) = f(w*(λ), λ),   λ_a ∈ {a₁, …, a_m},   λ_b ∈ {b₁, …, b_n}
 
-Differs from grid search in nothing but purpose: it shows what the hypergradient walks on. Every point starts from the
-same parameters, so that no point depends on the order of the grid.
+Differs from grid search only in its purpose: it shows the surface that the hypergradient descends. Every point starts
+from the same parameters, so that no point depends on the order of the grid.
 Cost: m or m·n solutions of the problem; one compilation.
 """
 
@@ -29,9 +29,9 @@ class Landscape(NamedTuple):
     """The outer loss on a grid; draw it with `hg.diagnostics.plots.landscape`.
 
     Attributes:
-        names: of the one or two hyperparameters, as given.
+        names: names of the one or two hyperparameters, as given.
         index: their positions among all entries of the hyperparameters, in the order of the leaves.
-        axes: values along each, `[m]` and `[n]`.
+        axes: values along each of them, `[m]` and `[n]`.
         values: outer loss, `[m]` or `[m, n]`; NaN where it is not finite.
     """
 
@@ -53,17 +53,17 @@ def landscape(
     key: Array | None = None,
     model_state: PyTree = None,
 ) -> Landscape:
-    """Compute the outer loss over one or two hyperparameters, the others held where they are.
+    """Compute the outer loss over one or two hyperparameters, while the others stay fixed.
 
     Args:
         solver: any solver; its own outer loss is used, once it stops changing at the same hyperparameters.
         params: the model's parameters at the start.
         hparams: pytree of hyperparameters.
-        along: one or two names, each with the values `[m]` to try. A name is a key of a scalar (`"l2"`), or the path of
-            an entry (`"['decay'][3]"`); `"hparams"` if the hyperparameters are one number.
+        along: one or two names, each with the values `[m]` to try. A name is the key of a scalar (`"l2"`), the path of
+            an entry (`"['decay'][3]"`), or `"hparams"` if the hyperparameters are a single number.
         train: training data, a pytree of arrays or `hg.minibatches(...)`.
         valid: validation data, in the same forms.
-        key: for losses and data that draw; the same at every point.
+        key: for losses and data that draw; the same key is used at every point.
         model_state: as for `solver.init`.
 
     Returns:
@@ -113,7 +113,7 @@ def landscape(
 
 
 def entry_names(hparams: PyTree) -> dict[str, int]:
-    """Every name that an entry of the hyperparameters goes by, and its position in the order of the leaves."""
+    """Return every name of every entry of the hyperparameters, with its position in the order of the leaves."""
     names: dict[str, int] = {}
     position = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(hparams):

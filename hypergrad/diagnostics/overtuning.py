@@ -1,21 +1,21 @@
-r"""What to expect on unseen data: how much of the tuned validation loss is luck.
+r"""What to expect on unseen data: how much of a low validation loss after tuning is luck.
 
-The hyperparameters λ̂ minimise the mean V of n validation losses F_i(λ) = f_i(w*(λ), λ). Without row i they would end at
-λ̂ + δ_i, and row i would be as good as unseen. To second order,
+The hyperparameters λ̂ minimise the mean V of n validation losses F_i(λ) = f_i(w*(λ), λ). Without row i they would end
+at λ̂ + δ_i, and row i would count as unseen. To second order,
 
     δ_i = (n H − κ_i c_i c_iᵀ)⁺ c_i,   optimism = (1/n) Σ_i [g_i·δ_i + ½ κ_i (c_i·δ_i)²],
 
-with g_i = ∂_λ F_i, c_i = g_i − ∂_λ V, H = ∂²_λ V, and κ_i the curvature of F_i along its own gradient, fitted to its
-second differences. It is exact for validation losses that are squares of functions linear in λ. Beside it stands the
-trace formula tr(H⁺J)/n, with J the mean of c_i c_iᵀ.
+where g_i = ∂_λ F_i, c_i = g_i − ∂_λ V, H = ∂²_λ V, and κ_i is the curvature of F_i along its own gradient, fitted to
+its second differences. This is exact for validation losses that are squares of functions linear in λ. The trace formula
+tr(H⁺J)/n, where J is the mean of c_i c_iᵀ, is reported as well.
 
 Source: Takeuchi 1976 (the trace); Rad & Maleki 2020, arXiv:1801.10243 (approximate leave-one-out); Schneider et al.
-2025, arXiv:2506.19540 (overtuning). Differs: through the outer problem, with hypergradients; the curvature of a row is
-taken to be of rank one; leverages and flat directions are bounded, by constants that were chosen on seed 0 of
+2025, arXiv:2506.19540 (overtuning). Differs: it is applied to the outer problem, with hypergradients; the curvature of
+a row is assumed to have rank one; leverages and flat directions are bounded, by constants that were chosen on seed 0 of
 `experiments/overtuning`, unless the rows' curvature is all of H.
 Cost: 2k + 1 hypergradients for k hyperparameters, at steps to both sides of each, and as many evaluations of the rows:
-one batch of evaluations shares a training. A solver without an `evaluate` of its own takes the hypergradients of the
-rows, as many times.
+one batch of evaluations shares a training run. For a solver without an `evaluate` of its own, the evaluations are
+hypergradients of the rows, just as many.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from hypergrad._options import SOLVER, options
 from hypergrad._solver import InputError, InputTypeError, Solver, Status, about_of, evaluation, usable
 from hypergrad._tree import PyTree
 
-MOST = 64  # hyperparameters
-LARGE = 1 / 3  # of the validation loss, above which a correction is worth a warning
+MOST = 64  # largest number of hyperparameters
+LARGE = 1 / 3  # share of the validation loss above which a correction is worth a warning
 _EXACT = 0.05  # how far the rows' curvature may be from H for it to count as all of H
-_SURE, _LEVERAGE = 0.98, 0.5  # of a row, at most: there, and elsewhere
-_STEEPER = 2.0  # times the typical ratio of J to H, beyond which a direction counts as flatter than it is
+_SURE, _LEVERAGE = 0.98, 0.5  # largest leverage of a row: where the rows' curvature is all of H, and elsewhere
+_STEEPER = 2.0  # ratio of J to H, relative to the typical one, beyond which a direction counts as flatter than it is
 
 
 class Overtuning(NamedTuple):
@@ -50,15 +50,16 @@ class Overtuning(NamedTuple):
 
     Attributes:
         raw: the validation loss at the tuned hyperparameters.
-        corrected: what to expect on unseen data, `raw + optimism`; NaN where the status is not usable.
-        optimism: by how much the validation loss is too low, by approximate leave-one-out; NaN as above.
-        trace: the same by the trace formula tr(H⁺J)/n, which falls short where hyperparameters are many for the rows.
+        corrected: loss to expect on unseen data, `raw + optimism`; NaN where the status is not usable.
+        optimism: amount by which the validation loss is too low, by approximate leave-one-out; NaN as above.
+        trace: the same amount by the trace formula tr(H⁺J)/n, which is too small when there are many hyperparameters
+            for the rows.
         effective: the number of effective hyperparameters, the sum of the leverages of the validation rows: at most
             the number of hyperparameters, and fewer where the validation loss hardly depends on some.
         status: int code, see `hg.Status`: the first hypergradient that was not usable; INACCURATE where the
             hyperparameters are not near a minimum of the validation loss.
-        hyperparameters: how many there are.
-        rows: validation rows.
+        hyperparameters: number of hyperparameters.
+        rows: number of validation rows.
     """
 
     raw: float
@@ -72,7 +73,7 @@ class Overtuning(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """In plain words, where the correction is large; else empty."""
+        """A plain-language warning where the correction is large; otherwise empty."""
         if not self.optimism > LARGE * abs(self.raw):
             return ""
         return (
@@ -106,24 +107,24 @@ def overtuning(
 ) -> Overtuning:
     """Correct the validation loss at tuned hyperparameters for the luck of having been tuned on it.
 
-    What is promised is an honest estimate of the loss on data like the validation data, and nothing else: no intervals
-    for hyperparameters, and no better choice among models. Both were tried and did not hold.
+    The result is an honest estimate of the loss on data like the validation data, and nothing else: no intervals for
+    hyperparameters, and no better choice among models. Both were tried and did not hold.
 
     Args:
         solver: the solver that tuned, which trains to the same parameters at every call: `hg.implicit`, or
             `hg.unrolled` from the same start.
-        state: its state, as `result.state`.
-        hparams: the tuned hyperparameters, as `result.hparams`: at most 64 numbers.
+        state: the solver's state, as in `result.state`.
+        hparams: the tuned hyperparameters, as in `result.hparams`: at most 64 numbers.
         train: training data, arrays or None.
-        valid: validation data, a pytree of arrays `[n, ...]`, of whose rows the outer loss is a mean.
-        key: for losses that draw; the same in every evaluation.
+        valid: validation data, a pytree of arrays `[n, ...]`; the outer loss must be a mean over their rows.
+        key: for losses that draw; the same key is used in every evaluation.
 
     Returns:
         See `Overtuning`.
 
     Raises:
-        InputError: for more hyperparameters, fewer than two validation rows, an outer loss that is no mean over rows,
-            or a solver that goes on training from call to call.
+        InputError: for more hyperparameters, fewer than two validation rows, an outer loss that is not a mean over
+            rows, or a solver that continues training from call to call.
         InputTypeError: for minibatches and streams, and inside `jit`.
 
     Warns:
@@ -188,9 +189,9 @@ def _measure(
     *,
     solver: Solver,
 ) -> tuple[tuple[Array, Array, Array], Any]:
-    """The validation loss with its rows and a status here; gradients, rows, status and errors at `hparams + moves`.
+    """The validation loss, its rows and a status here; gradients, rows, status and errors at `hparams + moves`.
 
-    Gradients, and what is known of their errors, are in units of the steps `scale`.
+    Gradients, and the estimates of their errors, are in units of the steps `scale`.
     """
     at, unravel = ravel_pytree(hparams)
     single = lambda row: jax.tree.map(lambda x: x[None], row)
@@ -203,7 +204,7 @@ def _measure(
 
     def point(move: Array) -> tuple[Array, Array, Array, Array]:
         here = unravel(at + move)
-        if getattr(solver, "evaluate", None) is None:  # one batch of hypergradients holds all that is needed
+        if getattr(solver, "evaluate", None) is None:  # one batch of hypergradients holds everything needed
             out = jax.vmap(lambda row: solver.hypergrad(state, here, train, single(row), key=key)[0])(valid)
             grads = jax.vmap(lambda g: ravel_pytree(g)[0])(out.grad) * scale[None]
             error = jnp.mean(out.info.error_estimate * jnp.sqrt(jnp.sum(grads**2, axis=1)))
@@ -214,7 +215,7 @@ def _measure(
         grad = ravel_pytree(out.grad)[0]
         return grad * scale, each, status, out.info.error_estimate * jnp.sqrt(jnp.sum(grad**2)) * jnp.max(scale)
 
-    # At a minimum the hypergradient is smaller than its own error, so that only the loss is asked for here.
+    # At a minimum the hypergradient is smaller than its own error, so only the loss is requested here.
     value, info, here = evaluate(state, hparams, train, valid, key=key)
     each, worst = rows_at(here, hparams)
     status = jnp.where(usable(info.status), worst, info.status)
@@ -227,10 +228,10 @@ def _leave_one_out(
     """Optimism, its trace formula, and the effective number of hyperparameters, all in units of the steps.
 
     Args:
-        grad: of the validation loss one step up in each hyperparameter, and one step down, `[2k, k]`.
-        each: losses of the rows where they are, `[n]`.
+        grad: gradients of the validation loss one step up in each hyperparameter, and one step down, `[2k, k]`.
+        each: losses of the rows at the tuned hyperparameters, `[n]`.
         moved: losses of the rows at the steps, `[2k, n]`.
-        error: of the gradients; no eigenvalue of H that is smaller is one.
+        error: errors of the gradients; an eigenvalue of H that is smaller does not count as one.
 
     Returns:
         None where H has no positive eigenvalue, or a negative one of the largest size.
@@ -252,7 +253,7 @@ def _leave_one_out(
     curvature = np.maximum(np.sum(bend * weight * pattern, axis=1), 0) / np.where(own > 0, own, 1)
 
     # Where the rows' own curvature is all of H, as for squares of linear functions, the formula is exact. Elsewhere the
-    # optimum moves on curves, and what second order says of flat directions and of single rows is bounded.
+    # optimum moves on curves, and the second-order values for flat directions and for single rows are bounded.
     white = vectors[:, kept] / np.sqrt(n * eigenvalues[kept])  # (n H)⁺ = white whiteᵀ
     identity = (centred @ white).T @ (curvature[:, None] * (centred @ white))
     exact = np.abs(identity - np.eye(len(identity))).max() < _EXACT
@@ -265,7 +266,7 @@ def _leave_one_out(
     size = np.sum((centred @ white) ** 2, axis=1)  # c_i·(n H)⁺ c_i
     along = np.sum((slope @ white) * (centred @ white), axis=1)
     leverage = curvature * size
-    leverage *= min(1.0, kept.sum() / max(leverage.sum(), 1e-300))  # those of a smoother sum to its rank at most
+    leverage *= min(1.0, kept.sum() / max(leverage.sum(), 1e-300))  # a smoother's leverages sum to its rank at most
     leverage = np.minimum(leverage, _SURE if exact else _LEVERAGE)
     shrink = 1 / (1 - leverage)
     second = leverage * size * shrink**2 / 2  # ½ κ_i (c_i·δ_i)²
@@ -273,7 +274,7 @@ def _leave_one_out(
 
 
 def _steps(hparams: PyTree) -> np.ndarray:
-    """Lengths of the differences, relative to each hyperparameter or, where it is small, to its leaf."""
+    """Lengths of the difference steps, relative to each hyperparameter or, where it is small, to its leaf."""
     relative = 1e-2 if _tree.eps(hparams) < 1e-12 else 3e-2
 
     def steps(leaf: Any) -> np.ndarray:

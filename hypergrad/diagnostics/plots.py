@@ -1,8 +1,8 @@
-"""Pictures of a run: what the outer loss, the hyperparameters and the hypergradient did.
+"""Pictures of a run: how the outer loss, the hyperparameters and the hypergradient developed.
 
-Each function draws on `ax`, or on a new figure, and returns the Axes; none shows, saves or changes a global setting.
-They take what `hg.tune` returns, or its `history`. Colours are those of Okabe & Ito (2008), which every kind of colour
-vision tells apart; failed steps are crosses, the best step is a star.
+Each function draws on `ax`, or on a new figure, and returns the Axes; none of them shows or saves a figure, or changes
+a global setting. They take the result of `hg.tune`, or its `history`. The colours are those of Okabe & Ito (2008),
+which people with any kind of colour vision can tell apart; failed steps are crosses, the best step is a star.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D00")
 _DASHES = ("-", "--", "-.", ":")
 _FAILED = "#D55E00"
 _BEST = "#E69F00"
-_LINES = 8  # entries of a leaf up to which each has a line of its own
-_DECADES = 1.3  # width of a range of positive numbers above which an axis is logarithmic
+_LINES = 8  # entries up to which each entry of a leaf has a line of its own
+_DECADES = 1.3  # width, in decades, of a range of positive numbers above which an axis is logarithmic
 
 
 def losses(result: Any, *, names: Sequence[str] = ("value",), against: str = "step", ax: Any = None) -> Any:
@@ -33,8 +33,8 @@ def losses(result: Any, *, names: Sequence[str] = ("value",), against: str = "st
 
     Args:
         result: what `hg.tune` returns, or its history.
-        names: what to draw: `"value"` for the outer loss, and names of metrics and of the solver's extras.
-        against: `"step"`, or `"seconds"` since the end of the first step, which holds the compilation.
+        names: curves to draw: `"value"` for the outer loss, and names of metrics and of the solver's extras.
+        against: `"step"`, or `"seconds"` since the end of the first step, which includes the compilation.
         ax: matplotlib Axes, or None for a new figure.
 
     Returns:
@@ -71,7 +71,7 @@ def losses(result: Any, *, names: Sequence[str] = ("value",), against: str = "st
 
 
 def hyperparameters(result: Any, *, names: Sequence[str] | None = None, ax: Any = None) -> Any:
-    """Hyperparameters against step: a line for each entry, for large leaves the mean within the range.
+    """Hyperparameters against step: one line per entry; for large leaves, the mean within the range.
 
     Args:
         result: what `hg.tune` returns, or its history.
@@ -144,7 +144,7 @@ def hypergradient(result: Any, *, ax: Any = None) -> Any:
     ax.plot(x, norm, label="norm", **_line(0))
     error = np.where(np.isfinite(history.error_estimate), history.error_estimate, np.nan)
     wide = _is_wide([norm])
-    # An error of 100 % reaches down to zero, which has no place on a logarithmic axis.
+    # An error of 100 % reaches down to zero, which cannot be drawn on a logarithmic axis.
     low = np.maximum(norm * (1 - error), 0.1 * np.min(norm, initial=np.inf, where=np.isfinite(norm)) if wide else 0)
     if np.isfinite(error).any():
         label = f"± estimated error (median {np.nanmedian(error):.1g})"
@@ -156,7 +156,7 @@ def hypergradient(result: Any, *, ax: Any = None) -> Any:
 
 
 def landscape(grid: Landscape, result: Any = None, *, ax: Any = None) -> Any:
-    """The outer loss over one or two hyperparameters, with the path that a run took over it.
+    """The outer loss over one or two hyperparameters, with the path that a run took across it.
 
     Args:
         grid: what `hg.diagnostics.landscape` returns.
@@ -290,17 +290,18 @@ def attribution(
     Args:
         found: what `hg.attribute` returns.
         query: the row of the query.
-        pictures: of the examples, `[examples, height, width]` or with a last axis of colours; None for bars alone.
-        query_picture: of the query, drawn in the corner; None for none.
-        labels: words for each example or group; None for their names.
-        count: how many of each kind.
+        pictures: pictures of the examples, `[examples, height, width]` or with a last axis of colours; None to draw
+            only bars.
+        query_picture: picture of the query, drawn in the corner; None to draw none.
+        labels: labels of the examples or groups; None for their names.
+        count: number of examples or groups of each kind.
         ax: matplotlib Axes, or None for a new figure.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: for a query without scores, or pictures that are not one for each column.
+        InputError: for a query without scores, or pictures whose number differs from that of the columns.
         HypergradError: if matplotlib is not installed.
 
     >>> import hypergrad as hg, numpy as np
@@ -338,7 +339,7 @@ def attribution(
 def coordinates(check: CoordinateCheck, *, ax: Any = None) -> Any:
     """How much training changed each activation, over widths: lines that should be flat, with their slopes.
 
-    A full line is the change after the last step, a faint one that after the first.
+    A solid line is the change after the last step, a faint one the change after the first.
 
     Args:
         check: what `hg.scaling.coordinate_check` returns.
@@ -348,7 +349,7 @@ def coordinates(check: CoordinateCheck, *, ax: Any = None) -> Any:
         The Axes.
 
     Raises:
-        InputError: for anything else.
+        InputError: for any other argument.
         HypergradError: if matplotlib is not installed.
 
     >>> import hypergrad as hg, numpy as np
@@ -407,7 +408,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _picture(ax: Any, image: Any, at: tuple[float, float], follows: str | None, zoom: float = 26) -> None:
-    """An image of `zoom` points: left of the axis at a height in data, or at a point in fractions of the axes."""
+    """An image of `zoom` points: left of the axis at a height in data units, or at a point in fractions of the axes."""
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     image = np.asarray(image)

@@ -1,10 +1,10 @@
-r"""What leaving out rows does in truth: training without them, many times side by side, and how well scores agree.
+r"""The true effect of leaving out rows: many trainings without them, side by side, and how well scores agree with it.
 
     LDS_q = Spearman correlation over subsets S of  Σ_{i ∈ S} a_qi  and  f_q(w without S) − f_q(w)
 
 Source: Ilyas et al. 2022, arXiv:2202.00622 (datamodels); Park et al. 2023, arXiv:2303.14186 (the score). Differs: the
-subsets are what is left out, so that both changes have the sign of `hg.attribute`.
-Cost: one training for each subset; as many at a time as fit the memory.
+subsets are the rows that are left out, so that both changes have the sign of `hg.attribute`.
+Cost: one training for each subset, with as many at a time as fit into memory.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Retrained(NamedTuple):
     """The losses of queries after training without each subset; made by `hg.diagnostics.retrain`.
 
     Attributes:
-        losses: of each query after each training, `[subsets, queries]`; NaN where a training's status is not usable.
-        whole: of each query after training on all rows, `[queries]`.
+        losses: loss of each query after each training, `[subsets, queries]`; NaN where a training's status is not
+            usable.
+        whole: loss of each query after training on all rows, `[queries]`.
         status: int code of each training, see `hg.Status`, `[subsets]`.
     """
 
@@ -42,7 +43,7 @@ class Retrained(NamedTuple):
 
     @property
     def changes(self) -> np.ndarray:
-        """What leaving out each subset changed, `[subsets, queries]`: what `hg.attribute` predicts."""
+        """The true change from leaving out each subset, `[subsets, queries]`, which `hg.attribute` predicts."""
         return self.losses - self.whole
 
 
@@ -62,23 +63,23 @@ def retrain(
     """Train again without each subset of rows, and evaluate the queries.
 
     Args:
-        problem: as for `hg.attribute`, and the five arguments that follow as well.
-        params: where the method starts.
-        hparams: held where they are.
+        problem: the two losses; as for `hg.attribute`, like `params`, `hparams`, `train`, `queries` and `method`.
+        params: parameters from which the method starts.
+        hparams: hyperparameters, which stay fixed.
         train: pytree of arrays `[n, ...]`, or `hg.minibatches(arrays, size)`; then every training draws the same
             batches, in which rows that are left out count for nothing.
         queries: pytree of arrays `[queries, ...]`.
         left_out: the rows that each training leaves out: a mask `[subsets, n]`, or a list of row numbers for each.
-        method: from a problem to a solver, which trains.
-        memory: about how many bytes trainings side by side may take.
-        key: for losses, minibatches and methods that draw; the same for every training.
+        method: a function from a problem to a solver, which trains.
+        memory: about how many bytes the trainings that run side by side may take.
+        key: for losses, minibatches and methods that draw; the same key is used for every training.
 
     Returns:
         See `Retrained`.
 
     Raises:
-        InputError: for subsets that are not among the rows or hold all of them, and as `hg.attribute`.
-        InputTypeError: as `hg.attribute`.
+        InputError: for subsets with rows that do not exist or with all rows, and wherever `hg.attribute` raises it.
+        InputTypeError: wherever `hg.attribute` raises it.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> squares = lambda w, l2, batch: jnp.mean((batch - w)**2)  # w* is the mean of the batch
@@ -127,12 +128,12 @@ def lds(scores: Any, left_out: Any, changes: Any) -> np.ndarray:
     """The linear datamodeling score: rank correlation of predicted and true changes over subsets, for each query.
 
     Args:
-        scores: of single examples, `[queries, n]`, as `hg.attribute(...).scores`.
-        left_out: what the subsets leave out, as for `hg.diagnostics.retrain`.
-        changes: true changes of the losses, `[subsets, queries]`, as `hg.diagnostics.retrain(...).changes`.
+        scores: scores of single examples, `[queries, n]`, as in `hg.attribute(...).scores`.
+        left_out: the rows that each subset leaves out, as for `hg.diagnostics.retrain`.
+        changes: true changes of the losses, `[subsets, queries]`, as in `hg.diagnostics.retrain(...).changes`.
 
     Returns:
-        A correlation between -1 and 1 for each query, `[queries]`; NaN where a score or change is.
+        A correlation between -1 and 1 for each query, `[queries]`; NaN where a score or a change is NaN.
 
     Raises:
         InputError: for shapes that do not fit together, and fewer than three subsets.
@@ -156,12 +157,12 @@ def loo_correlation(scores: Any, changes: Any) -> np.ndarray:
     """Pearson correlation of scores with the true changes when single examples are left out, for each query.
 
     Args:
-        scores: of the examples that were left out, `[queries, examples]`.
+        scores: scores of the examples that were left out, `[queries, examples]`.
         changes: true changes when each of them was left out, `[examples, queries]`, as
             `hg.diagnostics.retrain(...).changes`.
 
     Returns:
-        A correlation between -1 and 1 for each query, `[queries]`; NaN where a score or change is.
+        A correlation between -1 and 1 for each query, `[queries]`; NaN where a score or a change is NaN.
 
     Raises:
         InputError: for shapes that do not fit together, and fewer than three examples.
@@ -183,7 +184,7 @@ def masks_of(name: str, left_out: Any, n: int) -> np.ndarray:
     """The rows that each subset leaves out, as a boolean mask `[subsets, n]`.
 
     Raises:
-        InputError: for anything else.
+        InputError: for any other form.
     """
     write = f"write a boolean mask of shape [subsets, {n}], or a list of row numbers for each subset"
     parts = [np.asarray(part) for part in left_out] if isinstance(left_out, (Sequence, np.ndarray, Array)) else []
@@ -212,7 +213,7 @@ def _matrix(name: str, what: str, value: Any) -> np.ndarray:
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, the mean rank for ties; NaN throughout a row that holds one."""
+    """Ranks along the last axis, with the mean rank for ties; NaN throughout a row that contains one."""
     ranks = np.empty_like(x)
     for row, out in zip(x, ranks, strict=True):
         _, inverse, counts = np.unique(row, return_inverse=True, return_counts=True)
