@@ -43,7 +43,8 @@ def experiment(
     Args:
         file: `__file__` of the script; pictures and results go beside it.
         about: its docstring.
-        measure: fills in a dict of numbers (nested dicts and lists may do). It finds `seed`, `smoke`, `json`, `keep`
+        measure: fills in a dict of numbers (nested dicts and lists may do), and the processor time of what an earlier
+            run has measured of them as `seconds_before`. It finds `seed`, `smoke`, `json`, `keep`
             and `out` (the folder of pictures: beside the script for seed 0, else one that is thrown away, unless
             `--out` names one) in its options.
         arguments: adds arguments of this experiment alone.
@@ -88,7 +89,8 @@ def experiment(
         except KeyboardInterrupt:
             interrupted = True
             print("\nInterrupted; what was measured so far:", file=sys.stderr)
-    found = {"seed": options.seed, **rounded(numbers), "seconds": round(time.process_time() - began, 1)}
+    seconds = time.process_time() - began + numbers.pop("seconds_before", 0.0)
+    found = {"seed": options.seed, **rounded(numbers), "seconds": round(seconds, 1)}
     if options.json or interrupted:
         print(json.dumps(found), flush=True)
     if interrupted:

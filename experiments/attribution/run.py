@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,15 @@ DROPS = (0.01, 0.05, 0.2)
 QUERIES = 20
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of influence, relative to the size of the curvature; the best one is shown
 POINTS = 10  # of the run, at which TracIn looks
+PARTS = {
+    "sgd": "a network, gradient descent",
+    "softmax": "softmax regression at its optimum",
+    "adam": "a network, Adam",
+    "text": "a character transformer",
+    "wrong": "mislabelled examples",
+    "short": "a network, far from trained",
+    "cost": "the cost of a query",
+}
 
 
 class Task(NamedTuple):
@@ -308,30 +318,51 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     smoke, seed = options.smoke, options.seed
     count, steps = (4, 10) if smoke else (96, 100)
     drops = DROPS[-1:] if smoke else DROPS
-    print("a network, gradient descent", flush=True)
-    sgd = network(options, "sgd", steps)
-    shown = judged(sgd, drops, count, seed, numbers.setdefault("sgd", {}))
-    print("softmax regression at its optimum", flush=True)
-    convex(options, numbers.setdefault("softmax", {}))
-    print("a network, Adam", flush=True)
-    judged(network(options, "adam", steps), drops, count, seed, numbers.setdefault("adam", {}))
-    if seed == 0:  # the transformer: one seed, one drop, half the trainings
-        print("a character transformer", flush=True)
-        share, half = (DROPS[-1], 4) if smoke else (0.05, 48)
-        judged(transformer(options), (share,), half, 0, numbers.setdefault("text", {}), text=True)
-    print("mislabelled examples", flush=True)
-    mislabelled(options, numbers.setdefault("wrong", {}))
-    print("a network, far from trained", flush=True)
-    judged(network(options, "sgd", 5 if smoke else 20), drops[:1], count, seed, numbers.setdefault("short", {}))
-    cost(sgd, numbers["sgd"])
+    kept = Path(__file__).with_name("results.json")
+    if options.parts != PARTS and kept.exists() and not smoke:  # what earlier runs of this seed have measured
+        before = json.loads(kept.read_text()).get(str(seed), {})
+        numbers |= {key: value for key, value in before.items() if key not in ("seed", "seconds")}
+        numbers["seconds_before"] = before.get("seconds", 0.0)
+    sgd, shown = network(options, "sgd", steps), None
+    for part in options.parts:
+        print(PARTS[part], flush=True)
+        found = numbers.setdefault(part, {})
+        if part == "sgd":
+            shown = judged(sgd, drops, count, seed, found)
+        elif part == "softmax":
+            convex(options, found)
+        elif part == "adam":
+            judged(network(options, "adam", steps), drops, count, seed, found)
+        elif part == "text" and seed == 0:  # one seed, one drop, half the trainings
+            share, half = (DROPS[-1], 4) if smoke else (0.05, 48)
+            judged(transformer(options), (share,), half, 0, found, text=True)
+        elif part == "wrong":
+            mislabelled(options, found)
+        elif part == "short":
+            judged(network(options, "sgd", 5 if smoke else 20), drops[:1], count, seed, found)
+        elif part == "cost":
+            cost(sgd, found)
     picture(options, numbers, sgd, shown)
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    def parts(text: str) -> dict[str, str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in PARTS]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+        return {name: PARTS[name] for name in names}
+
+    parser.add_argument(
+        "--parts", type=parts, default=PARTS, metavar="A,B", help=f"of {', '.join(PARTS)}; the others stay as kept"
+    )
+
+
 def picture(
-    options: argparse.Namespace, numbers: dict[str, Any], task: Task, found: hg.diagnostics.Attribution
+    options: argparse.Namespace, numbers: dict[str, Any], task: Task, found: hg.diagnostics.Attribution | None
 ) -> None:
-    fig = figure(12.5, 4.6)
-    left, right = fig.subplots(1, 2)
+    """The scores, and the examples of one query where its attribution was among the parts measured."""
+    fig = figure(12.5 if found else 8.0, 4.6)
+    left, *rest = fig.subplots(1, 1 + bool(found), squeeze=False)[0]
     kinds = {
         "metagradient": ("metagradient", BLUE),
         "influence": ("influence, best damping", ORANGE),
@@ -339,8 +370,8 @@ def picture(
         "products": ("gradient products", PINK),
         "cosines": ("gradient cosines", SKY),
     }
-    settings = [(k, d) for k in ("sgd", "adam") for d in numbers[k]["metagradient"]]
-    settings += [(k, d) for k in ("short", "text") if k in numbers for d in numbers[k]["metagradient"]]
+    shown = [kind for kind in ("sgd", "adam", "short", "text") if "metagradient" in numbers.get(kind, {})]
+    settings = [(kind, d) for kind in shown for d in numbers[kind]["metagradient"]]
     for j, (kind, (label, colour)) in enumerate(kinds.items()):
         values = [numbers[k].get(kind, {}).get(d, np.nan) for k, d in settings]
         left.bar(np.arange(len(settings)) + (j - 2) * 0.16, values, 0.15, label=label, color=colour)
@@ -348,12 +379,12 @@ def picture(
     left.set_xticks(range(len(settings)), [f"{names[k]}\n{d} %" for k, d in settings], fontsize=8)
     titled(left, "Scores against training again", ylabel="linear datamodeling score")
     left.legend(frameon=False, fontsize="small", ncols=2)
-    images = np.asarray(task.train[0]).reshape(-1, 8, 8)
-    hg.diagnostics.plots.attribution(
-        found, 0, images, np.asarray(task.queries[0][0]).reshape(8, 8), labels=[str(y) for y in task.train[1]], ax=right
-    )
+    images, labels = np.asarray(task.train[0]).reshape(-1, 8, 8), [str(y) for y in task.train[1]]
+    for ax in rest:
+        query = np.asarray(task.queries[0][0]).reshape(8, 8)
+        hg.diagnostics.plots.attribution(found, 0, images, query, labels=labels, ax=ax)
     save(fig, options.out)
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, arguments=arguments)
