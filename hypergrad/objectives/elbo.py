@@ -123,7 +123,7 @@ def elbo(
     model: Callable[..., Any],
     *,
     likelihood: str,
-    kappa: float | str,
+    kappa: Any,
     rows: int,
     noise: Any = None,
     center: PyTree = None,
@@ -145,8 +145,8 @@ def elbo(
     Args:
         model: `(weights, hparams, x) -> outputs`, `[n, c]` or `[n]`.
         likelihood: `"categorical"` (logits, class numbers), `"bernoulli"` (logits, 0 or 1) or `"gaussian"`.
-        kappa: weight of the data against the KL divergence: `"data"` for D/n, 1.0 for the evidence lower bound, or any
-            positive number.
+        kappa: weight of the data against the KL divergence: `"data"` for D/n, 1.0 for the evidence lower bound, any
+            positive number, or a function from the hyperparameters to one.
         rows: n, the number of training examples, however many a batch has.
         noise: standard deviation of the Gaussian: a positive number, or a function from the hyperparameters to it.
         center: mean of the prior, a pytree like the weights: pre-trained ones for a backbone, zeros for a new head;
