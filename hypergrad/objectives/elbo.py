@@ -98,7 +98,7 @@ def prior_variances(posterior: Posterior, *, center: PyTree = None, groups: PyTr
             `{"backbone": "backbone", "head": "head"}`; None for one group, called "all".
 
     Returns:
-        `{group: τ*}`, scalars in the units of the weights, squared.
+        The variance of each group by its name, a scalar in the units of the weights, squared.
 
     Raises:
         InputError: for groups that are no prefix of the weights, or hold none; for a centre unlike the weights.

@@ -20,6 +20,12 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 REFERENCE = runpy.run_path(str(FOLDER / "reference.py"))["pages"]()
 
 
+def test_what_a_docstring_names_is_linked_below_it():
+    below = REFERENCE["hypergrad"].split(".. autofunction:: attribute\n", 1)[1].split("\n.. auto", 1)[0]
+    for name in ("hypergrad.implicit", "hypergrad.unrolled", "hypergrad.inner.gradient"):
+        assert f":py:obj:`{name}`" in below
+
+
 def test_every_public_name_is_in_the_reference():
     """By the shortest path at which it is reached."""
     listed = {
@@ -32,6 +38,7 @@ def test_every_public_name_is_in_the_reference():
     beside = sorted(path for path in listed - set(PUBLIC) if ".adapters." not in path)
     assert beside == [], "in the reference, and not public"
     assert {f"hypergrad.adapters.{name}.split" for name in ("nnx", "linen", "equinox")} <= listed
+    assert "hypergrad.adapters.sklearn.HyperRidge" in listed
 
 
 def test_every_page_is_reached_from_the_first():
