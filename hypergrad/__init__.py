@@ -5,13 +5,14 @@ Methods           implicit, online, unrolled, direct, hypernetwork, self_tuning,
                   best_response
 Their parts       inner (finds parameters), linear (solves the adjoint system), responses, prox, Regularity
 Tuning            tune, multistart, outer (controllers, checkpoints), domains, augment; Result, TuneStatus
-Across widths     scaling: what a narrow model was tuned to, used in a wide one
+Across widths     scaling: hyperparameters tuned on a narrow model, used in a wide one
 Trust             check, Status, raise_if_failed, diagnostics
 Examples          attribute: what leaving out each training example would change
 Without a split   objectives (outer losses that need no validation set)
-To write one's own Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
+Writing your own  Solver, About, Hypergradient, Info; options, Number, Choice, Slot (what a factory takes)
 
-`help(hypergrad.implicit)` and its siblings have equations, arguments with units, errors and an example.
+`help(hypergrad.implicit)`, like that of every public function, shows equations, arguments with units, errors and an
+example.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m hypergrad`: hyperparameters tuned by gradient on real data, in under a minute."""
+"""`python -m hypergrad` tunes hyperparameters by gradient on real data, in under a minute."""
 
 from __future__ import annotations
 

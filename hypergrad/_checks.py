@@ -1,4 +1,4 @@
-"""Mistakes that a caller can make, found before anything is compiled.
+"""Checks that find a caller's mistakes before anything is compiled.
 
 Each message names the argument, its path in the tree, what was found and what to write instead.
 """
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 def caller_level() -> int:
-    """Stack level, for a warning of the function that calls this, of the first frame outside this library and JAX."""
+    """The `stacklevel` with which the caller's warning points to the first frame outside this library and JAX."""
     inside = ("hypergrad", "jax", "functools", "contextlib")
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
@@ -52,18 +52,18 @@ def suggest_names(factory: Callable[P, R]) -> Callable[P, R]:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, for messages. Until the package is published it is run in a clone."""
+    """The command that installs an extra, for messages. Until the package is published, it is run in a clone."""
     return f"pip install -e '.[{extra}]' in a clone of hypergrad"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`, did you mean 'x'?`, or nothing."""
+    """The hint `, did you mean 'x'?`, or an empty string if no name is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise unless `value` is one of the strings allowed."""
+    """Raise unless `value` is one of the allowed strings."""
     if value not in allowed:
         hint = nearest(value, allowed) if isinstance(value, str) else ""
         raise InputError(
@@ -72,7 +72,7 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
 
 
 def check_hparams(hparams: PyTree) -> PyTree:
-    """Hyperparameters as floating arrays: Python numbers are converted, anything else that is not real is refused.
+    """Hyperparameters as floating arrays; Python numbers are converted, and other leaves that are not real are refused.
 
     Raises:
         InputError: for a pytree without leaves.
@@ -86,7 +86,7 @@ def check_hparams(hparams: PyTree) -> PyTree:
 
 
 def check_params(params: PyTree) -> PyTree:
-    """Parameters as floating arrays, as `check_hparams`; concrete NaN is refused."""
+    """Parameters as floating arrays, as in `check_hparams`; concrete NaN is refused."""
     if not jax.tree.leaves(params):
         raise InputError("params has no leaves, so there is nothing to train: pass the model's parameters.")
     params = jax.tree_util.tree_map_with_path(functools.partial(_as_float, "params"), params)
@@ -107,7 +107,7 @@ def check_finite(name: str, tree: PyTree) -> None:
             )
 
 
-@jax.jit  # one program for a shape in place of three; not one for the tree, whose leaves may be on different devices
+@jax.jit  # one program per shape instead of three; not one for the tree, whose leaves may be on different devices
 def _count_not_finite(leaf: Array) -> Array:
     return jnp.sum(~jnp.isfinite(leaf))
 
@@ -130,11 +130,11 @@ def check_same_structure(name: str, found: PyTree, expected: PyTree, remedy: str
 
 
 def check_data(name: str, data: PyTree) -> None:
-    """Raise for a batch that holds no example."""
+    """Raise for a batch without examples."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if 0 in getattr(leaf, "shape", ()):
             raise InputError(
-                f"{name}{keystr(path)} is empty (shape {leaf.shape}); the loss of no data is NaN or 0: "
+                f"{name}{keystr(path)} is empty (shape {leaf.shape}); the loss of an empty batch is NaN or 0: "
                 "pass at least one example, or None for a loss that closes over its data."
             )
 
@@ -164,17 +164,17 @@ def _as_float(name: str, path: Any, leaf: Any) -> jax.Array:
 
 
 def spread(function: str, name: str, prefix: PyTree, tree: PyTree, *, of: str = "hparams") -> PyTree:
-    """A pytree like `tree`, whose leaves are those of the prefix.
+    """Broadcast a pytree prefix to a pytree like `tree`.
 
     Args:
-        function: who asks.
-        name: of its argument.
-        prefix: the argument: one value, or a pytree prefix of `tree`.
-        tree: the hyperparameters, or what `of` names.
+        function: name of the calling function, for messages.
+        name: name of its argument, for messages.
+        prefix: value of that argument: one value, or a pytree prefix of `tree`.
+        tree: the hyperparameters, or another tree that `of` names.
         of: the name of `tree`, for the message.
 
     Raises:
-        InputError: for a pytree that is no prefix of `tree`.
+        InputError: for a pytree that is not a prefix of `tree`.
     """
     try:
         return jax.tree.map(lambda value, part: jax.tree.map(lambda _: value, part), prefix, tree)

@@ -1,6 +1,6 @@
 """Training and validation data as the solvers see them: a full batch, minibatches drawn inside jit, or a host stream.
 
-Whatever the form, `draw(data, key, step)` is the batch of one inner step.
+In each of these forms, `draw(data, key, step)` is the batch of one inner step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hypergrad._tree import PyTree, is_key, keystr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Minibatches:
-    """Arrays of which each step sees `size` random rows; made by `hg.minibatches`."""
+    """Arrays from which each step draws `size` random rows; made by `hg.minibatches`."""
 
     arrays: PyTree
     size: int = dataclasses.field(metadata={"static": True})
@@ -43,10 +43,10 @@ class Stream:
     """A host iterator of batches; made by `hg.stream`, consumed by `hg.tune`.
 
     Attributes:
-        iterator: where batches come from.
-        per_step: batches of one outer step.
-        position: how many batches were handed out since the stream was made: the data cursor of a checkpoint.
-        recent: those handed out since the last `forget`; `seek` can put them back.
+        iterator: source of the batches.
+        per_step: number of batches in one outer step.
+        position: number of batches handed out since the stream was made, which is the data cursor of a checkpoint.
+        recent: batches handed out since the last `forget`; `seek` can put them back.
     """
 
     iterator: Iterator[PyTree]
@@ -64,19 +64,19 @@ class Stream:
             except StopIteration:
                 raise InputError(
                     f"hg.stream: the iterator ended after {len(batches)} of the {self.per_step} batches that one outer "
-                    "step needs; give a loader or a list, which is started anew, or a generator with `while True`."
+                    "step needs; give a loader or a list, which is restarted, or a generator with `while True`."
                 ) from None
         kinds = [kind(b) for b in batches]
         for found in kinds:
             if found != kinds[0]:
                 raise InputError(
-                    f"hg.stream: batches must all have one shape, found {kinds[0]} and {found}: "
+                    f"hg.stream: batches must all have the same shape, found {kinds[0]} and {found}: "
                     "drop or pad the last, smaller batch of an epoch."
                 )
         return Stacked(jax.tree.map(stack, *batches))
 
     def seek(self, position: int) -> None:
-        """Go to where `position` batches have been handed out: put recent ones back, or pull and drop.
+        """Move to where `position` batches have been handed out: put recent ones back, or pull and drop.
 
         Raises:
             InputError: if that is further back than `recent` reaches, or beyond the end of the iterator.
@@ -114,10 +114,10 @@ class Stream:
 
 @options(size=Number(integer=True, static=True, advice="write the rows of one batch"))
 def minibatches(arrays: PyTree, size: int) -> Minibatches:
-    """Let every step see `size` rows, drawn uniformly with replacement inside jit from the key of the step.
+    """Give every step `size` rows, drawn uniformly with replacement inside jit from the key of the step.
 
     Args:
-        arrays: pytree of arrays whose leading axes have one length, `[n, ...]`.
+        arrays: pytree of arrays whose leading axes have the same length, `[n, ...]`.
         size: rows per batch.
 
     Raises:
@@ -140,15 +140,15 @@ def minibatches(arrays: PyTree, size: int) -> Minibatches:
 
 @options(per_step=Number(least=1, integer=True, static=True, advice="write how many batches one outer step uses"))
 def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
-    """Use a host data loader: any iterable of batches (pytrees of equal shapes), started anew when it ends if possible.
+    """Use a host data loader: any iterable of batches (pytrees of equal shapes), restarted when it ends, if possible.
 
-    `hg.tune(..., checkpoint=...)` keeps count of the batches that it took. A resumed run pulls and drops as many from
-    the new stream, so the loader must yield the same batches in the same order each time the program runs (a fixed
-    shuffle seed); the last of them is compared with the one that the run had seen.
+    `hg.tune(..., checkpoint=...)` counts the batches that it takes. A resumed run pulls and drops that many from the
+    new stream, so the loader must yield the same batches in the same order each time the program runs (a fixed shuffle
+    seed); the last of them is compared with the one that the interrupted run saw.
 
     Args:
-        iterator: what yields the batches; `hg.tune` pulls from it between compiled steps.
-        per_step: batches that one outer step needs: the number of inner steps. Fewer are cycled through.
+        iterator: source of the batches; `hg.tune` pulls from it between compiled steps.
+        per_step: number of batches for one outer step, usually the number of inner steps; fewer are cycled through.
 
     Raises:
         InputError: if `per_step` is not positive.
@@ -167,7 +167,7 @@ def stream(iterator: Iterable[PyTree], per_step: int) -> Stream:
 
 
 class _Endless(Iterator[PyTree]):
-    """Started anew when it ends. No generator: an interrupt inside of one would end it for good."""
+    """An iterator that restarts when it ends. It is not a generator, which an interrupt would end for good."""
 
     def __init__(self, batches: Iterable[PyTree]):
         self.batches, self.iterator = batches, None
@@ -177,7 +177,7 @@ class _Endless(Iterator[PyTree]):
             with contextlib.suppress(StopIteration):
                 return next(self.iterator)
         self.iterator = iter(self.batches)
-        return next(self.iterator)  # a generator that ran out, or nothing at all, ends here
+        return next(self.iterator)  # an exhausted generator or an empty iterable ends here
 
 
 def prepare(name: str, data: PyTree) -> PyTree:
@@ -230,7 +230,7 @@ def kind(data: PyTree) -> Any:
 
 
 def rows(arrays: PyTree, name: str) -> int:
-    """Common length of the leading axes.
+    """The common length of the leading axes.
 
     Raises:
         InputError: if there is none, naming the paths and shapes.
@@ -256,7 +256,7 @@ def rows(arrays: PyTree, name: str) -> int:
 
 
 def stack(*batches: Any) -> Any:
-    """On the host where the batches are there, so that one transfer carries them all."""
+    """Stack batches, on the host if they are there, so that one transfer carries them all."""
     on_host = all(isinstance(b, np.ndarray) for b in batches)
     return np.stack(batches) if on_host else jnp.stack([jnp.asarray(b) for b in batches])
 
@@ -283,7 +283,7 @@ def is_random(data: PyTree) -> bool:
 
 
 def warn_small_batch(data: PyTree, n_params: int) -> None:
-    """Warn when a Hessian is to be estimated from fewer rows than there are parameters and rows to be had."""
+    """Warn when a Hessian is estimated from fewer rows than parameters although more rows are available."""
     if isinstance(data, Minibatches) and data.size < n_params and data.size < jax.tree.leaves(data.arrays)[0].shape[0]:
         warnings.warn(
             f"the inverse Hessian is taken from a minibatch of {data.size} rows for {n_params} parameters: the "

@@ -16,12 +16,12 @@ def once(condition: Array, fn: Callable[[T], T], value: T) -> T:
     """`fn(value)` where the scalar condition holds, else `value`: a loop of at most one turn.
 
     Under `vmap`, `jax.lax.cond` with a batched predicate runs both branches on operands that are broadcast over the
-    batch, whatever the branches close over included: sixteen problems copy the data that they share sixteen times. The
-    body of a loop closes over the data as they are. Alone, the two cost the same.
+    batch, including everything that the branches close over: sixteen problems copy their shared data sixteen times. The
+    body of a loop closes over the data without copying them. Without `vmap` the two cost the same.
 
     Args:
         condition: boolean scalar.
-        fn: from a pytree to one of the same structure, shapes and dtypes.
+        fn: function from a pytree to one of the same structure, shapes and dtypes.
         value: pytree of arrays.
     """
     turn = lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1]))

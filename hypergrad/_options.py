@@ -1,10 +1,10 @@
-r"""Options: how a factory says what it takes, and how their numbers travel.
+r"""Options: how a factory declares what it takes, and how their numbers are passed on.
 
 A factory declares each option in the line above itself, as a `Number`, a `Choice` or a `Slot`. The decorator `options`
-checks what it is called with against that, before anything is compiled, and keeps the declaration at the function for
-whoever wants to read it (`declared`): the tests walk it. Defaults stand where Python has them, in the signature.
+checks the arguments of each call against the declaration before anything is compiled. It also stores the declaration on
+the function, where `declared` and the tests read it. Defaults stand in the signature, as usual in Python.
 
-Numbers that may change from call to call without recompiling travel in a solver's state as arrays (`as_options`).
+Numbers that may change from call to call without recompiling are arrays in a solver's state (`as_options`).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Number(NamedTuple):
 
     Attributes:
         least: smallest value.
-        above: what it must be greater than.
+        above: strict lower bound.
         most: largest value.
-        below: what it must be less than.
+        below: strict upper bound.
         integer: whether it must be a whole number of an integer type.
-        static: whether it must be known before anything is compiled: a number of Python or NumPy, not an array of JAX.
-        every: whether it may be an array, or a pytree of them, each of whose entries must be in the range.
-        advice: the end of the message for anything else: what to write instead.
+        static: whether it must be known before anything is compiled: a Python or NumPy number, not a JAX array.
+        every: whether it may be an array or a pytree of arrays, with every entry in the range.
+        advice: end of the error message, which says what to write instead.
 
     >>> import hypergrad as hg
     >>> hg.Number(least=0, below=1).range
@@ -113,7 +113,7 @@ class Choice(NamedTuple):
     allowed: tuple[str, ...]
 
     def check(self, function: str, name: str, value: Any) -> None:
-        """Raise for any other value, with the nearest of those allowed."""
+        """Raise for any other value; the message names the nearest allowed one."""
         check_choice(function, name, value, self.allowed)
 
 
@@ -121,10 +121,10 @@ class Slot(NamedTuple):
     """An object of some kind, such as an inner solver. Declares an option of a factory, for `hg.options`.
 
     Attributes:
-        kind: its type, or several; or the names of functions that it must have.
-        what: the kind in words, with its article.
-        write: what to write instead of something else.
-        none: whether None is allowed, and means that there is to be none.
+        kind: its type or types, or the names of functions that it must have.
+        what: the kind in words, with an article.
+        write: what the error message tells the caller to write.
+        none: whether None is allowed, meaning that there is no such object.
     """
 
     kind: type | tuple[type, ...] | tuple[str, ...]
@@ -149,8 +149,8 @@ SOLVER = Slot(("init", "hypergrad", "response"), "an hg.Solver", "hg.implicit(pr
 def options(**declared: Option) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare the options of a factory, which are then checked in every call before it runs.
 
-    A keyword that the factory does not have is refused as well, with the nearest that it has. The default itself is
-    always allowed, so that an option may be None only where that is its default.
+    An unknown keyword is refused as well, and the message names the nearest known one. The default itself is always
+    allowed, so an option may be None only if that is its default.
 
     Args:
         **declared: an `hg.Number`, `hg.Choice` or `hg.Slot` for each option by its name.
@@ -217,7 +217,7 @@ def _describe(value: Any) -> str:
 
 
 def default_tol(tol: ArrayLike | None, like: PyTree) -> Array:
-    """A traced tolerance; None stands for what the precision supports: 1e-6 in float32, 1e-10 in float64."""
+    """A traced tolerance; None means what the precision supports: 1e-6 in float32, 1e-10 in float64."""
     if tol is None:
         eps = _tree.eps(like)
         tol = 1e-10 if eps < 1e-12 else 1e-6 if eps < 1e-5 else 1e-2
@@ -225,8 +225,7 @@ def default_tol(tol: ArrayLike | None, like: PyTree) -> Array:
 
 
 def as_options(options: Mapping[str, ArrayLike | None], like: PyTree) -> dict[str, Array]:
-    """Options as scalar arrays of one dtype each, whatever type they were given in, so that a new value fits the old
-    trace.
+    """Options as scalar arrays of fixed dtypes, so that a new value of any type fits the old trace.
 
     A tolerance of None becomes the default for the dtype of `like`.
     """

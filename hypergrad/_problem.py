@@ -2,8 +2,8 @@
 
     inner_loss, outer_loss: f(params, hparams, batch[, key][, model_state]) -> scalar, or (scalar, metrics)
 
-Everything else in the library calls losses through `inner_value` and `outer_value`, where every optional argument and
-every optional output is present.
+The rest of the library calls losses through `inner_value` and `outer_value`, where every optional argument and every
+optional output is present.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from hypergrad._tree import PyTree, is_key
 class Problem:
     """A bilevel problem: tune `hparams` so that training on `inner_loss` gives a low `outer_loss`.
 
-        minimise over hparams   outer_loss(w*(hparams), hparams)   with   w*(hparams) = argmin over w of inner_loss(w,
-        hparams)
+        minimise over hparams   outer_loss(w*(hparams), hparams)
+        with                    w*(hparams) = argmin over w of inner_loss(w, hparams)
 
     Each loss is `f(params, hparams, batch, key) -> scalar`; a function of three arguments is taken as one that needs
     no key. `params`, `hparams` and `batch` are any pytrees; the leaves of `params` and `hparams` are floating point.
@@ -39,8 +39,8 @@ class Problem:
         inner_loss: the training loss. It is None only for `hg.inner.fixed_point` and `hg.inner.root`, whose map and
             equations take its place.
         outer_loss: the validation loss. May return `(scalar, metrics)` with a dict of scalars.
-        model_state: True for losses with state beside the parameters (batch-norm statistics): both then take a last
-            argument `model_state`, and `inner_loss` returns `(scalar, model_state)`. `outer_loss` sees it frozen.
+        model_state: True for losses with state in addition to the parameters (batch-norm statistics): both then take a
+            last argument `model_state`, and `inner_loss` returns `(scalar, model_state)`. `outer_loss` sees it frozen.
 
     Raises:
         InputTypeError: if a loss is not a function of the number of arguments above.
@@ -72,7 +72,7 @@ PROBLEM = Slot(Problem, "an hg.Problem", "hg.Problem(inner_loss, outer_loss)")
 
 
 def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optional", "required", "unknown"]:
-    """Whether a loss takes a key, from the number of its positional arguments; unknown where they are not counted.
+    """Whether a loss takes a key, from the number of its positional arguments; unknown if they cannot be counted.
 
     Raises:
         InputTypeError: if the number fits neither form.
@@ -108,12 +108,12 @@ def key_use(loss: Any, name: str, model_state: bool) -> Literal["none", "optiona
 
 
 class Objective(NamedTuple):
-    """The inner problem within one call of `hypergrad`: data and randomness bound, parameters and λ free.
+    """The inner problem within one call of `hypergrad`, with data and randomness bound; parameters and λ are free.
 
     Attributes:
         stochastic: `(params, hparams, model_state, step) -> (loss, model_state)`; draws the batch and key of `step`.
-        fixed: `(params, hparams) -> loss`; one batch, one key and one model state, the same at every call: what is
-            solved to a tolerance, and what the Hessian and the cross product are taken of.
+        fixed: `(params, hparams) -> loss`, with the same batch, key and model state at every call. Solves to a
+            tolerance minimise it, and the Hessian and the cross product are those of this loss.
         batch: `step -> (batch, key)`, what `stochastic` draws; for maps that are not losses.
         fixed_batch: `(batch, key)` that `fixed` uses.
         outputs: `(params, hparams) -> model outputs`, for losses made by `hg.compose`; else None.
@@ -130,7 +130,7 @@ class Objective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Composed:
-    """A loss that keeps apart the model and what is convex in its outputs; made by `compose`."""
+    """A loss in two parts, the model and a loss of its outputs that is convex in them; made by `compose`."""
 
     outputs: Callable[..., Any]
     loss: Callable[..., Any]
@@ -147,7 +147,7 @@ def compose(outputs: Callable[..., Any], loss: Callable[..., Any]) -> Composed:
     """An inner loss `loss(outputs(params, hparams, batch), params, hparams, batch)` with a Gauss-Newton Hessian.
 
     The Gauss-Newton matrix is `Jᵀ (∂² loss) J` with `J` the Jacobian of `(outputs, params)` with respect to `params`:
-    the curvature of the model is dropped, that of a regularizer written in `loss` is kept exactly. It is positive
+    the curvature of the model is dropped, and that of a regularizer written in `loss` is kept exactly. It is positive
     semi-definite whenever `loss` is convex in `(outputs, params)`.
 
     Args:
@@ -316,7 +316,7 @@ def _with_or_without(key: Array | None, loss: Callable[..., Any], args: list[Any
             return loss(*(arg for arg in args if arg is not key))
         except TypeError:
             pass
-        raise  # what was wrong with the first call
+        raise  # the error of the first call
 
 
 def _split(result: Any, name: str) -> tuple[Array, dict[str, Any]]:

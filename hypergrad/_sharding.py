@@ -1,8 +1,8 @@
-"""Arguments that are spread over an Explicit mesh, which is what `jax.make_mesh` makes by default.
+"""Support for arguments sharded over an Explicit mesh, the default of `jax.make_mesh`.
 
-There the type of every array says how it is spread, every operation has a rule for its result, and a loop, a select or
-a linear map whose two sides are spread differently is an error. On an Auto mesh XLA chooses. The methods here are
-written for the second, and are made to serve both in this one place.
+On an Explicit mesh the type of every array says how it is sharded, every operation has a rule for its result, and a
+loop, a select or a linear map whose two sides are sharded differently is an error. On an Auto mesh XLA chooses. The
+methods are written for an Auto mesh; this module alone makes them work on both.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ COPIED: Any = PartitionSpec()  # to every device
 
 
 def spread_by_xla(function: Callable[..., Any], results: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, inside which XLA chooses how arrays are spread.
+    """Return the same function, inside which XLA chooses how arrays are sharded.
 
     Args:
-        function: of pytrees of arrays.
-        results: from how the first arguments are spread, as many as it takes, to how the results are: a pytree prefix
-            of them, in the same partition specs.
+        function: a function of pytrees of arrays.
+        results: function from the partition specs of the first arguments, as many as it takes, to those of the results,
+            as a pytree prefix of the results.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad._sharding import spread_by_xla

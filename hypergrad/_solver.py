@@ -1,7 +1,8 @@
-"""What every method is: a `Solver`, three pure functions, and what it returns.
+"""The interface of every method: a `Solver` of pure functions, and the values that they return.
 
-`State` is what the next call needs, `Info` is what a person wants to know. Outcomes of numerics are values: an int32
-code in `info.status`, one per problem under `vmap`. A new method is a function that returns a `Solver`.
+The state holds what the next call needs, and `Info` holds what a person wants to know. Numerical outcomes are values,
+not errors: an int32 code in `info.status`, one per problem under `vmap`. A new method is a function that returns a
+`Solver`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ _ADVICE = {
     ),
     Status.NONFINITE_LOSS: (
         "A loss is NaN or infinite. Look for log(0), 0/0, an empty batch, NaN in the data, or hyperparameters that "
-        "left their meaning (a negative weight decay): give `domain=` to `hg.tune`."
+        "left their valid range (a negative weight decay): give `domain=` to `hg.tune`."
     ),
     Status.NONFINITE_GRAD: (
         "The losses are finite, but a gradient is not: typically sqrt, norm or log at 0, or `jnp.where` around one "
@@ -115,7 +116,7 @@ _ADVICE = {
     ),
     Status.NEUMANN_DIVERGING: (
         "The terms of the Neumann series grow: its step size exceeds 2 / largest eigenvalue, or the Hessian is "
-        "indefinite, as that of a network in training is whatever the step size: use `hg.online` there. Elsewhere "
+        "indefinite, as it is for a network in training, at any step size: use `hg.online` there. Elsewhere "
         "leave `step_size` out to have it set by a power iteration, or use `hg.linear.cg`."
     ),
     Status.LINEAR_BREAKDOWN: (
@@ -131,14 +132,14 @@ _ADVICE = {
         "The adjoint, or training itself, amplified rounding by more than the precision can carry: training is "
         "chaotic or beyond the edge of stability, and the hypergradient is noise. Lower the learning rate, clip, "
         'warm up, or truncate (`truncate=`). With few hyperparameters `mode="forward"` is worth a try: it carries no '
-        "adjoint, so that parts of one which reach no hyperparameter cannot grow in it."
+        "adjoint, so parts of the adjoint that reach no hyperparameter cannot grow."
     ),
     Status.INACCURATE: (
         "Every tolerance is met, and yet the estimated error of the hypergradient is larger than the hypergradient "
         "itself: the problem is so ill-conditioned, or so curved, at this point that the tolerances do not determine "
         "the answer. Lower `tol`, standardise the features, compute in float64 "
-        "(`jax.config.update('jax_enable_x64', True)`), or add weight decay; a network tunes "
-        "with `hg.online`, which claims none."
+        "(`jax.config.update('jax_enable_x64', True)`), or add weight decay; tune a "
+        "network with `hg.online`, which claims no tolerance."
     ),
 }
 
@@ -155,7 +156,7 @@ class Info(NamedTuple):
         linear_steps: int32, products with the operator of the adjoint system in this call.
         error_estimate: estimate of the relative error of `grad` against the exact hypergradient of what the method
             claims to differentiate (dimensionless). `inf` where nothing is known (T1-T2 on a fixed budget).
-        extra: scalars of the method's own, by name (`"damping"`, `"adjoint_growth"`, ...). They go into the history;
+        extra: further scalars of the method, by name (`"damping"`, `"adjoint_growth"`, ...). They go into the history;
             no part of the library recognises a method by them.
     """
 
@@ -175,7 +176,7 @@ class Hypergradient(NamedTuple):
         value: outer loss at the current best response, scalar.
         grad: its total derivative, a pytree like `hparams`.
         info: see `Info`.
-        metrics: what `outer_loss` returned beside the loss, a dict of scalars (empty if nothing).
+        metrics: dict of the scalars that `outer_loss` returned besides the loss (empty if there were none).
     """
 
     value: Array
@@ -214,8 +215,8 @@ class EvaluateFn(Protocol):
     """`evaluate(state, hparams, train=None, valid=None, *, key=None) -> (value, info, state)`.
 
     The outer loss at the best response, without the adjoint: for line searches, checks, landscapes and held-out data.
-    `info.linear_residual` and `info.error_estimate` are NaN and inf, since there is no hypergradient; the state is one
-    from which `hypergrad` can go on.
+    `info.linear_residual` and `info.error_estimate` are NaN and inf, since there is no hypergradient; `hypergrad` can
+    continue from the returned state.
     """
 
     def __call__(
@@ -227,21 +228,21 @@ Differentiates = Literal["optimum", "path", "response", "direct", "unknown"]
 
 
 class About(NamedTuple):
-    """The description of a solver, declared by its author: it is static, and never guessed from reported numbers.
+    """A static description of a solver, declared by its author and never guessed from reported numbers.
 
-    Of a solver that declares nothing, only what is true of every solver is said.
+    About a solver that declares nothing, the library says only what is true of every solver.
 
     Attributes:
         name: as the user writes it, `"hg.implicit"`.
         differentiates: what its hypergradient is the derivative of. `"optimum"`: the solution of the inner problem.
             `"path"`: the steps of training. `"response"`: a fitted function from hyperparameters to parameters.
             `"direct"`: the outer loss at fixed parameters. `"unknown"`: not declared.
-        random: what its result depends on by chance beside the data, in words (`("draws of hyperparameters",)`).
+        random: sources of randomness in its result other than the data, in words (`("draws of hyperparameters",)`).
         biases: approximations that the caller chose, in words that complete "the hypergradient is biased by ..."
             (`("damping",)`).
         options: names of the traced options that may be replaced in `state.options` (`"inner.tol"`, `"linear.tol"`,
             `"damping"`).
-        trains_on: whether each call goes on training from where the last one ended, so that no two calls at the same
+        trains_on: whether each call continues training where the last one ended, so that no two calls at the same
             hyperparameters agree.
     """
 
@@ -254,13 +255,13 @@ class About(NamedTuple):
 
 
 class Solver(NamedTuple):
-    """A method for hypergradients: pure functions, and a description. The caller owns `jit`.
+    """A method for hypergradients: pure functions and a description. The caller owns `jit`.
 
     Attributes:
         init: see `InitFn`.
         hypergrad: see `HypergradFn`.
         response: see `ResponseFn`.
-        evaluate: see `EvaluateFn`; None for a solver that has none of its own. Call `evaluation(solver)`, which then
+        evaluate: see `EvaluateFn`; None for a solver that does not define it. Call `evaluation(solver)`, which then
             falls back on `hypergrad` with the gradient dropped.
         about: see `About`.
     """
@@ -289,7 +290,7 @@ class FailedHypergradientError(HypergradError, RuntimeError):
 
 
 def evaluation(solver: Solver) -> EvaluateFn:
-    """The solver's `evaluate`, or its `hypergrad` with the gradient dropped: always right, at up to that cost."""
+    """The solver's `evaluate`, or its `hypergrad` with the gradient dropped: always correct, but more costly."""
     own = getattr(solver, "evaluate", None)
     if own is not None:
         return own
@@ -309,12 +310,12 @@ def about_of(solver: Any) -> About:
 
 
 def usable(status: ArrayLike) -> Any:
-    """Whether a code is good enough to take a step with; elementwise, also under `jit`, and in NumPy for its arrays."""
+    """Whether a code allows a step to be taken; elementwise, also under `jit`, and in NumPy for NumPy arrays."""
     return (status if isinstance(status, np.ndarray) else jnp.asarray(status)) <= int(Status.INSENSITIVE)
 
 
 def failure(status: ArrayLike) -> Array:
-    """A code that is not usable as it is, and OK for one that is."""
+    """The code itself if it is not usable, else OK."""
     return jnp.where(usable(status), int(Status.OK), jnp.asarray(status)).astype(jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on pytrees: what the solvers need and nothing more.
+"""The arithmetic on pytrees that the solvers need.
 
 Every inner product is written `sum(x * y)`, so that Krylov loops run unchanged on sharded arrays, and is accumulated in
 at least float32. Every other function keeps the dtype of each leaf.
@@ -45,8 +45,10 @@ def max_abs(x: PyTree) -> Array:
 
 
 def norm(x: PyTree, unit: Array | None = None) -> Array:
-    """Euclidean norm, a scalar, by a sum of squares in units of the largest entry, so that 1e-30 neither under- nor
-    overflows in float32; or in units of a size that is known already, which saves a pass.
+    """Euclidean norm, a scalar.
+
+    Squares are summed in units of the largest entry, so that 1e-30 does not underflow and 1e30 does not overflow in
+    float32. Pass a size that is already known as `unit` to save a pass.
     """
     peak = max_abs(x) if unit is None else unit
     safe = positive(peak)
@@ -56,7 +58,7 @@ def norm(x: PyTree, unit: Array | None = None) -> Array:
 
 
 def positive(x: ArrayLike) -> Array:
-    """`x` where it is positive and 1 elsewhere: a size that anything can be divided by, and still is finite."""
+    """`x` where it is positive and 1 elsewhere: a size that is safe to divide by."""
     x = jnp.asarray(x)
     return jnp.where(x > 0, x, 1)
 
@@ -64,7 +66,7 @@ def positive(x: ArrayLike) -> Array:
 def safe_divide(x: ArrayLike, y: ArrayLike, *, where: ArrayLike | None = None, otherwise: Any = None) -> Array:
     """`x / y` where `where` holds (default: y > 0), and elsewhere `otherwise` (default: x itself).
 
-    Nothing is divided by zero, so that derivatives are finite on both sides.
+    Nothing is divided by zero, so derivatives are finite on both branches.
     """
     y = jnp.asarray(y)
     good = y > 0 if where is None else where
@@ -104,7 +106,7 @@ def zeros_like(x: PyTree) -> PyTree:
 
 def all_finite(x: PyTree) -> Array:
     """Whether every floating-point entry is finite, a boolean scalar."""
-    # 0 · x is 0, but for NaN and infinities: a sum takes a third of the time that testing each entry does.
+    # 0 · x is 0 except for NaN and infinities, and a sum takes a third of the time of testing each entry.
     return jnp.isfinite(_total([jnp.sum(0 * leaf) for leaf in jax.tree.leaves(x) if is_float(leaf)]))
 
 
@@ -129,7 +131,7 @@ def dtype(x: PyTree) -> np.dtype:
 
 
 def eps(x: PyTree) -> float:
-    """Machine epsilon of the *narrowest* floating dtype among the leaves: what the solution can be accurate to."""
+    """Machine epsilon of the *narrowest* floating dtype among the leaves, which limits the accuracy of a solution."""
     return max(
         (float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(x) if is_float(leaf)),
         default=float(jnp.finfo(jnp.float32).eps),
@@ -139,9 +141,8 @@ def eps(x: PyTree) -> float:
 def rademacher_like(key: Array, x: PyTree, index: ArrayLike = 0) -> PyTree:
     """Random signs ±1 with the shapes and dtypes of `x`; `index` numbers independent draws from one key.
 
-    Signs need no cryptographic generator: they are one bit of a 32-bit integer hash (two rounds of multiply and shift)
-        of the
-    entry's number, which compiles in a tenth of the time.
+    Signs need no cryptographic generator: each is one bit of a 32-bit integer hash (two rounds of multiply and shift)
+    of the entry's number, which compiles in a tenth of the time.
     """
     words = [w.ravel() for w in jax.tree.leaves(jax.random.key_data(key))]
     seed = jnp.asarray(index).astype(jnp.uint32)
@@ -165,9 +166,7 @@ def _hash(x: Array) -> Array:
 
 
 def strong(x: PyTree) -> PyTree:
-    """Leaves as arrays with dtypes of their own, not those of Python numbers: a second call then fits the first's
-    trace.
-    """
+    """Leaves as arrays that are not weakly typed, so that a second call fits the trace of the first."""
     return jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.asarray(leaf, jnp.result_type(leaf)), x)
 
 
@@ -198,10 +197,11 @@ def partition(x: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
 
 
 def numbers(tree: PyTree, most: int | None = None) -> dict[str, float]:
-    """Every entry as a Python number, by its path in words that trackers and databases take: `l2`, `layer.rate.3`.
+    """Every entry as a Python number, under a path that trackers and databases accept: `l2`, `layer.rate.3`.
 
     A bare scalar is called `hparams`. A leaf of more than `most` entries gives its `.min`, `.mean` and `.max` instead.
-    Where two entries would share a name (`{"a.b": 1.0, "a": {"b": 2.0}}`), all are called as `keystr` writes them.
+    If two entries would share a name (`{"a.b": 1.0, "a": {"b": 2.0}}`), every entry is named as `keystr` writes its
+    path.
     """
 
     def named(write: Callable[[Any], str]) -> list[tuple[str, float]]:

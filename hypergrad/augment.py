@@ -5,14 +5,14 @@ r"""Noise and augmentation whose strength is a traced hyperparameter, for a batc
     brightness       x + s d,  d ~ U[−1, 1]                     jitter      x_j (1 + s)^(d_j),  d_j ~ U[−1, 1]
     contrast         x̄ + (x − x̄) (1 + s)^d,  d ~ U[−1, 1]
 
-Strengths are scalars, or `[n]` with one for each example of `x` `[n, ...]`. Derivatives are those of the pathwise
-(reparametrized) sample and unbiased. Dropout's rate and cutout's length and holes have no such derivative: theirs is
-zero rather than the wrong number that comes from differentiating 1 / (1 − r) alone: tune these with
-`hg.self_tuning`, which needs no derivative of the training loss in them.
+A strength is a scalar, or an array `[n]` with one entry for each example of `x` `[n, ...]`. Derivatives are those of
+the pathwise (reparametrized) sample, and are unbiased. Dropout's rate and cutout's length and holes have no such
+derivative; theirs is zero, since differentiating 1 / (1 − r) alone would give a wrong number. Tune these with
+`hg.self_tuning`, which needs no derivative of the training loss with respect to them.
 
 Source: Srivastava et al. 2014 (dropout); DeVries & Taylor 2017 (cutout), arXiv:1708.04552; the strengths as in MacKay
-et al. 2019, arXiv:1903.03088. Differs: every strength can be another number at each call, and for each example, without
-recompiling; translation is by fractions of a pixel, and has a derivative.
+et al. 2019, arXiv:1903.03088. Differs: every strength can change from call to call and from example to example without
+recompiling; translation is by fractions of a pixel and has a derivative.
 Cost: elementwise; translate, two products with `[n, size, size]` matrices.
 """
 
@@ -28,16 +28,16 @@ from jax.typing import ArrayLike
 from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 
-# How much of something: one number, or one for each example.
+# A strength: one number, or one for each example.
 AMOUNT = Number(least=0, every=True, advice="keep it there by tuning it with domain=hg.domains.positive()")
-_MOST = 1 - 2.0**-10  # rate at which dropout stops: what is kept is scaled by at most 1024
+_MOST = 1 - 2.0**-10  # largest dropout rate; kept entries are scaled by at most 1024
 
 
 @options(rate=AMOUNT._replace(below=1, advice="keep it there by tuning it with domain=hg.domains.interval(0, 0.95)"))
 def dropout(x: Array, rate: ArrayLike, *, key: Array) -> Array:
     """Set each entry to zero with probability `rate`, and divide the others by `1 - rate`.
 
-    The derivative with respect to the rate is zero: what the mask does has no pathwise derivative.
+    The derivative with respect to the rate is zero, because the mask has no pathwise derivative.
 
     Args:
         x: `[n, ...]`.
@@ -87,7 +87,7 @@ def gaussian_noise(x: Array, scale: ArrayLike, *, key: Array) -> Array:
 
 @options(strength=AMOUNT)
 def brightness(x: Array, strength: ArrayLike, *, key: Array) -> Array:
-    """Add one number, uniform between `-strength` and `strength`, to all of an example.
+    """Add one number, uniform between `-strength` and `strength`, to every entry of an example.
 
     Args:
         x: `[n, ...]`.
@@ -163,9 +163,9 @@ def jitter(x: Array, strength: ArrayLike, *, key: Array) -> Array:
 
 @options(shift=AMOUNT)
 def translate(images: Array, shift: ArrayLike, *, key: Array) -> Array:
-    """Move each image by up to `shift` pixels along each axis, fractions of a pixel by linear interpolation.
+    """Move each image by up to `shift` pixels along each axis, with linear interpolation for fractions of a pixel.
 
-    What comes in from outside is zero. The derivative with respect to `shift` is that of the interpolation.
+    Pixels that come in from outside are zero. The derivative with respect to `shift` is that of the interpolation.
 
     Args:
         images: `[n, height, width]` or `[n, height, width, channels]`.
@@ -176,7 +176,7 @@ def translate(images: Array, shift: ArrayLike, *, key: Array) -> Array:
         Like `images`.
 
     Raises:
-        InputError: for a concrete shift below 0, a shape that is neither `[]` nor `[n]`, or images of other axes.
+        InputError: for a concrete shift below 0, a shape that is neither `[]` nor `[n]`, or images with other axes.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> hg.augment.translate(jnp.ones((2, 8, 8)), 1.5, key=jax.random.key(0)).shape
@@ -201,13 +201,15 @@ def translate(images: Array, shift: ArrayLike, *, key: Array) -> Array:
 def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int, key: Array) -> Array:
     """Set `holes` squares of `length` × `length` pixels to zero, each around a pixel drawn uniformly.
 
-    Both are rounded to whole numbers, and have derivative zero. Squares may overlap, and stick out of the image.
+    `length` and `holes` are rounded to whole numbers and have derivative zero. Squares may overlap and extend beyond
+    the image.
 
     Args:
         images: `[n, height, width]` or `[n, height, width, channels]`.
         length: side in pixels, at least 0, a scalar or `[n]`.
-        holes: number of squares, at least 0, a scalar or `[n]`. A traced number above `max_holes` counts as that.
-        max_holes: a Python integer; the cost grows with it, whatever `holes` is.
+        holes: number of squares, at least 0, a scalar or `[n]`. A traced number above `max_holes` counts as
+            `max_holes`.
+        max_holes: a Python integer; the cost grows with it, not with `holes`.
         key: PRNG key.
 
     Returns:
@@ -215,7 +217,7 @@ def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int
 
     Raises:
         InputError: for a concrete length or number below 0, or a number above `max_holes`; for a shape that is neither
-            `[]` nor `[n]`, or images of other axes.
+            `[]` nor `[n]`, or images with other axes.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> cut = hg.augment.cutout(jnp.ones((3, 9, 9)), 3.0, jnp.asarray([0.0, 1.0, 2.0]), max_holes=2,
@@ -243,7 +245,7 @@ def cutout(images: Array, length: ArrayLike, holes: ArrayLike, *, max_holes: int
 
 
 def _prepared(function: str, name: str, x: Array, strength: ArrayLike) -> tuple[Array, Array]:
-    """Data and strength as arrays of one dtype, the strength with the number of axes of the data, at least 0."""
+    """Data and strength as arrays of one dtype; the strength is at least 0 and has as many axes as the data."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1:
         raise InputTypeError(
@@ -256,7 +258,7 @@ def _prepared(function: str, name: str, x: Array, strength: ArrayLike) -> tuple[
             f"{function}: {name} must be a scalar or one number for each example, [{x.shape[0]}], found shape {shape}."
         )
     value = jnp.asarray(strength, x.dtype)
-    value = jnp.where(value < 0, 0, value)  # and not maximum, whose derivative at 0 is one half
+    value = jnp.where(value < 0, 0, value)  # not jnp.maximum, whose derivative at 0 is one half
     return x, value.reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -276,6 +278,6 @@ def _check_most(holes: ArrayLike, most: int) -> None:
 
 
 def _uniform(key: Array, x: Array, *, per_entry: bool) -> Array:
-    """Between -1 and 1, one for each example, or for each entry."""
+    """Uniform numbers between -1 and 1, one for each example or one for each entry."""
     shape = x.shape if per_entry else (x.shape[0],) + (1,) * (x.ndim - 1)
     return jax.random.uniform(key, shape, x.dtype, -1, 1)

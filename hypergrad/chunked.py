@@ -1,9 +1,9 @@
-r"""A loss over pieces of its batch, one after another, so that its memory is that of one piece.
+r"""A loss computed on one piece of its batch after another, so that it needs only the memory of one piece.
 
     loss(w, λ, B) = (1/c) Σⱼ loss(w, λ, Bⱼ),    B = (B₁, …, B_c) in equal pieces
 
 Each piece is recomputed where its derivative is taken (`jax.checkpoint` inside `jax.lax.map`).
-Cost: one more evaluation of the loss for a gradient. Memory: the intermediates of n/c rows instead of n.
+Cost: a gradient takes one more evaluation of the loss. Memory: the intermediates of n/c rows instead of n.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from hypergrad._tree import PyTree, is_key
 
 @options(chunks=Number(least=1, integer=True, static=True, advice="write the number of pieces"))
 def chunked(loss: Callable[..., Any], chunks: int) -> Callable[..., Any]:
-    """The same loss, computed on `chunks` equal pieces of its batch and averaged: less memory at the same value.
+    """Return the same loss, computed on `chunks` equal pieces of its batch and averaged: same value, less memory.
 
     The loss must be a plain mean over the rows of the batch. A loss that mixes rows (batch normalization), a sum, or a
-    weighted mean has another value on pieces than on the whole.
+    weighted mean has a different value on pieces than on the whole batch.
 
     Args:
         loss: `(params, hparams, batch) -> scalar` or `(scalar, metrics)`, or the same with a key. Every leaf of `batch`

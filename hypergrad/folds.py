@@ -1,6 +1,6 @@
 r"""Cross-validation as an axis: k pairs of weights over one set of rows, for `hg.tasks`.
 
-    row i counts in the validation loss of one fold, and in the training losses of the k − 1 others
+    row i counts in the validation loss of one fold and in the training losses of the other k − 1
 
 The rows themselves are shared by all folds, so that k folds take the memory of one data set; each loss is a mean
 weighted by zeros and ones.
@@ -24,7 +24,7 @@ from hypergrad._tree import PyTree
 
 
 class Fold(NamedTuple):
-    """Rows that all folds share, and how much each counts; made by `hg.folds`, unpacked by a loss.
+    """Rows that all folds share, and their weights; made by `hg.folds`, unpacked by a loss.
 
     Attributes:
         arrays: pytree of arrays `[n, ...]`.
@@ -44,15 +44,15 @@ class Fold(NamedTuple):
 def folds(
     arrays: PyTree, k: int, *, key: Array | None = None, stratify: Any = None, groups: Any = None
 ) -> tuple[Fold, Fold]:
-    """Split rows into k folds, each of which is the validation data once.
+    """Split rows into k folds, each of which serves as validation data once.
 
     Inside the losses a batch is `(arrays, weight)`, and a loss is a mean weighted by `weight`:
     `jnp.sum(weight * errors) / jnp.sum(weight)`.
 
     Args:
-        arrays: pytree of arrays whose leading axes have one length, `[n, ...]`.
+        arrays: pytree of arrays whose leading axes have the same length, `[n, ...]`.
         k: number of folds, from 2 to n.
-        key: shuffles the rows first; None keeps their order (contiguous folds).
+        key: PRNG key that shuffles the rows first; None keeps their order (contiguous folds).
         stratify: labels `[n]`: every fold gets about the same share of each (scikit-learn's `StratifiedKFold`).
         groups: labels `[n]`: rows of one group are never in both training and validation data (`GroupKFold`, or
             `StratifiedGroupKFold` with both).
@@ -61,8 +61,8 @@ def folds(
         `(train, valid)`, two `Fold`s with the same arrays and complementary weights, for `hg.tasks`.
 
     Raises:
-        InputError: for fewer than two folds or more than rows, labels of another length, or fewer groups (or rows of a
-            label) than folds.
+        InputError: for fewer than two folds or more folds than rows; for labels of another length; for fewer groups (or
+            rows of a label) than folds.
         InputTypeError: for a k that is not an integer.
         HypergradError: if `stratify` or `groups` is given and scikit-learn is not installed.
 
@@ -101,7 +101,7 @@ def _assign(n: int, k: int, seed: int | None, stratify: Any, groups: Any) -> np.
         splitter = model_selection.StratifiedKFold(k, **shuffle)
     elif stratify is None:
         splitter = model_selection.GroupKFold(k)
-        if seed is not None:  # which of the groups go together, and in which fold, is drawn by renaming them
+        if seed is not None:  # renaming the groups draws which of them go together, and in which fold
             names, inverse = np.unique(groups, return_inverse=True)
             groups = np.random.default_rng(seed).permutation(len(names))[inverse]
     else:

@@ -1,9 +1,9 @@
-r"""Proximal operators of the penalties people use: what `hg.inner.proximal` steps with.
+r"""Proximal operators of common penalties, for `hg.inner.proximal`.
 
     prox_{s r}(v) = argmin_x  ½‖x − v‖² + s r(x)
 
-Each takes one array and the strength s of its penalty, already times the step size. Their derivatives know which
-entries, groups or singular values are zero; at a kink they are those of the zero side.
+Each takes one array and the strength s of its penalty, already multiplied by the step size. Their derivatives know
+which entries, groups or singular values are zero; at a kink the derivative is that of the zero side.
 Source: Parikh & Boyd 2014, "Proximal algorithms", section 6. Constraints are projections: `hg.inner.projected` with
 those of `optax.projections`.
 Cost: elementwise; one singular value decomposition for `nuclear`.
@@ -92,8 +92,8 @@ def group(v: ArrayLike, strength: ArrayLike, axis: int | tuple[int, ...] = -1) -
 def nuclear(v: ArrayLike, strength: ArrayLike) -> Array:
     r"""The proximal operator of `strength · Σᵢ σᵢ(x)`, the nuclear norm: singular values are soft-thresholded.
 
-    The derivative is that of a spectral operator, which exists where singular values coincide, as that of the
-    decomposition does not (Ding, Sun & Toh 2018, arXiv:1401.2269).
+    The derivative is that of a spectral operator. Unlike that of the decomposition, it exists where singular values
+    coincide (Ding, Sun & Toh 2018, arXiv:1401.2269).
 
     Args:
         v: a matrix, `[m, n]`.
