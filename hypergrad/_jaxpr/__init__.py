@@ -1,1 +1,1 @@
-"""Everything that reads a traced program: what reaches what, labels, derivatives of optimizers."""
+"""The modules that read or rewrite traced programs: sensitivities, labels, gradients, optimizers, convolutions."""

@@ -1,13 +1,14 @@
-"""Convolutions in the order of dimensions that XLA has a fast routine for on a CPU, wherever they stand.
+"""Convolutions in the order of dimensions for which XLA has a fast routine on a CPU, inside loops as well.
 
-On a CPU, XLA hands a convolution to a library where its input is ordered (batch, space, features), its kernel (space,
-features in, features out) and its output as its input. It transposes others to that order, but in the outermost
-computation alone: inside a loop or a branch it leaves them, and computes them 6 to 47 times slower. The derivatives of
-every convolution are such others, whatever the order that the model is written in. Here the transpositions are written
-out, so that a loop costs, to the bit, what its turns cost one by one. Other platforms keep the program they were given.
+On a CPU, XLA hands a convolution to a library if its input is ordered (batch, space, features), its kernel (space,
+features in, features out) and its output like its input. It transposes other convolutions to that order, but only in
+the outermost computation: inside a loop or a branch it leaves them as they are and computes them 6 to 47 times slower.
+The derivatives of every convolution are in another order, however the model is written. Here the transpositions are
+written out, so that a loop costs as much as its turns cost one by one, and gives the same bits. On other platforms the
+program is not changed.
 
-Method: the function is traced to a jaxpr, which is evaluated with its convolutions transposed; parts without one are
-left as they are. Nothing is rewritten outside of a trace.
+Method: the function is traced to a jaxpr, which is evaluated with its convolutions transposed; parts without
+convolutions are left as they are. Nothing is rewritten outside a trace.
 Cost: one walk over the program.
 """
 
@@ -25,16 +26,16 @@ from jax.core import Tracer
 from hypergrad._jaxpr.walk import bind, called, evaluate, inner_jaxpr, parts
 
 _CONVOLUTION = "conv_general_dilated"
-_MOST_DIMENSIONS = 3  # of space, that the library has
+_MOST_DIMENSIONS = 3  # spatial dimensions that the library supports
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fast_convolutions(function: F) -> F:
-    """The same function, whose convolutions are as fast on a CPU inside of loops as outside.
+    """Return the same function with convolutions that are as fast on a CPU inside loops as outside.
 
     Args:
-        function: from pytrees to a pytree of arrays, which is called in a trace: under `jax.jit`, say.
+        function: function from pytrees to a pytree of arrays, called in a trace, for example under `jax.jit`.
 
     >>> import jax, jax.numpy as jnp
     >>> from hypergrad._jaxpr.convolutions import fast_convolutions

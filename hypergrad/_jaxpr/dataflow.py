@@ -1,13 +1,12 @@
 """What a traced function does with integer data: which entries it uses as labels, and what it masks.
 
 A forward walk over a jaxpr. Values that depend on integer data and on constants only are kept as recipes, computed
-when one of them indexes an axis or is compared with 0, …, K − 1; all others are unknown. Beside each value goes its
-place, the entry of the data that it came from. The turns of loops are computed at once, on leading axes.
+when one of them indexes an axis or is compared with 0, …, K − 1; all others are unknown. Each value carries its place,
+the entry of the data that it came from. All turns of a loop are computed at once, on leading axes.
 
-Why recipes and places, where it would be shorter to follow labels only as long as the loss leaves them as they are:
-that check refuses losses that are right, those which mask padding (a label of −100) after the cross-entropy, since it
-does not see the comparison; and it misses fancy indices `log_probs[rows, labels]`, labels that the loss shifts, and
-labels in a column of a table.
+It would be shorter to follow labels only as long as the loss leaves them unchanged. That check would refuse correct
+losses that mask padding (a label of −100) after the cross-entropy, because it does not see the comparison; and it
+would miss fancy indices `log_probs[rows, labels]`, labels that the loss shifts, and labels in a column of a table.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ _MOVES = frozenset(
         "split",
     }
 )
-_LARGEST_TABLE = 10**6  # entries of a constant that might be 0, …, K − 1 and is looked at
+_LARGEST_TABLE = 10**6  # most entries of a constant that is checked for being 0, …, K − 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,7 +76,7 @@ class Known:
         axes: names of the leading axes on which turns of loops and minibatches are stacked.
         name: the operation it came from.
         parents: its inputs.
-        wrapped: whether negative values were turned into K − 1, K − 2, …, as numpy does; `values` has them unturned.
+        wrapped: whether negative values were turned into K − 1, K − 2, …, as numpy does; `values` holds them unchanged.
         mask: whether it says how labels compare with one number.
     """
 
@@ -96,7 +95,7 @@ class Finding:
 
     Attributes:
         places: their places, ascending.
-        values: what the function made of them.
+        values: their values when the function uses them.
         good: places of the labels inside [0, K).
         classes: K.
     """
@@ -113,7 +112,7 @@ class Found:
 
     Attributes:
         findings: labels out of range.
-        masks: comparisons of labels that decide over unknown values.
+        masks: comparisons of labels that select among unknown values.
         loops: names for the axes of loops.
     """
 
@@ -128,7 +127,7 @@ def walk(closed: Any, ins: Sequence[Known | None], found: Found) -> list[Known |
     Args:
         closed: the jaxpr.
         ins: what is known of each input.
-        found: is added to.
+        found: the findings, to which new ones are added.
 
     Returns:
         What is known of each output.
@@ -137,7 +136,7 @@ def walk(closed: Any, ins: Sequence[Known | None], found: Found) -> list[Known |
 
 
 def evaluate(node: Known) -> tuple[np.ndarray, np.ndarray]:
-    """Places and values, flat; nothing for an operation that cannot be repeated outside the function."""
+    """Places and values, flat; empty for an operation that cannot be repeated outside the function."""
     try:
         return (node.places or node.values)().ravel(), node.values().ravel()
     except Exception:
@@ -175,7 +174,7 @@ def _equation(eqn: Any, ins: list[Known | None], found: Found) -> Sequence[Known
 
 
 def _enter(eqn: Any, ins: list[Known | None], found: Found) -> None:
-    """Control flow: what is carried is unknown, constants and rows are not."""
+    """Enter control flow: carried values are unknown, constants and rows are known."""
     if eqn.primitive.name == "scan":
         consts, carries = scan_counts(eqn)
         axis = next(found.loops)
@@ -259,7 +258,7 @@ def _check_gather(eqn: Any, index: Known | None, found: Found) -> None:
         return
     mode, fill = str(eqn.params["mode"]), eqn.params["fill_value"]
     if ("CLIP" in mode and not index.wrapped) or (fill is not None and not np.isnan(fill)):
-        return  # take(..., mode="clip") and take(..., fill_value=0) say what out of range shall mean
+        return  # take(..., mode="clip") and take(..., fill_value=0) define what out of range means
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     places, values, axes = index.places, index.values, eqn.params["dimension_numbers"].start_index_map
     for column, axis in enumerate(axes):

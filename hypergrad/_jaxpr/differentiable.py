@@ -3,7 +3,7 @@ r"""Optimizer updates that can be differentiated in reverse wherever their value
 Reverse mode multiplies local derivatives. Where one of them is infinite or NaN, the product is NaN even if the true
 derivative of the whole is finite, and optimizers are full of such places: √v of Adam at a coordinate whose gradient
 is exactly zero (∞ · 0), g · c/‖g‖ of clipping in the branch that `where` did not choose, the √ of a negative number
-in RAdam's. Here every primitive keeps its value, and its derivative where that is finite; elsewhere it is 0:
+in RAdam's. Here every primitive keeps its value, and its derivative where that is finite; elsewhere that is 0:
 
     out = f(x),    ∂out/∂x = f'(x) if f'(x) is finite, else 0
 
@@ -14,9 +14,9 @@ Why that is right, and not merely finite:
    the derivative.
 3. Where all local derivatives are finite, nothing changes.
 
-`max` and `min` have another weakness: JAX's rule asks which input equals the output. Where a compiler computes an input
-twice and rounds it differently, none does, and the derivative is silently 0 (seen in adamax, on XLA without its
-optimizations). Here the inputs are compared with each other, and ties are shared, as by JAX's rule.
+`max` and `min` have another weakness: JAX's rule asks which input equals the output. If a compiler computes an input
+twice and rounds it differently, neither input does, and the derivative is silently 0 (seen in adamax, on XLA without
+its optimizations). Here the inputs are compared with each other, and ties are shared, as in JAX's rule.
 
 Not covered: an update whose own derivative is infinite, such as a schedule √λ at λ = 0; hyperparameters belong
 inside their domain. The usual remedy, a larger `eps_root`, changes the training itself (1e-4 biases d/d lr by 78 %
@@ -49,10 +49,10 @@ from hypergrad._tree import PyTree, is_key
 
 
 def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The same function, with every local derivative that is not finite replaced by 0.
+    """Return the same function, with every local derivative that is not finite replaced by 0.
 
     Args:
-        function: of any pytrees of arrays; integers, keys and closed-over tracers pass through.
+        function: a function of any pytrees of arrays; integers, keys and closed-over tracers pass through.
 
     >>> import jax, jax.numpy as jnp
     >>> from hypergrad._jaxpr.differentiable import differentiable
@@ -120,7 +120,7 @@ def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
 
 
 def _select(ok: Array, x: Array, y: Array) -> Array:
-    # A scalar may be an operand as it is, beside an array.
+    # A scalar may be an operand as it is, next to an array.
     return lax.select(ok, x, y) if ok.shape == x.shape else jnp.where(ok, x, y)
 
 

@@ -2,11 +2,12 @@ r"""Labels outside their classes and NaN in the data, found in concrete arrays b
 
     log_probs[i, y_i]   and   one_hot(y_i, K) = (y_i == 0, …, y_i == K − 1)    need    0 ≤ y_i < K
 
-JAX takes label −1 for the last class, clips K to K − 1 or returns NaN, and gives it an all-zero one-hot row: plausible
-losses, wrong answers. How many classes there are is written in the loss alone, so its jaxpr is walked (`_dataflow`),
-and each label is checked as the loss uses it: what the loss masks, clips or shifts before has been computed with it.
-What it masks out afterwards may hold anything, whether by a comparison that tells it from all good labels, or by
-weights: before the error is raised the loss is evaluated with two other labels in their place, to see that they matter.
+JAX takes label −1 for the last class. It clips label K to K − 1 or returns NaN, and gives it an all-zero one-hot row.
+The losses look plausible, but they are wrong. Only the loss knows the number of classes, so its jaxpr is walked
+(`dataflow`), and each label is checked as the loss uses it, after any masking, clipping or shifting that comes first.
+Labels that the loss masks out afterwards, by weights or by a comparison that tells them from all good labels, may hold
+anything: before the error is raised, the loss is evaluated with two other labels in their place to see whether they
+matter.
 Cost: a trace of the loss, only for data with integer leaves; two evaluations if something is found.
 """
 
@@ -37,7 +38,7 @@ class _Data:
     """One data argument.
 
     Attributes:
-        name: of the argument.
+        name: name of the argument.
         tree: its arrays.
         chunks: number of batches that hold them all; None for a full batch.
         batch: `(tree, number) -> that batch`.
@@ -71,7 +72,7 @@ def check_labels(
         params: pytree of arrays.
         hparams: pytree of arrays.
         batch: concrete data: pytree of arrays, `hg.minibatches(...)`, or host batches stacked.
-        name: of the data, for the message: `"train"`.
+        name: name of the data in the message, such as `"train"`.
 
     Raises:
         InputError: naming path, value, row and the classes there are.
@@ -107,10 +108,10 @@ def check_solver_labels(
         state: its state.
         hparams: pytree of arrays.
         train: concrete data, see `check_labels`; None is passed on.
-        valid: as `train`.
+        valid: like `train`.
         key: as for `solver.hypergrad`.
-        traced: the jaxpr of a function of `(anything, train, valid, key)` that calls `solver.hypergrad`, which is
-            walked in place of one of its own where the data are full batches: tracing is what the check costs.
+        traced: returns the jaxpr of a function of `(anything, train, valid, key)` that calls `solver.hypergrad`. It is
+            walked instead of a new trace where the data are full batches, because tracing is the cost of the check.
 
     Raises:
         InputError: naming path, value, row and the classes there are.
@@ -123,10 +124,10 @@ def check_solver_labels(
 
 
 def check_concrete_data(name: str, data: PyTree) -> None:
-    """Warn of NaN in floating-point leaves.
+    """Warn about NaN in floating-point leaves.
 
     Args:
-        name: of the data, for the message.
+        name: name of the data in the message.
         data: pytree of arrays, `hg.minibatches(...)`, or host batches stacked; traced leaves pass.
 
     Warns:
@@ -141,7 +142,7 @@ def check_concrete_data(name: str, data: PyTree) -> None:
         if bad.any():
             warnings.warn(
                 f"{name}{keystr(path)} holds {int(bad.sum())} NaN of {bad.size} values, the first at "
-                f"{_where(np.argwhere(bad)[0])}: unless the loss masks them it is NaN; drop or impute them.",
+                f"{_where(np.argwhere(bad)[0])}: unless the loss masks them, the loss is NaN; drop or impute them.",
                 UserWarning,
                 stacklevel=caller_level(),
             )
@@ -156,7 +157,7 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def _is_here(leaf: Any) -> bool:
-    """Whether this process can look at every entry."""
+    """Whether this process can read every entry."""
     return not _is_traced(leaf) and getattr(leaf, "is_fully_addressable", True)
 
 
@@ -182,7 +183,7 @@ def _cut(name: str, data: PyTree) -> _Data:
 
 
 def _check(value: Value, data: dict[str, PyTree], traced: Callable[[], Any] | None = None, *, behind: int = 0) -> None:
-    """`behind` inputs of the jaxpr that is `traced` follow on the data."""
+    """Check every label; `behind` inputs of the jaxpr from `traced` come after the data."""
     if any(isinstance(d, Stream) for d in data.values()):
         return
     everything = [x for d in data.values() for x in jax.tree.leaves(_arrays(d))]
@@ -197,7 +198,7 @@ def _check(value: Value, data: dict[str, PyTree], traced: Callable[[], Any] | No
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 closed = jax.make_jaxpr(value)({name: d.batch(d.tree, 0) for name, d in sets.items()})
-        except Exception:  # whatever is wrong with the loss is said better where it is called in earnest
+        except Exception:  # an error in the loss is reported better where the loss is really called
             return
     leaves: list[_Leaf] = []
     for name in sorted(sets):  # as JAX flattens dictionaries
@@ -271,7 +272,7 @@ def _raise_if_it_matters(finding: Finding, leaves: Sequence[_Leaf], sets: dict[s
     others = f" and {places.size - 1} more" if places.size > 1 else ""
     raise InputError(
         f"{leaf.data.name}{keystr(leaf.path)}: labels run from 0 to {finding.classes - 1}, found {found}{becomes} at "
-        f"{_where(index)}{others}. JAX would take it for another class, or for none, in silence: correct the labels, "
+        f"{_where(index)}{others}. JAX would silently take it for another class, or for none: correct the labels, "
         "give the model more classes, or mask such rows in the loss."
     )
 

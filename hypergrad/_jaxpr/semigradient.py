@@ -1,18 +1,18 @@
 r"""Whether the update of the parameters is the gradient of the loss, read from the program.
 
-    F(w) = ∂₁h(w, s)  at  s = stop_gradient(s(w)),     ∂F/∂w = ∂₁₁h + ∂₂₁h · ∂s/∂w,     of which JAX knows ∂₁₁h alone
+    F(w) = ∂₁h(w, s)  at  s = stop_gradient(s(w)),     ∂F/∂w = ∂₁₁h + ∂₂₁h · ∂s/∂w,     but JAX sees ∂₁₁h alone
 
 Targets and averaged copies that are held back, straight-through estimators, and custom rules other than the derivative
-make training follow a field that is not a gradient. Its Jacobian is then neither symmetric nor what JAX gives for it,
-and a hypergradient through it is wrong by any factor, with residuals at rounding level.
+make training follow a field that is not a gradient. The Jacobian of that field is then neither symmetric nor what JAX
+computes, and a hypergradient through it can be wrong by any factor although residuals are at rounding level.
 
-What is harmless is told apart in two steps:
-1. By algebra: a value that is held back often drops out, as the maximum in a softmax, Σ exp(xᵢ − s). A walk over the
+Harmless cases are recognised in two steps:
+1. By algebra: a value that is held back often drops out, like the maximum in a softmax, Σ exp(xᵢ − s). A walk over the
    program follows how each value depends on s, v + c s + q log s or v · e^{c s} s^q, until c = q = 0. A loss that
    depends on s through a common factor alone has the same optimum and, there, the same Hessian up to that factor.
-2. By numbers, where algebra cannot tell: the gradient at random values with and without stop_gradient.
+2. By numbers, where algebra cannot tell: gradients with and without stop_gradient are compared at random values.
 Custom rules (`jax.custom_jvp`, `jax.custom_vjp`) are compared with the derivative of the value they come with;
-those that JAX itself defines are right.
+rules that JAX itself defines are exempt.
 Cost: one trace of the loss; two gradients at random values if something is suspicious.
 """
 
@@ -37,7 +37,7 @@ from hypergrad._tree import PyTree, is_key, keystr
 _FLAT = frozenset({"floor", "ceil", "round", "sign", "nextafter"})
 _KEEPS = frozenset({"convert_element_type", "copy", "copy_p", "reduce_precision", "slice", "rev", "dynamic_slice"})
 _RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_TOLERANCE = 1e-3  # relative; half precision aside, rounding is far below and what is held back far above
+_TOLERANCE = 1e-3  # relative; except in half precision, rounding is far below it and held-back terms are far above
 Site = tuple[int, ...]
 
 
@@ -78,7 +78,7 @@ class Suspect(NamedTuple):
 
     Attributes:
         reach: leaves of the parameters that are held back there, as bits.
-        what: in words.
+        what: the reason, in words.
     """
 
     reach: int
@@ -120,7 +120,7 @@ def _operation(eqn: Any, ins: list[_Known], found: _Found, here: Site) -> list[_
 
 
 def _control(eqn: Any, ins: list[_Known], found: _Found, here: Site) -> list[_Known]:
-    """Loops and branches; what depends on a value held back and leaves them counts as any function of it."""
+    """Loops and branches: a result that depends on a held-back value counts as an arbitrary function of it."""
     if eqn.primitive.name == "cond":
         branches = [_walk(b, ins[1:], found, (*here, i)) for i, b in enumerate(eqn.params["branches"])]
         return [_mixed(outs) for outs in zip(*branches, strict=True)]
@@ -226,7 +226,7 @@ def _weight(kind: str, c: float, q: float, axes: frozenset[int]) -> _Weight | No
 
 
 def _alike(found: Sequence[_Weight | None], ins: Sequence[_Known], axes: frozenset[int]) -> _Weight | None:
-    """For operations that commute with a common factor or summand; 0 has every factor, infinity every summand."""
+    """After an operation that commutes with a common factor or summand: 0 has every factor, infinity every summand."""
     used = [w for w in found if w is not None]
     first = used[0]._replace(axes=axes)
     absorbs = {"product": (0.0,), "sum": (np.inf, -np.inf)}.get(first.kind, ())
@@ -236,7 +236,7 @@ def _alike(found: Sequence[_Weight | None], ins: Sequence[_Known], axes: frozens
 
 
 def _moved(eqn: Any, weight: _Weight) -> _Weight | None:
-    """Operations that move axes or reduce them."""
+    """After an operation that moves axes or reduces over them."""
     name, shape = eqn.primitive.name, eqn.invars[0].aval.shape
     axes = weight.axes
     if name == "broadcast_in_dim":
@@ -294,7 +294,7 @@ def check_gradient(loss: Callable[[PyTree], Any], params: PyTree, solver_name: s
     Args:
         loss: `params -> scalar`.
         params: pytree of arrays, concrete or traced.
-        solver_name: for the message, `"hg.implicit"`.
+        solver_name: name of the solver in the message, such as `"hg.implicit"`.
 
     Raises:
         InputError: naming the parameters and what to write instead.
@@ -318,9 +318,9 @@ def check_gradient(loss: Callable[[PyTree], Any], params: PyTree, solver_name: s
 
 
 def released(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The same function of parameters and more, with derivatives also through what `stop_gradient` holds back.
+    """Return the same function, whose derivatives also pass through the values that `stop_gradient` holds back.
 
-    Only values that depend on the first argument are let go, and only if algebra does not show that they drop out.
+    Only values that depend on the first argument are released, and only if algebra does not show that they drop out.
 
     >>> import jax
     >>> from hypergrad._jaxpr.semigradient import released
@@ -348,9 +348,7 @@ def released(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 def _agrees_without(closed: Any) -> bool:
-    """Whether the gradient is the same when nothing is held back, at random values of all that is traced or a
-    parameter.
-    """
+    """Whether the gradient is the same when nothing is held back, at random values of parameters and traced arrays."""
     rng = np.random.default_rng(0)
 
     def value(let_go: bool) -> Callable[..., Any]:
@@ -367,7 +365,7 @@ def _agrees_without(closed: Any) -> bool:
             leaves = [_drawn(rng, v.aval) for v in closed.jaxpr.invars]
             try:
                 kept, free = both(leaves, consts)
-            except Exception:  # what cannot be differentiated was held back for that reason
+            except Exception:  # a value that cannot be differentiated was held back for that reason
                 return True
             if not _close(kept, free):
                 return False
@@ -429,7 +427,7 @@ def _own_rule_differs(eqn: Any) -> bool:
             along = [scale * _drawn(rng, v.aval) for v in eqn.outvars if _is_float(v)]
             try:
                 rule, derivative = jax.jit(both)(at, along)
-            except Exception:  # a value that JAX cannot differentiate is why one writes a rule
+            except Exception:  # custom rules exist for values that JAX cannot differentiate
                 return False
             if not _close(rule, derivative):
                 return True

@@ -1,15 +1,15 @@
-r"""Which hyperparameters can move what: read from the program itself, before anything is compiled.
+r"""Which hyperparameters can move which values, read from the program before anything is compiled.
 
     λᵢ moves y           ⇔  some chain of operations leads from λᵢ to y
     ∂y/∂λᵢ can be ≠ 0    ⇔  one such chain avoids rounding, comparisons and stop_gradient
 
-A hyperparameter on no chain to what a solver differentiates has a hypergradient of exactly zero: correct, and almost
-never what was meant (a learning rate under implicit differentiation, a misspelt key). FAR-HO refuses it (Franceschi et
-al. 2017, arXiv:1703.01785, in its code), and so does this.
+A hyperparameter without a chain to the function that a solver differentiates has a hypergradient of exactly zero. That
+is correct, but almost never what was meant (a learning rate under implicit differentiation, a misspelt key). FAR-HO
+refuses it (Franceschi et al. 2017, arXiv:1703.01785, in its code), and so does this module.
 
-Method: a forward walk over the jaxpr with two bits a leaf. It knows control flow and nested functions, and counts an
-operation that it does not know as a chain: a `True` may be wrong, a `False` is not. Since the walk is over the
-*gradient* with respect to the parameters, a term h(λ) added to the training loss does not count.
+Method: a forward walk over the jaxpr with two bits for each leaf. It knows control flow and nested functions, and
+counts an operation that it does not know as a chain: a `True` may be wrong, a `False` is not. Since the walk is over
+the *gradient* with respect to the parameters, a term h(λ) added to the training loss does not count.
 Cost: one trace of a gradient and of the outer loss; nothing is run.
 """
 
@@ -28,7 +28,7 @@ from hypergrad._jaxpr.walk import called, forward, scan_counts, while_counts
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree, keystr
 
-# Their derivative is zero wherever it exists. Comparisons, conversions to integers need no entry: no float comes out.
+# Their derivative is zero wherever it exists. Comparisons and conversions to integers return no floats.
 _FLAT = frozenset({"floor", "ceil", "round", "sign", "stop_gradient", "nextafter"})
 # A rule of its own may give a derivative that the primal computation does not show (a straight-through estimator).
 _OWN_RULE = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"})
@@ -118,13 +118,13 @@ def check_implicit_sensitivity(
         params: pytree of arrays.
         inner_state: state of the inner optimizer.
         hparams: pytree of arrays.
-        solver_name: for the message, `"hg.implicit"`.
+        solver_name: name of the solver in the message, such as `"hg.implicit"`.
 
     Raises:
         InputError: for a hyperparameter that only the optimizer uses.
 
     Warns:
-        UserWarning: for a hyperparameter that nothing uses, or only where derivatives are zero.
+        UserWarning: for a hyperparameter that nothing uses, or that is used only where derivatives are zero.
     """
     found = [influence(lambda h: residual(params, h), hparams)]
     if outer is not None:
@@ -159,10 +159,10 @@ def check_unrolled_sensitivity(
         params: pytree of arrays.
         inner_state: state of the inner optimizer.
         hparams: pytree of arrays.
-        solver_name: for the message.
+        solver_name: name of the solver in the message.
 
     Warns:
-        UserWarning: for a hyperparameter that nothing uses, or only where derivatives are zero.
+        UserWarning: for a hyperparameter that nothing uses, or that is used only where derivatives are zero.
     """
     found = [
         influence(lambda h: step(params, inner_state, h), hparams),
@@ -182,17 +182,18 @@ def check_amortised_sensitivity(
 ) -> None:
     """Name the hyperparameters that a solver which *learns* the response cannot see.
 
-    What it learns from is the value of the training gradient: rounding and comparisons do no harm there.
+    It learns from the value of the training gradient, so rounding and comparisons do no harm there.
 
     Args:
         residual: `(params, hparams) -> ∂_w inner_loss`.
         outer: `(params, hparams) -> loss` or `(loss, metrics)`.
         params: pytree of arrays.
         hparams: pytree of arrays.
-        solver_name: for the message.
+        solver_name: name of the solver in the message.
 
     Warns:
-        UserWarning: for a hyperparameter that neither the training gradient nor the derivative of the outer loss knows.
+        UserWarning: for a hyperparameter that neither the training gradient nor the derivative of the outer loss
+            depends on.
     """
     learnt = influence(lambda h: residual(params, h), hparams)
     found = [{path: Influence(x.value, x.value) for path, x in learnt.items()}]

@@ -1,8 +1,8 @@
-"""What every reader of a traced program needs to know of jaxprs, and nothing else here does.
+"""Everything that the readers of traced programs need to know about jaxprs, in one place.
 
-Two ways through a program: `forward` carries what a reader knows of each value from inputs to outputs, `evaluate` runs
-the program again with some of its operations replaced. Beside them the anatomy of operations that hold programs:
-loops, branches, calls. Where it differs between versions of JAX, it differs in this file.
+There are two ways through a program: `forward` carries what a reader knows about each value from inputs to outputs, and
+`evaluate` runs the program again with some of its operations replaced. The other functions describe operations that
+hold programs: loops, branches, calls. Differences between versions of JAX are handled in this file alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def parts(eqn: Any) -> list[Any]:
 
 
 def called(eqn: Any) -> Any:
-    """The one program that an operation runs once, on its inputs as they are (jit, remat, a derivative rule of its
-    own), or None.
-    """
+    """The program that an operation runs once, on its inputs as they are (jit, remat, custom rules), or None."""
     inside = parts(eqn)
     if eqn.primitive.name in ("scan", "while", "cond") or len(inside) != 1:
         return None
@@ -52,7 +50,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def while_counts(eqn: Any) -> tuple[int, int]:
-    """The number of inputs that are constants of a loop's condition, and of those of its body."""
+    """The number of inputs that are constants of a loop's condition, and of those that are constants of its body."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 

@@ -1,4 +1,4 @@
-"""How the adjoint system is solved: each function returns a `Linear`."""
+"""Solvers for the adjoint system; each function returns a `Linear`."""
 
 from hypergrad.linear._linear import Linear as Linear
 from hypergrad.linear._linear import LinearResult as LinearResult

@@ -1,4 +1,4 @@
-"""What a linear solver is here: how `A v = b` is solved, given only products with A.
+"""The interface of linear solvers, which solve `A v = b` given only products with A.
 
 `hg.linear.cg(...)` and its siblings return a `Linear`. The right-hand side and the starting point reach its `solve`
 with unit norm, and the norm is put back afterwards, so that an outer loss scaled by 1e-20 changes nothing.
@@ -27,12 +27,12 @@ class LinearResult(NamedTuple):
 
     Attributes:
         solution: pytree like the right-hand side.
-        residual: `‖b − A v‖ / ‖b‖` as the solver knows it (dimensionless); NaN if it never looked.
+        residual: `‖b − A v‖ / ‖b‖` as the solver knows it (dimensionless); NaN if it does not compute it.
         steps: int32, products with A.
         status: int32, see `hg.Status`.
-        inverse: `r -> u`, a rough A⁻¹ r from what the solve learned.
+        inverse: `r -> u`, a rough A⁻¹ r from what the solve learned about A.
         low: the smallest ‖M⁻¹A v‖ / ‖v‖ that the solve has seen, in the geometry of its preconditioner: an upper bound
-            of the true one (a Ritz value for CG, a singular value for GMRES). Infinite if it saw none.
+            on the true one (a Ritz value for CG, a singular value for GMRES). Infinite if it saw none.
         high: the largest; 0 if it saw none.
     """
 
@@ -48,8 +48,8 @@ class LinearResult(NamedTuple):
 class SolveFn(Protocol):
     """`solve(matvec, rhs, *, start, precondition, options, key) -> LinearResult`.
 
-    `rhs` has unit norm; `start` is a direction of unit norm, whose best length `fit` finds, or zero; `options` are
-    scalar arrays, a `tol` of None resolved.
+    `rhs` has unit norm. `start` is zero or a direction of unit norm, whose best length `fit` finds. `options` are
+    scalar arrays, with the default in place of a `tol` of None.
     """
 
     def __call__(
@@ -71,17 +71,17 @@ class Preconditioner(Protocol):
 
 
 class Linear(NamedTuple):
-    """A linear solver, for the adjoint system. It is made by `hg.linear.cg` and its siblings.
+    """A linear solver for the adjoint system, made by `hg.linear.cg` and its siblings.
 
     Attributes:
-        solve: see `SolveFn`; call it through `solve` of this module, which normalises.
+        solve: see `SolveFn`; call it through `solve` of this module, which normalises `rhs`.
         options: numbers that may change from call to call without recompiling (`tol`, `max_steps`, ...).
         claims: whether a tolerance was asked for, so that a miss is a status.
         symmetric: whether the method needs a symmetric operator.
         preconditioner: see `Preconditioner`, or None.
-        random: what the solution depends on by chance, in words, as in `About`.
+        random: sources of randomness in the solution, in words, as in `About`.
         exact: whether `inverse` of its result is A⁻¹ to working precision.
-        looks: whether it looks at A at all; of one that does not, no error can be estimated.
+        looks: whether it uses A at all; if it does not, no error can be estimated.
     """
 
     solve: SolveFn
@@ -110,8 +110,9 @@ def solve(
     options: Mapping[str, ArrayLike] | None = None,
     key: Array | None = None,
 ) -> LinearResult:
-    """Solve `A v = rhs`, whatever the scale of `rhs`; a zero right-hand side gives zero, one that is not finite a
-    status.
+    """Solve `A v = rhs` at any scale of `rhs`.
+
+    A zero right-hand side gives zero, and one that is not finite gives a status.
 
     Args:
         linear: the method.
@@ -155,10 +156,10 @@ def solve(
 
 
 def fit(matvec: Matvec, rhs: PyTree, start: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """Scale a starting direction so that its residual is as small as it can be: never larger than that of zero.
+    """Scale a starting direction so that its residual is as small as possible, and never larger than that of zero.
 
     Returns:
-        The scaled start, its residual `b − A x`, and `A x`; one product.
+        The scaled start, its residual `b − A x`, and `A x`, at the cost of one product.
     """
     product = matvec(start)
     size = _tree.norm(product)
@@ -188,7 +189,7 @@ def weigh(stack: PyTree, weights: Array) -> PyTree:
 
 
 def _unit(x: PyTree, size: Array) -> PyTree:
-    """`x / size`; zero where the size is not a positive number. In the wider dtype: 1/size may not fit the other."""
+    """`x / size`; zero where the size is not a positive number. In the wider dtype, which 1/size always fits."""
     good = (size > 0) & jnp.isfinite(size)
     safe = jnp.where(good, size, 1)
 

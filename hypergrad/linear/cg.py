@@ -4,14 +4,14 @@ r"""Preconditioned conjugate gradients for the adjoint system.
 
 Source: Hestenes & Stiefel 1952; Saad, "Iterative Methods for Sparse Linear Systems" (2003), algorithm 9.1. Differs from
 `jax.scipy.sparse.linalg.cg` in:
-1. it stops, with a status, at negative curvature (pᵀAp < 0) and in a null space, where that one returns a number;
+1. it stops, with a status, at negative curvature (pᵀAp < 0) and in a null space, where JAX's returns a number;
 2. every test is relative, so that scaling (A, b) changes nothing, in float32 and at any size;
 3. the starting point is first scaled to the length that fits best, so that a warm start is never worse than zero;
-4. its own scalars give the smallest Ritz value, the curvature with which a residual becomes an error: T = RᵀR with R
-   bidiagonal, and ‖R⁻¹‖ is followed from step to step by incremental condition estimation (Bischof 1990; Meurant &
-   Tichý 2019);
-5. on a fixed budget it can keep what it has where it meets negative curvature, as trust-region methods do (Steihaug
-   1983), and take |A| for A along the very first direction: x = ‖b‖ b / ‖A b‖.
+4. its own scalars give the smallest Ritz value, the curvature that turns a residual into an error: T = RᵀR with R
+   bidiagonal, and ‖R⁻¹‖ is updated at each step by incremental condition estimation (Bischof 1990; Meurant & Tichý
+   2019);
+5. on a fixed budget it can keep the current iterate where it meets negative curvature, as trust-region methods do
+   (Steihaug 1983), and take |A| for A along the very first direction: x = ‖b‖ b / ‖A b‖.
 Cost: one product a step, one for the starting point. Memory: four vectors.
 """
 
@@ -36,7 +36,7 @@ from hypergrad.linear.identity import unknown_inverse
 from hypergrad.linear.precondition import jacobi
 
 _MAX_STEPS = 1000
-_ROUNDING = 4  # units of rounding to which a residual by recursion still means something
+_ROUNDING = 4  # units of rounding below which a residual by recursion means nothing
 _FLAT = 8  # a Rayleigh quotient this many units of rounding below the largest cannot be told from zero
 
 
@@ -56,7 +56,7 @@ class _Carry(NamedTuple):
     pmp: Array  # pᵀ M p, by recursion, since only M⁻¹ is known
     low: Array  # smallest pᵀAp / pᵀMp
     ritz: _Ritz
-    high: Array  # largest, in size
+    high: Array  # largest absolute value of the same
     residual: Array
     steps: Array
     status: Array
@@ -80,12 +80,12 @@ def cg(
     Args:
         tol: relative tolerance on the residual (dimensionless). With it, or with neither argument, the solver claims
             convergence and a miss is a status; None then means 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most products with A; alone, without `tol`, a fixed budget that claims nothing. Default 1000.
+        max_steps: largest number of products with A; without `tol`, a fixed budget that claims nothing. Default 1000.
         preconditioner: `hg.linear.jacobi()`, `hg.linear.precondition(fn)` or None. The default is Jacobi from 8
             Hutchinson probes when convergence is claimed, and none on a fixed budget.
         indefinite: what to do where A has negative curvature. `"refuse"`: the status is NEG_CURVATURE. `"truncate"`,
-            on a fixed budget alone: stop with what the directions before gave, which is a direction to step along and
-            no solution, so that `error_estimate` is `inf`.
+            only on a fixed budget: stop with the iterate that the previous directions gave. It is a direction to step
+            along rather than a solution, so `error_estimate` is `inf`.
 
     Raises:
         InputError: for a negative tolerance or step count; for `indefinite="truncate"` where convergence is claimed.
@@ -120,14 +120,14 @@ def _solve(
     apply = precondition or (lambda v: v)
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
     asked = options["tol"]
-    tol = jnp.maximum(asked, _ROUNDING * eps)  # a recursion below rounding level is 0/0 next
+    tol = jnp.maximum(asked, _ROUNDING * eps)  # below rounding level the recursion would become 0/0
     max_steps = options["max_steps"]
 
     def warm(_: tuple[PyTree, PyTree, Array, Array]) -> tuple[PyTree, PyTree, Array, Array]:
         x, r, product = fit(matvec, rhs, start)
-        # (A x)ᵀ M⁻¹ (A x) / xᵀ A x lies within the spectrum of M⁻¹A: all there is where no step is needed.
+        # (A x)ᵀ M⁻¹ (A x) / xᵀ A x lies within the spectrum of M⁻¹A; it is the only estimate where no step is needed.
         curvature = _tree.vdot(product, apply(product)) / _tree.vdot(x, product)
-        if truncate:  # along negative curvature the length that fits best is one back
+        if truncate:  # along negative curvature the best length points backwards
             x, r = _tree.where(curvature > 0, (x, r), (_tree.zeros_like(rhs), rhs))
         return x, r, _tree.positive(curvature).astype(dtype), jnp.int32(1)
 
@@ -198,9 +198,9 @@ def _solve(
 
 
 def _truncated(result: LinearResult, c: _Carry, apply: Matvec) -> LinearResult:
-    """A step along p where CG stopped before its first one, for the curvature of |A|; with it, nothing is known."""
+    """A step along p with the curvature of |A|, where CG stopped before its first step; its error is not known."""
     indefinite = result.status == int(Status.NEG_CURVATURE)
-    image = jnp.sqrt(jnp.abs(_tree.vdot(c.r, apply(c.r))) * c.pmp)  # ‖A p‖ ‖p‖ ≥ |pᵀAp|, and so no step too long
+    image = jnp.sqrt(jnp.abs(_tree.vdot(c.r, apply(c.r))) * c.pmp)  # ‖A p‖ ‖p‖ ≥ |pᵀAp|, so the step is not too long
     first = indefinite & (_tree.max_abs(c.x) == 0)
     x = _tree.where(first, _tree.scale(_tree.safe_divide(c.rz, image, where=first), c.p), result.solution)
 
@@ -219,7 +219,7 @@ def _truncated(result: LinearResult, c: _Carry, apply: Matvec) -> LinearResult:
 
 
 def _extended(ritz: _Ritz, alpha: Array, beta: Array) -> _Ritz:
-    """One row and column more: of all unit vectors (s z, c), that whose product with the new R⁻¹ is longest."""
+    """Extend by a row and a column: the unit vector (s z, c) whose product with the new R⁻¹ is longest."""
     corner = ritz.square + ritz.edge * ritz.last * (ritz.last * alpha)
     side = -jnp.sqrt(ritz.edge) * ritz.last * alpha
     size = jnp.maximum(corner, alpha)  # the squares of these may leave the range of the dtype
@@ -241,7 +241,7 @@ def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:
     noise = c.low <= _FLAT * eps * c.high  # a step was taken along what later turned out to be rounding
     null = (jnp.abs(curvature) <= _FLAT * eps * c.high) & (gain <= 8 * eps**0.5 * c.high)
     null = null | (noise & (curvature > -(eps**0.5) * c.high))
-    # What is left of b in the null space may be rounding, or the fault of the problem.
+    # The part of b in the null space may be rounding, or a property of the problem.
     flat = jnp.where(c.residual <= eps**0.5, int(Status.PRECISION_LIMITED), int(Status.SINGULAR))
     stopped = jnp.where((c.status == int(Status.NEG_CURVATURE)) & null, flat, c.status)
 

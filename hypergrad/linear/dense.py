@@ -3,9 +3,9 @@ r"""The adjoint system as a matrix: exact, for small problems.
     A = [A e_1, ..., A e_n],   D_r⁻¹ A D_c⁻¹ = P L U,   v = A⁻¹ b,   or A⁺ b where A is singular to working precision
 
 Source: Golub & Van Loan, "Matrix Computations" (2013), sections 3.4 (LU), 3.5 (scaling, refinement) and 5.5
-(pseudo-inverse). Differs from `jnp.linalg.solve` in: a condition check, that does not mind badly scaled rows and
-columns; the shortest solution, and a status if there is none, where the matrix is singular.
-Cost: n products that run at once, O(n³). Memory: n² and what n products at once need.
+(pseudo-inverse). Differs from `jnp.linalg.solve` in that its condition check tolerates badly scaled rows and columns,
+and that a singular matrix gives the shortest solution, or a status if there is none.
+Cost: n products that run at once, O(n³). Memory: n², and that of n products at once.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec
 
 _FLAT = 8  # a singular value this many units of rounding below the largest cannot be told from zero
-_BATCH = 512  # columns made at once
+_BATCH = 512  # columns computed at once
 
 
 @options(tol=Number(above=0))
 def dense(tol: ArrayLike | None = None) -> Linear:
-    """Write A down and factorise it: for up to a few thousand parameters, symmetric or not.
+    """Form the matrix A and factorise it: for up to a few thousand parameters, symmetric or not.
 
     Args:
-        tol: relative tolerance on the residual (dimensionless), by which a matrix that is singular to working precision
-            but still has a solution is told from one that has none. None means 1e-6 in float32 and 1e-10 in float64.
+        tol: relative tolerance on the residual (dimensionless). It decides whether a system that is singular to working
+            precision still has a solution. None means 1e-6 in float32 and 1e-10 in float64.
 
     A starting point and a preconditioner are not used. `inverse` is exact, and reuses the factors.
 
@@ -72,7 +72,7 @@ def _solve(
     x = apply(b)
     x = x + apply(b - _dot(matrix, x))
     residual = jnp.sqrt(jnp.sum((b - _dot(matrix, x)) ** 2))
-    # What the best solution of a nearly singular system leaves of b is rounding, or a part of b that nothing reaches.
+    # The residual of the best solution of a nearly singular system is rounding, or a part of b outside the range of A.
     rounding = n**0.5 * eps * jnp.sqrt(jnp.sum(x**2))  # the largest entry of the matrix is 1
     missed = jnp.where(singular & (residual > rounding), int(Status.SINGULAR), int(Status.PRECISION_LIMITED))
     status = jnp.where(residual <= tol, int(Status.OK), missed)
@@ -137,7 +137,7 @@ def _dot(matrix: Array, v: Array) -> Array:
 
 
 def _flattener(like: PyTree) -> tuple[Callable[[PyTree], Array], Callable[[Array], PyTree], int]:
-    """`ravel`, `unravel` between pytrees like `like` and vectors of their widest dtype, and the length."""
+    """`ravel` and `unravel` between pytrees like `like` and vectors of their widest dtype, and the length."""
     leaves, treedef = jax.tree.flatten(like)
     dtype = _tree.dtype(like)
     ends = [0]

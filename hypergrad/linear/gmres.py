@@ -5,8 +5,9 @@ r"""Restarted GMRES for adjoint systems that are not symmetric.
 Source: Saad & Schultz 1986; Saad, "Iterative Methods for Sparse Linear Systems" (2003), algorithm 9.5. Differs from
 `jax.scipy.sparse.linalg.gmres` in:
 1. the preconditioner acts on the right, so that the residual is that of the system asked for;
-2. a space that closes without a solution, and cycles that get nowhere, are statuses, where that one returns a number;
-3. it stops within a cycle, each vector is orthogonalised twice, and no part of it is flattened;
+2. a space that closes without a solution, and cycles that make no progress, give a status, where JAX's returns a
+   number;
+3. it stops within a cycle, each vector is orthogonalised twice, and pytrees are not flattened;
 4. the starting point is first scaled to the length that fits best.
 Cost: one product a step, and one for each restart and for the starting point; O(m) vector operations a step, where CG
 needs five. Memory: m + 5 vectors.
@@ -33,9 +34,9 @@ from hypergrad._tree import PyTree
 from hypergrad.linear._linear import PRECONDITIONER, Linear, LinearResult, Matvec, Preconditioner, against, fit, weigh
 
 _MAX_STEPS = 1000
-_ROUNDING = 4  # units of rounding to which a residual by recursion still means something
+_ROUNDING = 4  # units of rounding below which a residual by recursion means nothing
 _FLAT = 8  # a pivot this many units of rounding below the largest cannot be told from zero
-_PROGRESS = 1e-3  # a cycle that takes less than this off the residual gets nowhere
+_PROGRESS = 1e-3  # a cycle that reduces the residual by less than this makes no progress
 
 
 class _Cycle(NamedTuple):
@@ -54,7 +55,7 @@ class _Carry(NamedTuple):
     residual: Array  # after the last cycle, by recursion
     before: Array  # at the start of the last cycle, as measured
     low: Array  # smallest singular value of A M⁻¹ on the spaces seen
-    last: Array  # and on the last one
+    last: Array  # the same on the last space
     high: Array  # largest column
     products: Array
     stuck: Array
@@ -79,7 +80,7 @@ def gmres(
     Args:
         tol: relative tolerance on the residual (dimensionless). With it, or with neither argument, the solver claims
             convergence and a miss is a status; None then means 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most products with A; alone, without `tol`, a fixed budget that claims nothing. Default 1000.
+        max_steps: largest number of products with A; without `tol`, a fixed budget that claims nothing. Default 1000.
         restart: products after which the basis is thrown away, a Python integer. Larger is more robust and takes more
             memory.
         preconditioner: `hg.linear.jacobi()`, `hg.linear.precondition(fn)` or None.
@@ -175,7 +176,7 @@ def _solve(
 def _verdict(c: _Carry, asked: Array, eps: float) -> Array:
     """The reason why the loop stopped: the tolerance, rounding, a null space, or the number of products."""
     rounding = (c.residual <= _ROUNDING * eps) | ((c.stuck | c.singular) & (c.residual <= eps**0.5))
-    flat = c.singular | (c.stuck & (c.last <= eps**0.5 * c.high))  # what is left of b is next to a null vector
+    flat = c.singular | (c.stuck & (c.last <= eps**0.5 * c.high))  # the rest of b is close to a null vector
     missed = jnp.where(
         rounding, int(Status.PRECISION_LIMITED), jnp.where(flat, int(Status.SINGULAR), int(Status.LINEAR_MAX_STEPS))
     )
@@ -202,7 +203,7 @@ def _arnoldi(
         w = operator(jax.tree.map(lambda leaf: leaf[j], k.basis))
         before = _tree.norm(w).astype(dtype)
         h = jnp.zeros((size + 1,), dtype)
-        for _ in range(2):  # once leaves a part of the order of the rounding times the growth of the basis
+        for _ in range(2):  # one pass leaves a part of the order of the rounding times the growth of the basis
             part = against(k.basis, w).astype(dtype)
             w, h = _tree.sub(w, weigh(k.basis, part)), h + part
         after = _tree.norm(w).astype(dtype)

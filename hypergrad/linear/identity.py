@@ -3,7 +3,7 @@ r"""No linear solve at all: the inverse is taken to be a multiple of the identit
     v = α b   in place of   A v = b
 
 Source: Luketina, Berglund, Greff & Raiko 2016, arXiv:1511.06727; the term K = 0 of Lorraine, Vicol & Duvenaud 2020,
-arXiv:1911.02590. Differs: α is an argument, where the first drops it.
+arXiv:1911.02590. Differs: α is an argument; the first paper drops it.
 Cost: nothing. The direction is right where A is close to a multiple of the identity; the length is right where α is its
 inverse.
 """
@@ -28,11 +28,11 @@ from hypergrad.linear._linear import Linear, LinearResult, Matvec
 def identity(step_size: ArrayLike = 1.0) -> Linear:
     """Use `step_size` times the right-hand side for the solution: the cheapest hypergradient there is.
 
-    It makes no product and claims nothing: the residual is NaN, which stands for "never looked", and `inverse` is
-    infinite, so that `error_estimate` is too.
+    It makes no product and claims nothing: the residual is NaN, since it is never computed, and `inverse` is infinite,
+    so `error_estimate` is infinite too.
 
     Args:
-        step_size: α, in units of an inverse eigenvalue of A; the learning rate of the inner problem is usual.
+        step_size: α, in units of an inverse eigenvalue of A; usually the learning rate of the inner problem.
 
     Raises:
         InputError: if the step size is not positive.
@@ -53,5 +53,5 @@ def _solve(
 
 
 def unknown_inverse(residual: PyTree) -> PyTree:
-    """A⁻¹ r where nothing is known of A: infinite in every entry."""
+    """A⁻¹ r where nothing is known about A: infinite in every entry."""
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), residual)

@@ -1,13 +1,13 @@
-r"""The truncated Neumann series: as many steps of gradient descent on the adjoint system as one can afford.
+r"""The truncated Neumann series: a fixed number of gradient descent steps on the adjoint system.
 
     v = α Σ_{j=0..K} (I − αA)ʲ b,        A v = b − t_{K+1},   t_j = (I − αA)ʲ b
 
-Source: Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590. Differs: the sum is added, where the first version of the
-paper prints a subtraction, and keeps its factor α; α comes from a power iteration if none is given; terms that grow are
-a status. It converges where every eigenvalue of αA lies within the unit circle around 1 (0 < αλ < 2 for symmetric A,
-which A need not be), by a factor 1 − αμ a term, with μ the smallest eigenvalue: at a condition number of 100, fifty
-terms still leave a third of the error. Conjugate gradients do better with the same products wherever A is symmetric
-positive definite.
+Source: Lorraine, Vicol & Duvenaud 2020, arXiv:1911.02590. Differs: the sum is added (the first version of the paper
+prints a subtraction) and keeps its factor α; α comes from a power iteration if none is given; growing terms give a
+status. The series converges where every eigenvalue of αA lies within the unit circle around 1 (0 < αλ < 2 if A is
+symmetric, which it need not be), by a factor 1 − αμ per term, where μ is the smallest eigenvalue: at a condition number
+of 100, fifty terms still leave a third of the error. Conjugate gradients do better with the same products wherever A is
+symmetric positive definite.
 Cost: K products; one more for a starting point in place of the last term. Memory: two vectors.
 """
 
@@ -30,18 +30,18 @@ from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec, fit
 from hypergrad.linear.identity import unknown_inverse
 
-_ROUNDING = 4  # units of rounding to which a residual by recursion still means something
-_GROWTH = 64  # units of rounding by which a term may grow without being said to
+_ROUNDING = 4  # units of rounding below which a residual by recursion means nothing
+_GROWTH = 64  # units of rounding by which a term may exceed the last without counting as growth
 
 
 class _Carry(NamedTuple):
     total: PyTree  # Σ t_i
     term: PyTree
     norm: Array  # of the term
-    move: Array  # of its difference to the one before, α ‖A t‖
+    move: Array  # norm of its difference from the one before, α ‖A t‖
     ratio: Array  # of the term's norm to that of the one before
     halfway: tuple[Array, Array]  # norm and move in the middle of the sum
-    grows: Array  # whether the last term did
+    grows: Array  # whether the last term grew
     products: Array
 
 
@@ -64,9 +64,9 @@ def neumann(
             `power_steps` products.
         power_steps: products of the power iteration that finds the step size where none is given.
 
-    The residual is the next term, foretold from the ratio of the last two without a product (NaN for K = 0, where there
-    are no two). Their ratio ρ also gives the smallest eigenvalue that still counts, (1 − ρ)/α, with which residuals
-    become errors.
+    The residual is the next term, extrapolated without a product from the ratio of the last two (NaN for K = 0, where
+    there is only one). Their ratio ρ also gives the smallest relevant eigenvalue, (1 − ρ)/α, which turns residuals into
+    errors.
 
     Raises:
         InputError: for a negative tolerance, step size or number of steps.
@@ -120,7 +120,7 @@ def _solve(
     first = _Carry(term, term, norm, inf, nan, (norm, inf), jnp.asarray(False), used)
 
     def proceed(c: _Carry) -> Array:
-        # A sum that is past saving is left while it is still finite.
+        # A diverging sum is abandoned while it is still finite.
         return (c.products < max_steps) & (c.norm > tol) & (c.norm < norm / eps)
 
     def step(c: _Carry) -> _Carry:
@@ -128,8 +128,8 @@ def _solve(
         term = _tree.sub(c.term, product)
         move, after = _tree.norm(product).astype(dtype), _tree.norm(term).astype(dtype)
         noise = _GROWTH * eps * c.norm
-        # Where A is not normal terms may rise and fall for a while: what lasts shows over half of the sum as well. It
-        # shows in the products, which weigh the large eigenvalues more, long before it does in the terms.
+        # Where A is not normal, terms may rise and fall for a while; lasting growth also shows over half of the sum. It
+        # shows in the products, which weigh the large eigenvalues more, long before it shows in the terms.
         larger = (after > c.norm + noise) | (after > norm)
         grows = (larger & (after > c.halfway[0])) | ((move > c.move + noise) & (move > c.halfway[1]))
         taken, total = c.products + 1 - used, max_steps - used
@@ -157,8 +157,8 @@ def _solve(
 def largest_growth(matvec: Matvec, like: PyTree, key: Array, steps: int) -> Array:
     """The largest ‖A z‖ / ‖z‖ seen over some steps of the power iteration, a scalar; 1 for an operator that is zero.
 
-    For symmetric A it grows towards the largest eigenvalue in size from below, by more than half the way in a few
-    steps; for others it is at least their growth in the long run, as seen from a random start.
+    For symmetric A it approaches the largest absolute eigenvalue from below, more than halfway in a few steps. For
+    other A it is at least the long-run growth from a random start.
     """
     signs = _tree.rademacher_like(key, like)
     size = _tree.norm(signs)

@@ -1,4 +1,4 @@
-r"""The Nyström approximation of the inverse: a few products made at once, and no iteration.
+r"""The Nyström approximation of the inverse: a few products at once, and no iteration.
 
     A ≈ Y W⁺ Yᵀ,   Y = A Ω,   W = Ωᵀ Y,        v = (Y W⁺ Yᵀ + ρ I)⁻¹ b   by Woodbury's identity
 
@@ -29,7 +29,7 @@ from hypergrad._solver import Status
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Linear, LinearResult, Matvec, against, weigh
 
-_BATCHED_ENTRIES = 4_000_000  # 16 MB in float32: above, the products run one by one
+_BATCHED_ENTRIES = 4_000_000  # 16 MB in float32; above it, the products run one by one
 _SHIFT = 16  # units of rounding of the largest eigenvalue
 
 
@@ -41,10 +41,10 @@ _SHIFT = 16  # units of rounding of the largest eigenvalue
     sketch=Choice(("gaussian", "columns")),
 )
 def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linear:
-    """A low-rank inverse with damping: a fixed budget of `rank` + 1 products, one-shot, that claims nothing.
+    """A damped low-rank inverse: a fixed budget of `rank` + 1 products, without iteration, that claims nothing.
 
-    The solution is that of the damped system; the residual is that of `A v = b` itself, measured by a product, and so
-    shows the bias of the damping too. A starting point is not used.
+    The solution is that of the damped system; the residual is that of `A v = b` itself, measured by a product, so it
+    also shows the bias from damping. A starting point is not used.
 
     Args:
         rank: number of test vectors, a Python integer; the part of A beyond its `rank` largest eigenvalues counts as
@@ -82,7 +82,7 @@ def _solve(
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
     n = _tree.size(rhs)
     rank = min(rank, n)
-    # As many test vectors as coordinates see everything, whichever they are.
+    # As many test vectors as coordinates span the whole space, whichever they are.
     tests = _columns(key, rhs, rank) if sketch == "columns" or rank == n else _gaussian(key, rhs, rank)
     images = jax.vmap(matvec)(tests) if rank * n <= _BATCHED_ENTRIES else jax.lax.map(matvec, tests)
 
@@ -95,7 +95,7 @@ def _solve(
     core = (core + core.T) / 2
     bad = ~jnp.all(jnp.isfinite(core))
     values, vectors = jnp.linalg.eigh(jnp.where(bad, jnp.eye(rank, dtype=dtype), core))
-    # What is approximated is A + shift · I: rounding leaves its W positive definite, and no direction need be dropped.
+    # A + shift · I is approximated: rounding leaves its W positive definite, and no direction has to be dropped.
     shift = jnp.minimum(_SHIFT * eps * jnp.max(jnp.abs(values)), rho / 2)
     images = _tree.axpy(shift, tests, images)
     kept = values + shift > 0

@@ -1,14 +1,14 @@
-r"""Preconditioners: cheap approximations of A⁻¹ that conjugate gradients and GMRES start every step from.
+r"""Preconditioners: cheap approximations of A⁻¹ that conjugate gradients and GMRES apply at every step.
 
     diag(A) ≈ h ⊙ (1/m) Σⱼ zⱼ ⊙ h⁻¹ ⊙ A (zⱼ ⊙ h⁻¹) ⊙ h,   zⱼ random signs,   h² the last estimate (at first 1)
 
 Source: Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix". Differs: the second half of the
-probes sees A scaled by what the first half found, since the noise of an entry is the size of its whole row, which hides
-the small ones of a badly scaled matrix; and each entry is raised to 1.5 times its own standard error, as a sampled one
-can be zero or negative where the true one is not. On random ill-scaled least squares that takes a quarter of the steps
-of the plain estimate with a common floor, and a fifth more than those of the exact diagonal.
-Cost: m products with A, two times m/2 at once (`jax.vmap`), one after the other where those would not fit. Memory: m/2
-vectors.
+probes sees A scaled by the estimate from the first half, since the noise of an entry has the size of its whole row,
+which hides the small entries of a badly scaled matrix; and each entry is raised to at least 1.5 times its own standard
+error, since a sampled entry can be zero or negative where the true one is not. On random ill-scaled least squares this
+takes a quarter of the steps of the plain estimate with a common floor, and a fifth more steps than the exact diagonal.
+Cost: m products with A, in two batches of m/2 (`jax.vmap`), or one after the other where a batch would not fit. Memory:
+m/2 vectors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hypergrad._options import Number, options
 from hypergrad._tree import PyTree
 from hypergrad.linear._linear import Matvec, Preconditioner
 
-_BATCHED_ENTRIES = 4_000_000  # 16 MB in float32: above, the probes run one by one
+_BATCHED_ENTRIES = 4_000_000  # 16 MB in float32; above it, the probes run one by one
 _ERRORS = 1.5  # standard errors below which an entry of the diagonal cannot be told from noise
 
 
@@ -34,8 +34,8 @@ def jacobi(probes: int = 8) -> Preconditioner:
     """Divide by the diagonal of A, estimated from `probes` products with random signs (Hutchinson).
 
     Args:
-        probes: number of random vectors, rounded up to an even one from 4 on; the error of the diagonal falls with its
-            square root.
+        probes: number of random vectors, rounded up to an even number from 4 on; the error of the diagonal falls with
+            its square root.
 
     Raises:
         InputError: if `probes` is not positive.
