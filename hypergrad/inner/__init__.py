@@ -1,4 +1,4 @@
-"""How parameters are found: each function returns an `Inner`."""
+"""Inner solvers, which find the parameters; each function returns an `Inner`."""
 
 from hypergrad.inner._inner import Inner as Inner
 from hypergrad.inner._inner import InnerResult as InnerResult

@@ -1,7 +1,7 @@
-"""What an inner solver is: how parameters follow from hyperparameters.
+"""The interface of inner solvers, which find the parameters for given hyperparameters.
 
-`hg.inner.gradient(...)` and its siblings return an `Inner`. `solve` is used by `hg.implicit`, which differentiates the
-solution; `step` by `hg.unrolled`, which differentiates the path.
+`hg.inner.gradient(...)` and its siblings return an `Inner`. `hg.implicit` uses `solve` and differentiates the solution;
+`hg.unrolled` uses `update` or `move` and differentiates the path.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from hypergrad._tree import PyTree, keystr
 
 
 class InnerResult(NamedTuple):
-    """The result of an inner solve: parameters and states from which the next call can start, whatever the status.
+    """The result of an inner solve: parameters and states from which the next call can start at any status.
 
     Attributes:
         params: pytree like the starting parameters; finite if those are.
         state: the inner optimizer's state, for the next call; finite if the last one is.
         model_state: the model's state, for the next call.
         residual: norm of F at a recent iterate, in the units of F (divide by `scale` for the relative one).
-        steps: int32.
+        steps: number of steps, int32.
         status: int32, see `hg.Status`.
     """
 
@@ -45,8 +45,7 @@ class InnerResult(NamedTuple):
 class SolveFn(Protocol):
     """`solve(objective, params, state, hparams, model_state, *, scale, options) -> InnerResult`.
 
-    `scale` is a positive scalar: the natural size of F on this problem. A solve to tolerance stops at ‖F‖ ≤ tol ·
-    scale.
+    `scale` is the natural size of F, a positive scalar. A solve to tolerance stops at ‖F‖ ≤ tol · scale.
     """
 
     def __call__(
@@ -63,7 +62,7 @@ class SolveFn(Protocol):
 
 
 class Inner(NamedTuple):
-    """An inner solver, which finds the parameters. It is made by `hg.inner.lbfgs` and its siblings.
+    """An inner solver, which finds the parameters; made by `hg.inner.lbfgs` and its siblings.
 
     Attributes:
         init: `(params, hparams) -> state` of the inner optimizer.
@@ -74,9 +73,9 @@ class Inner(NamedTuple):
         residual: `(objective, params, hparams) -> F`, a pytree like the parameters; zero at the solution.
         steps: number of steps to unroll, a Python integer; None for solvers that cannot be unrolled.
         update: `(grads, params, state, hparams) -> (params, state)`, one differentiable optimizer step for a given
-            gradient; None unless a step is one.
-        move: `(objective, params, state, hparams, step) -> (params, state)`, one differentiable step of a map; None
-            unless a step is one. Exactly one of `update` and `move` is given where `steps` is.
+            gradient; None for a solver without such a step.
+        move: `(objective, params, state, hparams, step) -> (params, state)`, one differentiable step of a map; None for
+            a solver without such a step. Exactly one of `update` and `move` is given where `steps` is.
     """
 
     init: Callable[[PyTree, PyTree], PyTree]
@@ -109,17 +108,17 @@ def iterative(
     steps: int | None = None,
     move: Callable[[Objective, PyTree, PyTree, PyTree, Any], tuple[PyTree, PyTree]] | None = None,
 ) -> Inner:
-    """An `Inner` that keeps no state of its own between calls, from a function that iterates.
+    """Make an `Inner` that keeps no state of its own between calls from a function that iterates.
 
     Args:
         iterate: `(objective, params, hparams, target, max_steps) -> (params, ‖F‖, steps, status)`; `target` is the ‖F‖
             at which to stop, None where nothing is claimed.
         residual: see `Inner`.
-        tol: relative tolerance; None for what the precision supports.
-        max_steps: most steps.
+        tol: relative tolerance; None means what the precision supports.
+        max_steps: largest number of steps.
         symmetric: see `Inner`.
         claims: see `Inner`.
-        steps: of an unrolled run, or None.
+        steps: number of steps of an unrolled run, or None.
         move: a step of an unrolled run; it is used where `steps` is given.
     """
 
@@ -155,8 +154,8 @@ def map_of(name: str, function: Any, returns: str) -> Callable[[PyTree, PyTree, 
     """A user's `(params, hparams, batch[, key]) -> pytree like params`, as a checked function of four arguments.
 
     Args:
-        name: of the argument that it is, `"root: equations"`.
-        function: the user's.
+        name: name of the argument in messages, such as `"root: equations"`.
+        function: the user's function.
         returns: what it returns, for the message.
 
     Raises:
@@ -198,9 +197,9 @@ def check_like_params(what: str, result: PyTree, params: PyTree) -> None:
     """Raise unless what a user's function returned has the structure, shapes and dtypes of the parameters.
 
     Args:
-        what: "fixed_point: the result of map", say.
-        result: what it returned.
-        params: what it was given.
+        what: name of the result in messages, such as "fixed_point: the result of map".
+        result: what the function returned.
+        params: the parameters that it was given.
     """
     check_same_structure(what, result, params, "it must be like the parameters that it is given.")
     pairs = zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(params), strict=True)

@@ -1,17 +1,17 @@
-r"""Solving the inner problem, and saying how well it was solved; shared by every solver that works at the optimum.
+r"""Solve the inner problem and measure how well it was solved; shared by every solver that works at the optimum.
 
     repeat   inner solve to √tol, later to tol   →   Newton steps to tol   →   measure F
     until    ‖F‖ ≤ tol · size, or neither gets any further
 
-A Newton step squares the residual, so that the inner solver hands over early. Where Newton's method stalls (negative
+A Newton step squares the residual, so the inner solver hands over early. Where Newton's method stalls (negative
 curvature, a singular Hessian, a network), the inner solver takes over again and goes on to the full tolerance itself.
 
-The size of F = ∂_w h, against which its residual is measured, is ‖∂_w F · u‖ where the solve ended, with u = w, or the
-way from the start where w is nothing beside it: how much F changes when the parameters go from nothing to what they
-are. It does not change when the loss or the parameters are rescaled, and on a quadratic it equals ‖∂_w h(0)‖. The
-gradient at the start would not do: a steep start would be satisfied anywhere. Where the optimum is near zero, and so
-was the start, the size vanishes; the largest one seen lately takes its place, and its floor follows from what rounding
-leaves of F,
+Residuals are measured relative to the size of F = ∂_w h. The size is ‖∂_w F · u‖ where the solve ended, with u = w, or
+with u the way from the start if w is negligible next to it. This is how much F changes when the parameters go from zero
+to their values. Rescaling the loss or the parameters does not change the relative residual, and on a quadratic the size
+equals ‖∂_w h(0)‖. The gradient at the start would not do, since after a steep start any point would seem solved. If
+both the optimum and the start are near zero, the size vanishes; the largest recent size takes its place, and its floor
+follows from the rounding error of F,
 
     eps · √(2 |h| ‖∂_w F u‖ / ‖u‖),
 
@@ -40,11 +40,11 @@ from hypergrad.inner._inner import Inner, InnerResult
 from hypergrad.inner.newton import polish
 from hypergrad.linear._linear import Matvec, Preconditioner
 
-POLISH_STEPS = 8  # at most: they end where the tolerance is met, as a rule after one or two, or no longer help
-_FORGET = 0.1  # a scale that is no longer seen loses a digit a call
-_NEAR = 1e-3  # the residual from which Newton's method is fast, as a rule
+POLISH_STEPS = 8  # at most; they end when the tolerance is met, usually after one or two, or when they no longer help
+_FORGET = 0.1  # a scale that is not seen again loses a digit per call
+_NEAR = 1e-3  # the residual below which Newton's method is usually fast
 _ROUNDING = 64  # residuals within this many units of rounding cannot be told from zero
-_TURNS = 10  # of the inner solver and the Newton steps; a solve that ends well takes one, a steep start a few
+_TURNS = 10  # of inner solver and Newton steps; a solve that ends well takes one turn, a steep start a few
 _PROGRESS = 0.5  # factor by which Newton steps must reduce F for an inner solver that had stalled to be tried again
 
 
@@ -76,10 +76,10 @@ class _Progress(NamedTuple):
     params: PyTree
     inner_state: PyTree
     model_state: PyTree
-    inverse: list[Array]  # what the preconditioner consists of
+    inverse: list[Array]  # the arrays of the preconditioner
     norm: Array  # ‖F‖; within a turn, before its Newton steps
     size: Array  # natural size of F, as far as it is known
-    noise: Array  # what rounding leaves of F
+    noise: Array  # rounding error of F
     aim: Array  # tolerance of the inner solver's next turn
     spent: Array  # steps of the inner solver
     polished: Array  # Newton steps
@@ -158,8 +158,7 @@ def find_optimum(
         params, before, inverse = found.params, found.residual.astype(dtype), build(found.params)
         polished = jnp.int32(0)
         if polish_steps:
-            # Newton's method finishes what the inner solver has brought near; it does not do the work of one that ran
-            # out.
+            # Newton's method finishes a solve that is close; it does not replace an inner solver that ran out of steps.
             few = jnp.where(found.status == int(Status.OK), polish_steps, min(polish_steps, 2)).astype(jnp.int32)
             precondition = None if preconditioner is None else rebuild(inverse)
             params, polished = polish(
@@ -178,7 +177,7 @@ def find_optimum(
         )
 
     def turn(c: _Progress) -> _Progress:
-        looks = c.turns < 0  # at a state's first call, how large F is where it starts
+        looks = c.turns < 0  # a state's first call measures F at its start
         c = once(~looks, advance, c)
         norm, natural, noise = measure(c.params)
         able = looks | (c.status == int(Status.OK))
@@ -212,9 +211,7 @@ def find_optimum(
 def _measure(
     inner: Inner, objective: Objective, params: PyTree, hparams: PyTree, start: PyTree
 ) -> tuple[Array, Array, Array]:
-    """‖F‖, its natural size, and what rounding leaves of it; a start at the solution is not asked for digits that
-    nobody has.
-    """
+    """‖F‖, its natural size and its rounding error; a start at the solution need not be better than rounding."""
     eps, moved = _tree.eps(params), _tree.sub(params, start)
     far, long = _tree.max_abs(moved), _tree.max_abs(params)
     still = jnp.maximum(far, long) == 0
@@ -234,11 +231,11 @@ def _measure(
 def _as_arrays(
     condition: Callable[[PyTree], Matvec], params: PyTree
 ) -> tuple[Callable[[PyTree], list[Array]], Callable[[list[Array]], Matvec], list[Array]]:
-    """What a loop needs to carry a preconditioner, which is a function that closes over arrays.
+    """Split a preconditioner, a function that closes over arrays, into parts that a loop can carry.
 
     Returns:
-        `params -> arrays`; `arrays -> (v -> M⁻¹ v)`; and arrays to begin with, all zero. Those that do not depend on
-        the parameters, as the data that a preconditioner may look at, are not among them.
+        `params -> arrays`; `arrays -> (v -> M⁻¹ v)`; and arrays to begin with, all zero. Arrays that do not depend on
+        the parameters, such as data, are not among them.
     """
     treedef, inner = jax.tree.structure(params), []
 
@@ -275,8 +272,8 @@ def _hard(status: Array) -> Array:
 
 
 def _verdict(c: _Progress, residual: Array, tol: Array, eps: float, *, polished: bool) -> Array:
-    """What the residual at the end says: meeting the tolerance settles it, whatever the solver thought on the way."""
-    # A solver that did its part as agreed took too few steps for what is asked of both.
+    """The status at the end: OK if the tolerance is met, whatever the solver reported, unless it failed hard."""
+    # If the inner solver met its own goal, both together took too few steps for the tolerance.
     short = Status.INNER_MAX_STEPS if polished else Status.INNER_STALLED
     rounding = (residual <= _ROUNDING * eps) | (c.norm <= _ROUNDING * c.noise)
     missed = jnp.where(c.status == int(Status.OK), int(short), c.status)

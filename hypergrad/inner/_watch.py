@@ -1,7 +1,7 @@
-"""The watch for divergence: what the height of the inner loss, step by step, says of a run.
+"""Detection of divergence from the height of the inner loss at each step of a run.
 
-A number that is not finite is a status at once: a loss that had been growing has overflowed, any other turned NaN. A
-run whose numbers stay finite diverged if every height of its last quarter is far above every one of its first quarter.
+A number that is not finite gives a status at once: a loss that had been growing overflowed, any other turned NaN. A run
+whose numbers stay finite diverged if every height of its last quarter is far above every one of its first quarter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax import Array
 
 from hypergrad._solver import Status, first_failure
 
-ENOUGH = 16  # steps of a fixed budget before which a rise may be a matter of batches
+ENOUGH = 16  # steps of a fixed budget below which a rise may come from the choice of batches
 _RISE = 10  # a loss that rose this many times further than it ever fell has diverged
 _OVERFLOW = 1e3  # a loss that grew by more than this was on its way to overflow
 
@@ -23,9 +23,9 @@ class Heights(NamedTuple):
     """The inner loss along a run (for a map, how far a step moved), in scalars.
 
     Attributes:
-        status: what the first number that was not finite means, if there was one; int32.
+        status: the status that the first number that was not finite implies, if there was one; int32.
         first, last, low: height at the first step, at the last one and at its lowest.
-        early, late: largest height of the first quarter of the steps, smallest of the last.
+        early, late: largest height of the first quarter of the steps, smallest height of the last quarter.
     """
 
     status: Array
@@ -37,20 +37,20 @@ class Heights(NamedTuple):
 
 
 def new_heights(dtype: np.dtype) -> Heights:
-    """Of a run of no steps."""
+    """The heights of a run without steps."""
     zero, inf = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
     return Heights(jnp.int32(Status.OK), zero, zero, inf, -inf, inf)
 
 
 def enter(heights: Heights, height: Array, residual: Array, t: Any, steps: Any) -> Heights:
-    """Enter a step.
+    """Record a step.
 
     Args:
-        heights: of the steps before it.
+        heights: heights of the steps before it.
         height: the loss at its start, in the dtype of the heights.
-        residual: a size of the gradient there, which is looked at for NaN.
+        residual: a size of the gradient there, which is checked for NaN.
         t: the number of steps before it.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
     """
     quarter = steps // 4
     first = jnp.where(t == 0, height, heights.first)

@@ -1,20 +1,20 @@
-r"""Any map iterated to its fixed point: proximal steps, equilibria, solvers of the caller's own.
+r"""Any map iterated to its fixed point: proximal steps, equilibria, or a caller's own solver.
 
     wₜ₊₁ = Φ(wₜ, λ),     F(w, λ) = w − Φ(w, λ) = 0 at the solution
 
 Differentiating F rather than the steps makes L1 penalties exact: the derivative of a proximal step knows which
-coordinates are zero, where that of a subgradient step does not.
-With `history=m`, Anderson acceleration: where f = Φ(w) − w, and Q and P hold what f and Φ(w) changed by over the last m
-steps, with Q orthonormal and P combined alike,
+coordinates are zero; that of a subgradient step does not. With `history=m`, the iteration uses Anderson acceleration.
+Let f = Φ(w) − w, and let Q and P hold the changes of f and Φ(w) over the last m steps, with Q made orthonormal and P
+combined in the same way:
 
-    wₜ₊₁ = Φ(wₜ) − P Qᵀ fₜ,   refused unless ‖fₜ₊₁‖ is the smallest so far: then wₜ₊₁ = Φ(wₜ), and P and Q are emptied
+    wₜ₊₁ = Φ(wₜ) − P Qᵀ fₜ,   if ‖fₜ₊₁‖ is then the smallest so far; else wₜ₊₁ = Φ(wₜ), and P and Q are emptied
 
 Source: Bertrand et al. 2020, arXiv:2002.08943 (the lasso); Bai et al. 2019, arXiv:1909.01377 (equilibria); Anderson
 1965, and Walker & Ni 2011 (acceleration). Differs: Φ need be neither symmetric nor a contraction as long as the
-iteration converges; the adjoint system is solved, not iterated; the changes of f are made orthogonal as they come, so
-that no least-squares system is solved, and an accelerated point is only ever a step on the way: the solution is a value
-of Φ, with its zeros and within its bounds.
-Cost: an evaluation of Φ a step, a refused one included. Memory: two points, and 2 m + 2 more with acceleration.
+iteration converges; the adjoint system is solved, not iterated; the changes of f are orthogonalised as they arrive, so
+that no least-squares system is solved; and accelerated points are only intermediate: the solution is a value of Φ, with
+its zeros and within its bounds.
+Cost: one evaluation of Φ per step, including refused steps. Memory: two points, and 2 m + 2 more with acceleration.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from hypergrad.inner._inner import Inner, iterative, map_of
 _MAX_STEPS = 10_000
 _PATIENCE = 1000  # steps without a new smallest residual; accelerated maps may go up for long before they come down
 _GROWTH = 100  # a residual that grew by more than this has diverged
-_REST = 10  # such steps that show that rounding level is reached
-_DEPENDENT = 100  # units of rounding, below which a change lies in the span of those before it
+_REST = 10  # steps without a new smallest residual that show that rounding level is reached
+_DEPENDENT = 100  # units of rounding below which a change lies in the span of those before it
 _ROUNDING = 4  # units of rounding of w in F, below which nothing can be told from zero
 
 Map = Callable[..., PyTree]
 
 
 class _Secants(NamedTuple):
-    """What acceleration remembers.
+    """The memory of Anderson acceleration.
 
     Attributes:
-        changes: Q, changes of the residual made orthonormal, a pytree of rows; zeros where there is none.
-        moves: P, what Φ changed by, combined as those were.
-        count: pairs that were entered since they were last emptied, int32.
+        changes: Q, changes of the residual made orthonormal, a pytree of rows; empty rows are zero.
+        moves: P, the changes of Φ, combined in the same way.
+        count: number of pairs entered since they were last emptied, int32.
         image: Φ at the last point that was kept.
-        left: f there.
+        left: f at that point.
         ahead: whether the present point is an accelerated one.
     """
 
@@ -93,18 +93,18 @@ def fixed_point(
     """Iterate a map until it leaves the parameters where they are.
 
     Args:
-        map: `(params, hparams, batch) -> params` or `(params, hparams, batch, key) -> params`, the same structure,
-            shapes and dtypes as it is given. To a tolerance, every step sees the same batch and key; an unrolled
-            step its own.
+        map: `(params, hparams, batch) -> params` or `(params, hparams, batch, key) -> params`, with the structure,
+            shapes and dtypes of its argument. In a solve to a tolerance every step sees the same batch and key; an
+            unrolled step sees its own.
         tol: tolerance on ‖w − Φ(w)‖, relative to its natural scale (dimensionless). Default: what the precision
             supports, 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most steps. Default 10,000, or `steps`.
-        steps: makes `hg.unrolled` possible, which takes and differentiates this many steps, a Python integer.
+        max_steps: largest number of steps. Default 10,000, or `steps`.
+        steps: number of steps that `hg.unrolled` takes and differentiates, a Python integer; it is required there.
             Without `tol`, other solvers take as many and claim nothing.
-        history: steps that Anderson acceleration learns from; 5 is usual. It saves most where the map contracts
-            slowly, and may reach a point that the map by itself moves away from. The map is then evaluated at points
-            outside of its range too (negative ones, say), and steps that do not help, or are not finite, are taken
-            back. The solution and its derivatives are those of the map either way. Default 0: none.
+        history: number of past steps that Anderson acceleration uses; 5 is usual. It saves most where the map contracts
+            slowly, and may reach a point that the map by itself moves away from. The map is then also evaluated at
+            points outside its range (negative ones, for example), and steps that do not help or are not finite are
+            taken back. The solution and its derivatives are those of the map either way. Default 0: no acceleration.
 
     Returns:
         An `Inner` whose status is INNER_MAX_STEPS where the tolerance was missed, INNER_DIVERGED where the residual
@@ -126,8 +126,8 @@ def fixed_point(
     apply = map_of("fixed_point: map", map, "params")
     if history and steps is not None:
         raise InputError(
-            f"fixed_point: history must be 0 where steps is given, found history={history} and steps={steps}: what is "
-            "differentiated are steps of the map itself; leave steps out to accelerate a solve to a tolerance."
+            f"fixed_point: history must be 0 where steps is given, found history={history} and steps={steps}: steps "
+            "of the map itself are differentiated; leave steps out to accelerate a solve to a tolerance."
         )
 
     def residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
@@ -152,7 +152,7 @@ def _iterate(
     dtype, eps = _tree.dtype(params), _tree.eps(params)
 
     def proceed(c: _Carry) -> Array:
-        # With a tolerance, the point that the last step reached is looked at as well.
+        # With a tolerance, the point that the last step reached is checked as well.
         more = c.steps < max_steps if target is None else (c.steps <= max_steps) & ~c.met
         return more & (c.status == int(Status.OK))
 
@@ -197,7 +197,7 @@ def _iterate(
     missed = jnp.where(_tree.all_finite(c.params), missed, int(Status.NONFINITE_GRAD))
     status = jnp.where((c.status == int(Status.OK)) & ~c.met, missed, c.status).astype(jnp.int32)
     failed = (status == int(Status.INNER_DIVERGED)) | (status == int(Status.NONFINITE_GRAD))
-    steps = c.steps if target is None else c.steps - 1  # the last look is not a step
+    steps = c.steps if target is None else c.steps - 1  # the last check is not a step
     return _tree.where(failed, params, c.params), c.residual, steps, status
 
 
@@ -216,10 +216,10 @@ def _emptied(secants: _Secants, history: int) -> _Secants:
 
 
 def _learn(secants: _Secants, image: PyTree, left: PyTree, known: Array) -> _Secants:
-    """Enter the change since the last point that was kept; one that says nothing new is left out."""
+    """Enter the change since the last point that was kept; a linearly dependent change is left out."""
     change, move = _tree.sub(left, secants.left), _tree.sub(image, secants.image)
     whole = _tree.norm(change)
-    for _ in range(2):  # the second pass takes off what rounding left of the first
+    for _ in range(2):  # the second pass removes the rounding error of the first
         along = _along(secants.changes, change)
         change = _tree.sub(change, _combined(along, secants.changes))
         move = _tree.sub(move, _combined(along, secants.moves))
@@ -235,7 +235,7 @@ def _learn(secants: _Secants, image: PyTree, left: PyTree, known: Array) -> _Sec
 
 
 def _accelerated(secants: _Secants) -> PyTree:
-    """Φ(w) less the combination of moves that, were Φ affine, would leave the smallest residual."""
+    """Φ(w) minus the combination of moves that would leave the smallest residual if Φ were affine."""
     return _tree.sub(secants.image, _combined(_along(secants.changes, secants.left), secants.moves))
 
 

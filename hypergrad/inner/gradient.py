@@ -1,11 +1,11 @@
-r"""Any optax optimizer, for a number of steps: what `hg.unrolled` differentiates.
+r"""A number of steps of any optax optimizer, which `hg.unrolled` can differentiate.
 
     wₜ₊₁, sₜ₊₁ = update(∂_w h(wₜ, λ; batchₜ), wₜ, sₜ; λ),    t = 0 … T − 1
 
-The optimizer may itself depend on λ (learning rate, momentum, betas, a rate per step or layer): give a function
-`hparams -> optimizer`. Its update is differentiable even where a gradient is exactly zero (see `_differentiable`),
-as optax's own is not for Adam and twelve others.
-Cost: a gradient a step, of a fresh batch where the data are minibatches.
+The optimizer may itself depend on λ (learning rate, momentum, betas, a rate per step or layer): pass a function
+`hparams -> optimizer`. Its update is differentiable even where a gradient is exactly zero (see
+`hypergrad._jaxpr.differentiable`); optax's own is not, for Adam and twelve others.
+Cost: one gradient per step, on a fresh batch where the data are minibatches.
 """
 
 from __future__ import annotations
@@ -67,11 +67,10 @@ def gradient(optimizer: Optimizer, *, steps: int, tol: ArrayLike | None = None) 
         optimizer: an optax optimizer, or a function `hparams -> optimizer` that builds it from traced
             hyperparameters: `lambda h: optax.adam(h['lr'], b1=h['b1'])`; a rate per step,
             `lambda h: optax.sgd(lambda t: h['lr'][t])`; a rate per layer,
-            `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear,
-            polynomial and join schedules compute in float32 even in float64; a lambda schedule has the precision of its
-            hyperparameters. `optax.lion` and `optax.sign_sgd` see only the sign of the momentum, so their betas have
-            derivative zero.
-        steps: number of steps, a Python integer. With `tol`, the most steps.
+            `lambda h: optax.partition({'a': optax.sgd(h['lr_a']), ...}, labels)`. Optax's linear, polynomial and join
+            schedules compute in float32 even in float64; a lambda schedule has the precision of its hyperparameters.
+            `optax.lion` and `optax.sign_sgd` see only the sign of the momentum, so their betas have derivative zero.
+        steps: number of steps, a Python integer; with `tol`, the largest number.
         tol: tolerance on the gradient norm, relative to its natural scale (dimensionless).
 
     Raises:
@@ -156,7 +155,7 @@ def _solve(
     loss = jax.value_and_grad(objective.stochastic, has_aux=True)
 
     def proceed(c: _Carry) -> Array:
-        # With a tolerance, the point that the last step reached is looked at as well.
+        # With a tolerance, the point that the last step reached is checked as well.
         more = c.steps < max_steps if target is None else (c.steps <= max_steps) & ~c.met
         return more & (c.heights.status == int(Status.OK))
 
@@ -177,7 +176,7 @@ def _solve(
     c = jax.lax.while_loop(proceed, body, start)
     if target is None:
         steps, missed, grown = c.steps, Status.OK, rose(c.heights) & (max_steps >= ENOUGH)
-    else:  # the last look was no step
+    else:  # the last check was not a step
         steps, missed, grown = c.steps - 1, code(~c.met, Status.INNER_MAX_STEPS), rose(c.heights) & ~c.met
     diverged = code(grown | ~_tree.all_finite(c.params), Status.INNER_DIVERGED)
     status = first_failure(c.heights.status, diverged, missed)
@@ -227,7 +226,7 @@ def _apply(
 
 
 def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
-    """Trace one update, abstractly, and say in the caller's terms what is wrong with it."""
+    """Trace one update abstractly, and report errors in the caller's terms."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
 
     def once(params: PyTree, hparams: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -277,7 +276,7 @@ def _check(optimizer: Optimizer, params: PyTree, hparams: PyTree) -> None:
 
 
 def _translated(optimizer: Optimizer, hparams: PyTree, text: str) -> Exception | None:
-    """An error of optax's in the caller's terms, where its cause is known."""
+    """An error from optax in the caller's terms, if its cause is known."""
     for need in ("value_fn", "obj_fn"):
         if need in text:
             return InputError(
@@ -297,7 +296,7 @@ def _translated(optimizer: Optimizer, hparams: PyTree, text: str) -> Exception |
 
 
 def _culprits(params: PyTree, hparams: PyTree, once: Callable[..., Any]) -> str:
-    """The hyperparameters that cannot be traced, found one by one where the others are known."""
+    """The hyperparameters that cannot be traced, found one by one while the others are known."""
     leaves, treedef = jax.tree.flatten(hparams)
     paths = [f"hparams{_tree.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(hparams)]
     if any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -312,7 +311,7 @@ def _culprits(params: PyTree, hparams: PyTree, once: Callable[..., Any]) -> str:
 
 
 def _frame(error: Exception) -> str:
-    """The innermost function of optax's on the way to an error, or the caller's own."""
+    """The innermost optax function in the traceback of an error, or the caller's own."""
     trace, names = error.__traceback__, []
     while trace is not None:
         frame = trace.tb_frame.f_code

@@ -5,13 +5,13 @@ r"""L-BFGS with a weak-Wolfe line search: the default inner solver for smooth lo
 Source: Liu & Nocedal 1989, "On the limited memory BFGS method"; Nocedal & Wright 2006, algorithms 7.4 and 3.5; Hager
 & Zhang 2005 for the decrease test near the solution, where the loss no longer resolves a step. Differs from
 `optax.lbfgs`:
-1. one loop, an evaluation of the loss a turn, traced once: it compiles in three quarters of the time, and under vmap
-   no problem waits for another's line search;
+1. it is one loop with one evaluation of the loss per turn, traced once: it compiles in three quarters of the time, and
+   under vmap no problem waits for another's line search;
 2. everything is relative to the natural size of F, so that a loss scaled by 1e±20 takes the same steps;
 3. the pairs are kept for the next call: after a small change of the hyperparameters they save 15 to 50 % of the
    evaluations, measured on logistic regression over 40 outer steps;
 4. it stops, with a status, at rounding level, at a kink, and on a loss without a minimum.
-Cost: an evaluation of loss and gradient a step; 1.05 of them for each accepted point. Memory: 2 `history` + 4 vectors.
+Cost: one evaluation of loss and gradient per step, and 1.05 for each accepted point. Memory: 2 `history` + 4 vectors.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class LbfgsState(NamedTuple):
     """The curvature learned so far, kept for the next call.
 
     Attributes:
-        s, y: differences of parameters and of gradients, newest at `(count - 1) % history`. pytrees, leaves
-        `[history, ...]`.
-        rho: 1 / ⟨s, y⟩, 0 where there is no pair. [history]
+        s, y: differences of parameters and of gradients, newest at `(count - 1) % history`. Pytrees with leaves
+            `[history, ...]`.
+        rho: `[history]`, 1 / ⟨s, y⟩, or 0 where there is no pair.
         curvature: ⟨s, y⟩ / ⟨y, y⟩ of the newest pair.
         count: pairs so far, int32.
         unit: the size of F in which `y` is measured.
-        step: to be tried first: 1, or where a search along a line goes on that the last call had to leave.
+        step: step to try first: 1, or where to continue a line search that the last call left unfinished.
     """
 
     s: PyTree
@@ -95,14 +95,14 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
     Args:
         tol: tolerance on the gradient norm, relative to its natural scale (dimensionless). Default: what the
             precision supports, 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most evaluations of loss and gradient. Default 500.
-        history: pairs that approximate the inverse Hessian.
+        max_steps: largest number of evaluations of loss and gradient. Default 500.
+        history: number of pairs that approximate the inverse Hessian.
 
     Returns:
         An `Inner` whose status is INNER_MAX_STEPS where the tolerance was missed, PRECISION_LIMITED where the loss
         and its gradient stopped falling at rounding level, INNER_STALLED where they stopped above it, INNER_DIVERGED
         where the loss has no minimum, and NONFINITE_LOSS or NONFINITE_GRAD where it is not finite at the start or
-        wherever it leads.
+        wherever the search leads.
 
     Raises:
         InputError: for a negative tolerance or step count, or a history below 1.
@@ -122,8 +122,8 @@ def lbfgs(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None, *, h
 
 
 def _empty(params: PyTree, history: int) -> LbfgsState:
-    # Everything is made from the parameters, and nothing from a shape: where they are sharded the rows are too and the
-    # scalars are on the same devices, as they will be after the first call, so that the second compiles nothing.
+    # Everything is made from the parameters rather than from shapes: if they are sharded, so are the rows, and the
+    # scalars are on the same devices, as they will be after the first call, so that the second call compiles nothing.
     still = _tree.zeros_like(params)
     rows = jax.tree.map(lambda x: jnp.stack([x] * history), still)
     none = _tree.vdot(still, still).astype(_tree.dtype(params))
@@ -167,14 +167,14 @@ def _minimise(
         return (c.residual > tol) & (c.steps < max_steps) & (c.status == int(Status.OK))
 
     def body(c: _Carry) -> _Carry:
-        # The last evaluation goes to the best point of the line so far, if there is one: no call ends in vain.
+        # The last evaluation goes to the best point of the line so far, if there is one, so that no call ends in vain.
         last = c.steps + 1 >= max_steps
         step = jnp.where(last & (c.line.low > 0), c.line.low, c.line.step)
         trial = _tree.axpy(step, c.direction, c.params)
         value, grads = evaluate(trial)
         value, slope = value.astype(dtype), _tree.vdot(grads, c.direction).astype(dtype)
         residual = jnp.sqrt(_tree.vdot(grads, grads)).astype(dtype)  # of order 1 or less, in units of the scale
-        first = c.steps == 0  # looks at the starting point
+        first = c.steps == 0  # evaluates the starting point
         finite = jnp.isfinite(value) & jnp.isfinite(residual)
         noise = eps * jnp.abs(c.value)
         lower = value <= c.value + _DECREASE * step * c.slope
@@ -238,8 +238,8 @@ def _aim(memory: LbfgsState, grads: PyTree, residual: Array) -> tuple[PyTree, Ar
 def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
     """Narrow the bracket by a step that was too short (it went down, but still falls) or too long; choose the next.
 
-    The next is where the secant through the slopes vanishes, kept away from the ends; the middle on every third
-    trial, so that the bracket shrinks whatever the loss looks like.
+    The next step is the zero of the secant through the slopes, kept away from the ends; every third trial takes the
+    middle, so that the bracket shrinks for any loss.
     """
     low, low_slope = jnp.where(down, line.step, line.low), jnp.where(down, slope, line.low_slope)
     high, high_slope = jnp.where(down, line.high, line.step), jnp.where(down, line.high_slope, slope)
@@ -254,7 +254,7 @@ def _bracket(line: _Line, start: Array, slope: Array, down: Array) -> _Line:
 
 
 def _learn(memory: LbfgsState, s: PyTree, y: PyTree, sy: Array, accept: Array) -> LbfgsState:
-    """Put in an accepted pair, if it has positive curvature, whose inverse the precision can hold."""
+    """Store an accepted pair if it has positive curvature, whose inverse the precision can hold."""
     yy = _tree.vdot(y, y).astype(sy.dtype)
     good = accept & (sy > 0) & (yy > 0)
     rho, curvature = _tree.safe_divide(1, sy, where=good), _tree.safe_divide(sy, yy, where=good)

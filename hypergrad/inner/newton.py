@@ -34,7 +34,7 @@ from hypergrad.linear.precondition import jacobi
 _MAX_STEPS = 50
 _CG_STEPS = 200
 _HALVINGS = 25
-_SMALLEST = 1 / 64  # share of a step of `polish`
+_SMALLEST = 1 / 64  # smallest share of a step that `polish` takes
 _NOISE = 100  # units of rounding in which a loss is uncertain
 _PROGRESS = 0.98  # factor by which a step of `polish` has to reduce the gradient for another to follow
 
@@ -56,7 +56,7 @@ def newton(tol: ArrayLike | None = None, max_steps: ArrayLike | None = None) -> 
     Args:
         tol: tolerance on the gradient norm, relative to its natural scale (dimensionless). Default: what the precision
             supports, 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most Newton steps. Default 50.
+        max_steps: largest number of Newton steps. Default 50.
 
     Raises:
         InputError: for a negative tolerance or step count.
@@ -102,9 +102,7 @@ def _iterate(
 
 
 def newton_direction(matvec: Matvec, grads: PyTree, precondition: Matvec | None, forcing: ArrayLike) -> PyTree:
-    """`d ≈ H⁻¹ F`, to a relative residual of `forcing`; F itself, scaled, where CG finds no positive curvature at
-    all.
-    """
+    """`d ≈ H⁻¹ F` to a relative residual of `forcing`; a scaled F where CG finds no positive curvature at all."""
     result = solve_linear(
         cg(tol=1.0),
         matvec,
@@ -126,13 +124,13 @@ def polish(
     target: Array,
     max_steps: ArrayLike,
 ) -> tuple[PyTree, Array]:
-    """At most `max_steps` Newton-CG steps, halved until they reduce ‖F‖; one at least, more only while ‖F‖ > target.
+    """Take up to `max_steps` Newton-CG steps, halved until they reduce ‖F‖: one, and more while ‖F‖ > target.
 
     A step that makes the loss larger, beyond rounding, leads to a saddle or a maximum and is not taken.
 
     Args:
         loss: `(params, hparams) -> scalar`.
-        params: where to start.
+        params: starting point.
         hparams: the hyperparameters.
         precondition: `v -> M⁻¹ v`, used for every step.
         residual: ‖F‖ at `params`.

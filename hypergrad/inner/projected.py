@@ -2,7 +2,7 @@ r"""Smooth losses over a convex set: accelerated projected gradient steps.
 
     min_{w ∈ C(λ)} h(w, λ),   F(w, λ) = w − P_{C(λ)}(w − η ∂_w h(w, λ)) = 0 at the solution, for every η > 0
 
-A projection is the proximal operator of a constraint, so this is `hg.inner.proximal` in other words.
+A projection is the proximal operator of a constraint, so this is a special case of `hg.inner.proximal`.
 Source: Levitin & Polyak 1966; Blondel et al. 2022, arXiv:2105.15183 (its derivative).
 """
 
@@ -42,15 +42,15 @@ def projected(
             params` for a set that depends on hyperparameters.
         tol: tolerance on ‖w − P(w − η ∂_w h)‖, relative to its natural scale (dimensionless). Default: what the
             precision supports, 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most steps. Default 10,000.
+        max_steps: largest number of steps. Default 10,000.
         steps: number of unrolled steps, as in `hg.inner.proximal`; needs `step_size`.
         step_size: η of the unrolled steps, in units of an inverse eigenvalue of ∂²h.
 
     Returns:
-        An `Inner`, as that of `hg.inner.proximal`.
+        An `Inner`, like that of `hg.inner.proximal`.
 
     Raises:
-        InputError: as `hg.inner.proximal`.
+        InputError: as for `hg.inner.proximal`.
         InputTypeError: for a projection that is not a function of one or two arguments.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, numpy as np, optax

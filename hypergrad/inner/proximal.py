@@ -1,4 +1,4 @@
-r"""Smooth losses with a penalty or a constraint that is not: accelerated proximal gradient steps.
+r"""Smooth losses with a nonsmooth penalty or constraint: accelerated proximal gradient steps.
 
     min_w  h(w, λ) + r(w, λ)
     z = prox_{η r}(y − η ∂_w h(y, λ)),   y⁺ = z + (t − 1)/t⁺ · (z − z⁻),   t⁺ = (1 + √(1 + 4t²))/2
@@ -9,7 +9,7 @@ momentum points uphill); Bertrand et al. 2020, arXiv:2002.08943 (the derivative 
 at the inverse of the largest eigenvalue of ∂²h, from a power iteration, is halved where the quadratic bound fails, and
 grows again at restarts while the loss resolves the bound; F uses the η of the power iteration, so that it is a function
 of (w, λ) alone.
-Cost: a gradient and a value of h a step, and ten products with ∂²h a call. Memory: five points.
+Cost: one gradient and one value of h per step, and ten products with ∂²h per call. Memory: five points.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from hypergrad.linear.neumann import largest_growth
 _MAX_STEPS = 10_000
 _POWER_STEPS = 10
 _SHARE = 0.9  # of the inverse of the largest growth seen, which is a little less than the largest eigenvalue
-_SLACK = 8  # units of rounding of the loss, below which it says nothing of the quadratic bound
-_ROUNDS = 6  # in which the goal is lowered until F meets the tolerance
+_SLACK = 8  # units of rounding of the loss below which it cannot test the quadratic bound
+_ROUNDS = 6  # rounds in which the goal is lowered until F meets the tolerance
 _PATIENCE = 1000  # steps without a new smallest residual
-_ROUNDING = 8  # units of rounding of w in F, below which nothing can be told from zero
+_ROUNDING = 8  # units of rounding of w in F below which nothing can be told from zero
 
 Prox = Callable[[PyTree, PyTree, Any], PyTree]
 
@@ -74,14 +74,14 @@ def proximal(
 
     Args:
         prox: `(params, hparams, step_size) -> params`, the proximal operator of `step_size · r(·, hparams)`, such as
-            `lambda w, h, s: hg.prox.l1(w, s * h["l1"])`. Same structure, shapes and dtypes as it is given.
+            `lambda w, h, s: hg.prox.l1(w, s * h["l1"])`. It keeps the structure, shapes and dtypes of `params`.
         tol: tolerance on ‖w − prox(w − η ∂_w h)‖, relative to its natural scale (dimensionless). Default: what the
             precision supports, 1e-6 in float32 and 1e-10 in float64.
-        max_steps: most steps. Default 10,000.
-        steps: makes `hg.unrolled` possible, which takes and differentiates this many plain proximal gradient steps, a
-            Python integer. Other solvers ignore it.
+        max_steps: largest number of steps. Default 10,000.
+        steps: number of plain proximal gradient steps that `hg.unrolled` takes and differentiates, a Python integer; it
+            is required there. Other solvers ignore it.
         step_size: η of the unrolled steps, in units of an inverse eigenvalue of ∂²h; stable below 2 / largest
-            eigenvalue. Needed with `steps`, and for nothing else: to a tolerance the step size is found.
+            eigenvalue. Needed only with `steps`: a solve to a tolerance finds its own step size.
 
     Returns:
         An `Inner` for `hg.implicit`, `hg.best_response` and `hg.direct`, and with `steps` for `hg.unrolled`. The status
@@ -200,7 +200,7 @@ def _accelerate(
         c, goal, _, rounds = carry
         c = jax.lax.while_loop(lambda c: proceed(c, goal), turn, c)
         found = measure(c.point)
-        # F is measured with its own step size, at another point: where that says more is left, the goal comes down.
+        # F is measured with its own step size, at another point: if more is left there, the goal is lowered.
         lower = goal * jnp.clip(_tree.safe_divide(0.5 * target, found), 0.01, 0.5)
         return c, lower, found, rounds + 1
 
@@ -227,7 +227,7 @@ def _accelerate(
 
 
 def _rests(c: _Carry, eps: float) -> Array:
-    """Whether the step is rounding, and has been for a while."""
+    """Whether steps have been at rounding level for a while."""
     return (c.residual <= _ROUNDING * eps * _tree.norm(c.point)) & (c.since >= 10)
 
 

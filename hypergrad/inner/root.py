@@ -5,7 +5,7 @@ r"""Parameters that solve equations: multipliers, equilibria, games, semi-gradie
 F need not be the gradient of anything: KKT systems, fixed points of operators that do not contract, temporal-difference
 learning, the first-order conditions of a game.
 Source: Brown & Saad 1990, "Hybrid Krylov methods for nonlinear systems of equations"; Eisenstat & Walker 1996 for η.
-Differs: the step is halved until ‖F‖ falls enough, and a step that GMRES could not finish is tried all the same.
+Differs: the step is halved until ‖F‖ falls enough, and a step that GMRES could not finish is tried anyway.
 Cost: one linearization of F and a few products a step. Memory: GMRES's basis.
 """
 
@@ -30,7 +30,7 @@ from hypergrad.linear._linear import solve as solve_linear
 from hypergrad.linear.gmres import gmres
 
 _MAX_STEPS = 100
-_PRODUCTS = 400  # of GMRES in one Newton step
+_PRODUCTS = 400  # largest number of GMRES products in one Newton step
 _BASIS = 50
 _HALVINGS = 30
 
@@ -58,9 +58,9 @@ def root(
             shapes and dtypes of the parameters. Every step sees the same batch and key.
         tol: tolerance on ‖F‖, relative to its natural scale (dimensionless). Default: what the precision supports, 1e-6
             in float32 and 1e-10 in float64.
-        max_steps: most Newton steps. Default 100.
-        steps: makes `hg.unrolled` possible, which takes and differentiates this many full Newton steps, a Python
-            integer.
+        max_steps: largest number of Newton steps. Default 100.
+        steps: number of full Newton steps that `hg.unrolled` takes and differentiates, a Python integer; it is required
+            there.
 
     Returns:
         An `Inner` for `hg.implicit` and `hg.best_response`, whose adjoint system is solved by GMRES. The status is
@@ -116,7 +116,7 @@ def _newton(
 
     def step(c: _Carry) -> _Carry:
         value, push = jax.linearize(f, c.params)
-        # As accurate as this step can use, and where it will be the last, as accurate as it needs.
+        # The accuracy that this step can use or, if it will be the last, the accuracy that it needs.
         forcing = jnp.clip(0.5 * (c.residual / c.before) ** 2, 0.1 * target / c.residual, 0.1)
         direction = _direction(push, value, jnp.minimum(forcing, 0.1))
 

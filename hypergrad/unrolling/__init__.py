@@ -1,1 +1,1 @@
-"""One step of training and its derivatives: to `hg.unrolled` what `linear` is to `hg.implicit`."""
+"""Training steps and their derivatives, from which `hg.unrolled` is built."""

@@ -1,21 +1,23 @@
 r"""How wrong an unrolled hypergradient may be: rounding of the path, rounding of the derivative, truncation.
 
-Rounding is measured, not derived. A *twin* is the same run of training and the same derivative with parameters that
-each step leaves off by a unit of rounding; what twins differ by is what arithmetic may have done, whatever amplified
-it: an optimizer that does not settle, a chaotic map, a sum that cancels, a clipped step that is clipped or not.
+Rounding is measured, not derived. A *twin* repeats training and its derivative with parameters that each step perturbs
+by a unit of rounding. The difference between twins is the error that arithmetic may have made, whatever amplified it:
+an optimizer that does not settle, a chaotic map, a sum that cancels, a step that is clipped in one run and not in the
+other.
 
     s = √(mean ‖g_twin − g‖²) / ‖g‖,    p = √(mean ‖w_twin − w‖²) / ‖w‖ where training ended,
     m = c_k s + c p² / (eps (1 + √T)) for k twins,    estimate = m / (1 − 4 m),  inf from m = ¼ on
 
-Where the path amplifies rounding by A, the derivative, which lives on the curvature of the path as well, amplifies it
-by A² with heavy tails, which three twins need not show: hence the term in p², which is nothing where A is near 1.
+Where the path amplifies rounding by A, the derivative, which depends on the curvature of the path as well, amplifies it
+by A² with heavy tails, which three twins need not show. Hence the term in p², which is negligible where A is near 1.
 
-Twins cost as much as the call itself, so that they run at a state's first call, and one of them at every sixteenth. In
-between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the cancellation in
-∂_w f predict: b alone does not see the path, and takes for growth what never reaches a hyperparameter.
+A twin costs as much as the call itself, so twins run only at a state's first call, and one of them at every sixteenth
+call. In between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the
+cancellation in ∂_w f predict: b alone does not see the path, and counts growth that never reaches a hyperparameter.
 
-Source: Parker 1997 (Monte Carlo arithmetic) for twins; truncation as in `left_out`.
-Cost: a first call is two runs of training and derivative, four where two differ by more than 1e-5; a sixteenth two.
+Source: Parker 1997 (Monte Carlo arithmetic) for twins; truncation as in `dropped_reverse`.
+Cost: a first call takes two runs of training and derivative, or four if two differ by more than 1e-5; every sixteenth
+call takes two.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _MOST = 3  # twins at the first call
 _SURE = 1e-5  # spread below which one twin is enough
 _FACTOR = (60.0, 8.0, 4.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
 _CURVED = 5.0  # of the square of the path's spread over what it would be without amplification
-_STALE = 2.0  # for calls between twins
+_STALE = 2.0  # factor for calls between twins
 _ROUNDED = 2.0  # units of rounding in a sum, and for each further sixteen terms as if they were random
 
 _ROUNDING = 1.3  # calibrated in float32 against float64
@@ -47,7 +49,7 @@ _SHORT = 16  # steps below which the sensitivity of the outer gradient is not wo
 
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
 _GROWN = 10.0  # growth from which that is called an explosion
-_CHAOTIC = 1e3  # times what rounding adds up to, from which on twins that end as far apart say that training is noise
+_CHAOTIC = 1e3  # times the accumulated rounding: twins that end further apart show that training is noise
 
 T = TypeVar("T")
 
@@ -56,8 +58,8 @@ class Trust(NamedTuple):
     """The part of the last twins' comparison that the state carries on.
 
     Attributes:
-        calls: how often the state was used, int32.
-        ratio: what twins said over what was predicted; 1 before there were any.
+        calls: number of calls with the state, int32.
+        ratio: error measured by the last twins over the predicted one; 1 before there were any.
     """
 
     calls: Array
@@ -68,7 +70,7 @@ class Spread(NamedTuple):
     """The difference between twins.
 
     Attributes:
-        count: how many there were, int32.
+        count: number of twins, int32.
         grad: Σ ‖g_twin − g‖², over the square of the scale of g.
         path: Σ ‖w_twin − w‖² / ‖w‖² where training ended.
     """
@@ -79,22 +81,22 @@ class Spread(NamedTuple):
 
 
 def new_trust(params: PyTree) -> Trust:
-    """Of a state that was never used."""
+    """The trust of a state that was never used."""
     return Trust(jnp.int32(0), jnp.ones((), _tree.dtype(params)))
 
 
 def with_twins(
     run: Callable[[Array], T], like: T, seen: Callable[[T], tuple[PyTree, PyTree]], trust: Trust
 ) -> tuple[T, Spread]:
-    """`run(0)`, and what its twins differ from it by.
+    """The result of `run(0)`, and its differences from its twins.
 
     Args:
-        run: the pass of a twin; 0 is the one without rounding added.
-        like: has the shapes and dtypes of what `run` returns; a scalar may be of another.
-        seen: the hypergradient and the last parameters of a pass.
-        trust: what the state carries.
+        run: function from the number of a twin to its result; 0 is the run without added rounding.
+        like: pytree with the shapes and dtypes of the result of `run`; a scalar may have another dtype.
+        seen: function from the result of a run to its hypergradient and last parameters.
+        trust: the `Trust` that the state carries.
 
-    One loop whose body is the run, so that it is compiled once.
+    The run is the body of one loop, so that it is compiled once.
     """
     dtype = trust.ratio.dtype
     first = trust.calls == 0
@@ -125,7 +127,7 @@ def amplified(numbers: PyTree, length: int, growth: Array) -> Array:
 def cancelled(
     outer: Callable[[PyTree, PyTree], tuple[Array, Any]], end: PyTree, hparams: PyTree, rhs: PyTree, length: int
 ) -> Array:
-    """By how much a unit of rounding in the parameters is larger in ∂_w f, whose terms cancel near a minimum of f."""
+    """How much larger a unit of rounding in the parameters is in ∂_w f, whose terms cancel near a minimum of f."""
     if length < _SHORT:
         return jnp.ones((), _tree.dtype(end))
     moved, _ = joint_product(lambda w, h: outer(w, h)[0], end, hparams, end)
@@ -133,20 +135,20 @@ def cancelled(
 
 
 def least(grad: PyTree, numbers: PyTree, length: int) -> Array:
-    """Error that a sum of `length` contributions has though its terms were exact, or that comes of underflow."""
+    """The error of a sum of `length` contributions even if its terms are exact, or the error from underflow."""
     sums = _ROUNDED * _tree.eps(numbers) * (1 + math.sqrt(length) / 4)
     return sums + _tree.safe_divide(jnp.finfo(_tree.dtype(grad)).tiny, _tree.norm(grad), otherwise=0)
 
 
 def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust: Trust) -> tuple[Array, Trust]:
-    """Error by rounding relative to ‖g‖ as it was found (dimensionless), and what the next call may trust.
+    """The rounding error relative to the computed ‖g‖ (dimensionless), and the `Trust` for the next call.
 
     Args:
-        spread: of the twins of this call, if there were any.
-        predicted: what growth and cancellation predict.
-        least: what no twin sees.
-        calm: how far apart twins end where nothing is amplified.
-        trust: what the state carries.
+        spread: spread of the twins of this call, if there were any.
+        predicted: error predicted from growth and cancellation.
+        least: error that no twin sees.
+        calm: distance between the ends of twins where nothing is amplified.
+        trust: the `Trust` that the state carries.
     """
     count = jnp.maximum(spread.count, 1)
     factor = jnp.asarray(_FACTOR, predicted.dtype)[count - 1]
@@ -156,7 +158,7 @@ def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust:
     ratio = jnp.where(first, ratio, jnp.fmax(ratio, trust.ratio / 4))
     ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
     told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, least))
-    # Of a call that was not finite nothing is kept: the next one measures again.
+    # Nothing is kept from a call that was not finite: the next one measures again.
     trust = _tree.where(jnp.isfinite(ratio) & jnp.isfinite(predicted), Trust(trust.calls + 1, ratio), trust)
     return jnp.where(jnp.isnan(told), jnp.inf, told), trust
 
@@ -171,8 +173,9 @@ def exploded(rounding: Array, amplified: Array, growth: Array, calm: Array, spre
 def estimate(grad: PyTree, indirect: PyTree, rounding: Array, dropped: Array) -> Array:
     """Relative error of `grad` against the derivative of the whole run (dimensionless).
 
-    Rounding counts as a share of the truth, which may be smaller by that much than what was found; four times, since
-    what amplifies rounding that far has heavy tails, and a run that stopped moving rounds alike in all twins.
+    Rounding counts as a share of the true value, which may be smaller than the computed one by that much. It counts
+    four times, since strong amplification of rounding has heavy tails, and a run that stopped moving rounds alike in
+    all twins.
     """
     through = _ratio(_tree.norm(indirect), _tree.norm(grad))
     told = jnp.where(4 * rounding < 1, _tree.safe_divide(rounding, 1 - 4 * rounding), jnp.inf)
@@ -183,7 +186,7 @@ def estimate(grad: PyTree, indirect: PyTree, rounding: Array, dropped: Array) ->
 def dropped_reverse(sizes: Array, kept: Array, more: int) -> Array:
     """Share of the indirect part that truncation left out, from ‖c_t‖ and ‖a_t‖ of the steps it kept, [K, 2].
 
-    The contributions go on decaying, but no faster than the adjoint did at the end: a slow mode that starts small is
+    The contributions continue to decay, but no faster than the adjoint did at the end: a slow mode that starts small is
     seen there first.
     """
     half = max(sizes.shape[0] // 8, 1)
@@ -193,7 +196,7 @@ def dropped_reverse(sizes: Array, kept: Array, more: int) -> Array:
 
 
 def dropped_forward(sizes: Array, kept: Array, indirect: PyTree, more: int) -> Array:
-    """The same from how much each step changed the tangents, [K, p], and their sizes at the end, [p]."""
+    """Like `dropped_reverse`, from the changes of the tangents at each step, [K, p], and their final sizes, [p]."""
     flat = jnp.concatenate([jnp.abs(leaf).ravel().astype(sizes.dtype) for leaf in jax.tree.leaves(indirect)])
     shares = jax.vmap(lambda s, k: _share(_tail(s, more, jnp.zeros((), s.dtype)), k), in_axes=(1, 0))(sizes, kept)
     unknown = jnp.any(jnp.isinf(shares) & (flat > 0))  # the norm of an infinite share is NaN
@@ -202,7 +205,7 @@ def dropped_forward(sizes: Array, kept: Array, indirect: PyTree, more: int) -> A
 
 
 def dropped_whole(decay: Array, length: int, more: int) -> Array:
-    """The same where only the adjoint's size at the beginning is known: as if it stayed there."""
+    """Like `dropped_reverse`, if only the adjoint's size at the beginning is known: it is taken to stay constant."""
     if not more:
         return jnp.zeros_like(decay)
     return jnp.where(decay < 1, jnp.minimum(1, decay * more / length), jnp.inf)
@@ -211,8 +214,8 @@ def dropped_whole(decay: Array, length: int, more: int) -> Array:
 def _tail(sizes: Array, more: int, slow: Array) -> Array:
     """Σ of `more` further terms of a sequence; inf if it did not decay.
 
-    It goes on as in its second half, or as in its last eighths, or by the factor `slow` a term, whichever is slowest.
-    A mode below all that was seen may still be there for every one of the terms: `_HIDDEN` of that is the least.
+    The decay continues as in its second half, as in its last eighths, or by the factor `slow` per term, whichever is
+    slowest. A mode too small to be seen may still contribute to every term: at least `_HIDDEN` of that counts.
     """
     window = sizes.shape[0] // 4 or sizes.shape[0] // 2
     if not window:

@@ -2,9 +2,9 @@ r"""Reverse mode through training, written out, within a budget of stored points
 
     a_T = ∂_{(w, m)} f,   (a_t, c_t) = (∂Ψ_t/∂(w, s, m))ᵀ a_{t+1}, (∂Ψ_t/∂λ)ᵀ a_{t+1},   g = ∂_λ f + Σ_t c_t
 
-What to store is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯ k_1 steps stores where each of its k_d
-children starts, and each child, when its turn comes, is run again from there in the same manner. (T) stores every step;
-(√T, √T) is the classical checkpointing; (k, ..., k) holds k log_k T points at a time.
+The plan for storage is a list of branching factors (k_d, ..., k_1): a block of k_d ⋯ k_1 steps stores where each of its
+k_d children starts, and each child is later run again from there in the same way. (T) stores every step; (√T, √T) is
+classical checkpointing; (k, ..., k) holds k log_k T points at a time.
 
 Where the gradients of all steps are kept, a step is run again by the optimizer's update alone, which costs next to
 nothing. Blocks are cut as in the tree; within the last ones every step is replayed from the block's start.
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 
 class Stored(NamedTuple):
-    """The state kept at the beginning of a block; stacked, of many blocks.
+    """The state kept at the beginning of a block, or of many blocks, stacked.
 
     Attributes:
         point: where it starts.
-        grads: for a single step, its gradient, where that is of use.
+        grads: for a single step, its gradient, if pulling back uses it.
     """
 
     point: Point
@@ -101,7 +101,7 @@ def _factors(steps: int, depth: int) -> Plan:
 
 
 def train(step: Step, point: Point, begin: Any, length: Any, record: Record) -> tuple[Point, Record]:
-    """`length` steps from step `begin` on, storing nothing."""
+    """Take `length` steps from step `begin` on, and store nothing."""
 
     def body(i: Any, carry: tuple[Point, Record]) -> tuple[Point, Record]:
         taken = step.take(carry[0], begin + i)
@@ -113,7 +113,7 @@ def train(step: Step, point: Point, begin: Any, length: Any, record: Record) -> 
 def train_and_store(
     step: Step, layout: Plan, point: Point, begin: int, length: int, record: Record
 ) -> tuple[Point, Stored, Record]:
-    """As `train`, keeping where the children of the top block start."""
+    """Like `train`, but store where the children of the top block start."""
     size = math.prod(layout[1:])
 
     def child(i: Any, carry: tuple[Point, Stored, Record]) -> tuple[Point, Stored, Record]:
@@ -130,7 +130,7 @@ def train_and_store(
 def train_and_keep_gradients(
     step: Step, point: Point, begin: int, length: int, record: Record
 ) -> tuple[Point, Kept, Record]:
-    """As `train`, keeping what the steps can be replayed from."""
+    """Like `train`, but keep the data from which the steps can be replayed."""
 
     def body(i: Any, carry: tuple[Point, Kept, Record]) -> tuple[Point, Kept, Record]:
         point, kept, record = carry
@@ -145,7 +145,7 @@ def sweep(step: Step, layout: Plan, stored: Stored, begin: Any, length: Any, las
     """Take the recursion from the end of a block to its beginning.
 
     Args:
-        step: the step.
+        step: the training step.
         layout: branching factors of the block.
         stored: where its children start, stacked.
         begin: first step of the block.
@@ -169,7 +169,7 @@ def sweep(step: Step, layout: Plan, stored: Stored, begin: Any, length: Any, las
 def sweep_replayed(
     step: Step, layout: Plan, kept: Kept, point: Point, begin: Any, length: Any, last: int, back: Backward
 ) -> Backward:
-    """As `sweep`, of a block that starts at `point`, by replaying its steps; `kept` ends with the last of the run."""
+    """Like `sweep`, for a block from `point` on, by replaying its steps; `kept` ends with the run's last step."""
     size, first = math.prod(layout[1:]), last - jax.tree.leaves(kept.grads)[0].shape[0]
 
     def again(point: Point, t: Any) -> Taken:
@@ -199,13 +199,13 @@ def _pull(step: Step, here: Stored, t: Any, last: int, back: Backward) -> Backwa
     if sizes is not None:
         both = jnp.stack([_tree.norm(contribution).astype(sizes.dtype), size.astype(sizes.dtype)])
         sizes = sizes.at[last - 1 - t].set(both)
-    # A comparison with NaN is false: the growth before the overflow is what says why.
+    # A comparison with NaN is false, so the growth before the overflow is kept, which explains it.
     growth = jnp.where(size > back.growth, size, back.growth)
     return Backward(adjoint, _tree.add(back.total, contribution), growth, sizes)
 
 
 def _store(step: Step, layout: Plan, point: Point, begin: Any, length: Any) -> Stored:
-    """The points where the children of a block start; the last child is only run where its gradient is wanted."""
+    """The points where the children of a block start; the last child is run only if its gradient is wanted."""
     size = math.prod(layout[1:])
     count, room = _count(layout, length), _room(step, layout, point)
 

@@ -7,7 +7,7 @@ mode: along the cotangent ḡ of the gradient, one forward-mode product of the j
 H ḡ and the cross terms together, where reverse mode over reverse mode would store every intermediate of both passes.
 
 Source: Kemaev et al. 2025 (MixFlow-MG), arXiv:2505.00793. Differs: the recursion over steps is written out, so that
-nothing but what it names is ever stored, and no custom derivative rule is involved.
+only what it names is ever stored, and no custom derivative rule is involved.
 Cost: a step pulled back is about two gradients of the inner loss (three with a model state), a step pushed forward
 about a half for each direction.
 """
@@ -32,7 +32,7 @@ from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
 from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
-_ULPS = 1  # units of rounding by which the steps of a twin are off
+_ULPS = 1  # units of rounding by which each step of a twin is perturbed
 
 
 class Point(NamedTuple):
@@ -105,7 +105,7 @@ class Step(NamedTuple):
 def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point, twin: Any = 0) -> Step:
     """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`).
 
-    Steps of a `twin` other than 0 end with parameters that are each off by a unit of rounding, up or down. Zeros stay
+    Each step of a `twin` other than 0 moves every parameter up or down by a unit of rounding at its end. Zeros stay
     zeros, as they do in arithmetic.
     """
     descends = inner.update is not None
@@ -134,8 +134,8 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point,
 def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
     """Each number times 1 ± `_ULPS` units of rounding; times 1 for twin 0.
 
-    The sign is a hash of the number, the step and the twin. Like the error of arithmetic it is the same for numbers
-    that are the same, so that what is symmetric stays so.
+    The sign is a hash of the number, the step and the twin. Like the error of arithmetic, it is the same for equal
+    numbers, so that symmetries are kept.
     """
     if isinstance(twin, int) and twin == 0:
         return params
@@ -189,9 +189,9 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
         return jax.vjp(moved, grads, here.params, here.floats, hparams)[1]((params, floats))
 
     # Where the update is not the gradient of the loss, its Jacobian is not symmetric: each step is differentiated as it
-    # is, with what stop_gradient holds back let go.
+    # is, including what stop_gradient holds back.
     symmetric = is_gradient(lambda w: loss_at(start, 0)(w, moving(start).model, hparams)[0], start.params)
-    # Pulling back SGD needs no gradient, Adam's does. Storing it spares its second evaluation.
+    # Pulling back SGD needs no gradient; pulling back Adam does. Storing the gradient saves a second evaluation.
     first = moving(start)
     seen = influence(pull_update, start.params, hparams, start, first.params, first.floats)
     wanted = symmetric and any(leaf.value for leaf in seen.values())
@@ -209,7 +209,7 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
             grads if wanted else point.params, hparams, point, cotangent.params, cotangent.floats
         )
         curved, (mixed, cross) = joint_product(lambda w, rest: loss(w, *rest)[0], point.params, (model, hparams), along)
-        if model:  # m_{t+1} = M(w, m, λ), pulled back beside the gradient
+        if model:  # m_{t+1} = M(w, m, λ), pulled back along with the gradient
             carried = lambda *at: _tree.partition(loss(*at)[1])[0]
             seen = jax.vjp(carried, point.params, model, hparams)[1](cotangent.model)
             curved, mixed, cross = _tree.add((curved, mixed, cross), seen)
@@ -237,7 +237,7 @@ def _map(move: Any, objective: Objective) -> _Rule:
 
 
 def _plain(through: Any) -> Any:
-    """A step pulled back in reverse mode, whatever it does."""
+    """A rule that pulls back any step in plain reverse mode."""
 
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         del grads
@@ -257,7 +257,7 @@ def like(new: PyTree, old: PyTree) -> PyTree:
 
 
 def new_record(params: PyTree) -> Record:
-    """The record of a run of no steps."""
+    """The record of a run without steps."""
     zero = jnp.zeros((), _tree.dtype(params))
     return Record(new_heights(_tree.dtype(params)), zero, zero)
 
