@@ -1,4 +1,4 @@
-"""Stores of pytrees that are whole or absent: they know nothing of the run that they are kept for."""
+"""Stores of pytrees, each of which is whole or absent. They know nothing about the run that they serve."""
 
 from hypergrad.checkpoints._durable import CheckpointError as CheckpointError
 from hypergrad.checkpoints.checkpoint import Loaded as Loaded

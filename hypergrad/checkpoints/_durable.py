@@ -1,11 +1,10 @@
-r"""Files that are whole or absent: after a kill, a power cut, a full disk, or somebody else's hands.
+r"""Files that are whole or absent after a kill, a power cut, a full disk or interference by somebody else.
 
     write → fsync(file) → fsync(folder) → rename → fsync(parent)
 
-A rename within one folder is atomic in POSIX, and each fsync keeps the disk from doing the later thing first
-(Pillai et al. 2014, "All file systems are not created equal").
-Reading opens regular files only, and follows no link. Every byte passes through `os.write`, every failure is an
-`OSError`.
+A rename within one folder is atomic in POSIX, and each fsync keeps the disk from doing a later step first (Pillai et
+al. 2014, "All file systems are not created equal"). Reading opens regular files only and follows no links. Every byte
+is written through `os.write`, and every failure is an `OSError`.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Damaged(Exception):
 
 
 class Sink:
-    """A new file, open for writing, and the SHA-256 of what was written. Has the little that `zipfile` asks for."""
+    """A new file, open for writing, and the SHA-256 of what was written. It has what `zipfile` needs."""
 
     def __init__(self, path: Path):
         self.sha256, self.size = hashlib.sha256(), 0
@@ -64,10 +63,10 @@ class Sink:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, since no writes are held back."""
 
     def close(self) -> None:
-        """Without a sync: a file that is left early is not kept."""
+        """Close without a sync: a file that is left early is not kept."""
         os.close(self._fd)
 
     def __enter__(self) -> Sink:
@@ -82,7 +81,7 @@ class Sink:
 
 
 def check_system(where: str) -> None:
-    """See that the system has what a checkpoint relies on: POSIX file locks, and folders that can be synced.
+    """Check that the system has what a checkpoint relies on: POSIX file locks, and folders that can be synced.
 
     Raises:
         InputError: on Windows.
@@ -116,7 +115,7 @@ def sync_tree(path: Path) -> None:
 
 
 def open_regular(path: Path) -> Any:
-    """A binary file for reading.
+    """Open a binary file for reading.
 
     Raises:
         Damaged: if there is none, or if it is a link, a pipe or a folder.
@@ -168,12 +167,12 @@ def replace(new: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder if it is there; what cannot be deleted stays."""
+    """Delete a folder if it is there; files that cannot be deleted stay."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def prepare_folder(where: str, folder: Path) -> None:
-    """Make the folder, and see that files can be written, synced and renamed in it: better now than after an hour.
+    """Make the folder and check that files can be written, synced and renamed in it, now rather than an hour later.
 
     Raises:
         InputError: naming the folder and the reason.
@@ -190,14 +189,14 @@ def prepare_folder(where: str, folder: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{where}: the folder {str(folder)!r} cannot be written to ({error.strerror or error}): "
-            "name one that can, with some space left."
+            "name a folder that can, with some space left."
         ) from error
     finally:
         remove(probe)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what writers that are dead left half-written; anything else that is in the folder is not ours."""
+    """Delete the half-written files of dead writers; anything else in the folder is not ours."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
@@ -206,13 +205,13 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second writer.
+    """Lock the folder against a second writer.
 
     The kernel keeps the lock and drops it when the process ends, however it ends; the file `lock` stays, and names its
     last holder.
 
     Raises:
-        CheckpointError: if another run holds it, naming which.
+        CheckpointError: if another run holds it, naming that run.
     """
     with _MUTEX:
         fd, name = _lock(folder, folder / "lock")
@@ -226,7 +225,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, path: Path) -> tuple[int, tuple[int, int]]:
-    import fcntl  # `check_system` has seen to it that there is one
+    import fcntl  # `check_system` has checked that it exists
 
     entry = None
     with contextlib.suppress(FileNotFoundError):
@@ -248,12 +247,12 @@ def _lock(folder: Path, path: Path) -> tuple[int, tuple[int, int]]:
             os.close(fd)
             raise CheckpointError(_second_writer(folder, holder)) from None
         warnings.warn(
-            f"checkpoints: the file system of {str(folder)!r} has no file locks ({error.strerror}): see to it yourself "
+            f"checkpoints: the file system of {str(folder)!r} has no file locks ({error.strerror}): make sure yourself "
             "that only one run writes there.",
             UserWarning,
             stacklevel=caller_level(),
         )
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+    with contextlib.suppress(OSError):  # a full disk: the lock still holds
         os.ftruncate(fd, 0)
         os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return fd, (os.fstat(fd).st_dev, os.fstat(fd).st_ino)

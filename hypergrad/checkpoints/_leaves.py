@@ -1,7 +1,7 @@
 """The leaves of a pytree as plain arrays, and NumPy's npz as the file that holds them.
 
-A typed PRNG key becomes its uint32 words, a dtype that NumPy does not have (bfloat16) unsigned integers of its width;
-what they were is in the manifest, and `like` makes them that again. Nothing is pickled.
+A typed PRNG key is stored as its uint32 words, and a dtype that NumPy does not have (bfloat16) as unsigned integers of
+its width. The manifest records the original types, and `like` restores them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADER = 1 << 16  # bytes that may precede the numbers in an .npy file
 
 
 def as_arrays(tree: PyTree) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The leaves without key types, still where they are, and what the manifest says of each: path, shape, dtype.
+    """The leaves without key types, still where they are, and their entries in the manifest: path, shape, dtype.
 
     Raises:
         InputTypeError: for a leaf that is neither an array nor a number.
@@ -80,19 +80,19 @@ _WIDTHS = ({"float32", "float64"}, {"int32", "int64"}, {"uint32", "uint64"}, {"c
 
 
 def restore(arrays: list[Any], like: PyTree) -> PyTree:
-    """A pytree of what `like` is made of: JAX arrays on its devices, NumPy arrays, Python numbers."""
+    """A pytree with the kinds of leaves that `like` has: JAX arrays on its devices, NumPy arrays, Python numbers."""
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten([_as(leaf, array) for leaf, array in zip(leaves, arrays, strict=True)])
 
 
 def write_npz(folder: Path, arrays: list[Any]) -> tuple[list[str | None], dict[str, dict[str, Any]]]:
-    """Write one npz, synced.
+    """Write one npz file and sync it.
 
     Returns:
         The SHA-256 of each leaf; size and SHA-256 of each file by name.
     """
     plain = [_plain(array) for array in jax.device_get(arrays)]
-    with Sink(folder / NPZ) as file, zipfile.ZipFile(file, "w") as archive:  # as np.savez, which wants a seekable file
+    with Sink(folder / NPZ) as file, zipfile.ZipFile(file, "w") as archive:  # as np.savez, which needs a seekable file
         for index, array in enumerate(plain):
             with archive.open(f"{index:04d}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -100,10 +100,10 @@ def write_npz(folder: Path, arrays: list[Any]) -> tuple[list[str | None], dict[s
 
 
 def read_npz(folder: Path, entries: list[dict[str, Any]], like: list[Any]) -> list[Any]:
-    """Read it back; `like` has the shapes and dtypes of the entries.
+    """Read the npz file; `like` has the shapes and dtypes of the entries.
 
     Raises:
-        Damaged: for anything else than was written, naming the first leaf.
+        Damaged: for anything other than what was written, naming the first leaf.
     """
     path, arrays, where = folder / NPZ, [], ""
     with open_regular(path) as file:
@@ -134,7 +134,7 @@ def leaf_damaged(path: Path, entries: list[dict[str, Any]]) -> str:
 
 def _member(archive: zipfile.ZipFile, index: int, dtype: np.dtype, shape: tuple[int, ...], sha256: str) -> np.ndarray:
     info = archive.getinfo(f"{index:04d}.npy")
-    # Not one byte more than the array asked for, whatever the file says: nothing is decompressed.
+    # No more bytes are read than the array has, whatever the file says; nothing is decompressed.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > dtype.itemsize * int(np.prod(shape)) + _HEADER:
         raise ValueError("it is larger than its array")
     with archive.open(info) as member:

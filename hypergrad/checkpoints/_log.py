@@ -1,12 +1,12 @@
-r"""Tables that only grow, beside the checkpoints that need them: a row is written a few times, not once a checkpoint.
+r"""Tables that only grow, next to the checkpoints that need them: a row is written a few times, not every time.
 
     folder/rows/rows-000000000000-000000004096-<SHA-256>.npz       rows 0 to 4,095, for `numpy.load`
     folder/rows-copy/                                               each of those files once more
 
-The last few rows are leaves of the checkpoint itself; those before are in segments, which its manifest names together
-with their SHA-256. A number of sealed units is split as in binary (13 = 8 + 4 + 1), so that n rows are in log n files,
-and each row is written log n times. Files are never changed, and deleted when no checkpoint names them any more.
-All checkpoints of a folder share these files, so that each is kept twice: damage to one of them costs nothing.
+The last few rows are leaves of the checkpoint itself; earlier rows are in segments, which its manifest names together
+with their SHA-256. The number of sealed units is split as in binary (13 = 8 + 4 + 1), so that n rows are in log n files
+and each row is written log n times. Files are never changed, and they are deleted when no checkpoint names them any
+more. All checkpoints of a folder share these files, so each file is kept twice: damage to one copy costs nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypergrad.checkpoints._durable import Damaged
 
 FOLDERS = ("rows", "rows-copy")
 _UNIT = 256  # rows of the smallest segment, unless they are wide
-_BYTES = 1 << 16  # of the smallest segment, where rows are wide
+_BYTES = 1 << 16  # bytes of the smallest segment, where rows are wide
 _NAME = re.compile(r"rows-(\d{12,})-(\d{12,})-[0-9a-f]{64}\.npz")
 _TEMPORARY = re.compile(r"tmp-\d+")
 
@@ -41,8 +41,8 @@ class Segment(NamedTuple):
     Attributes:
         start: its first row.
         end: the row after its last.
-        sha256: of the file, which is part of its name.
-        size: bytes.
+        sha256: SHA-256 of the file, which is part of its name.
+        size: number of bytes.
     """
 
     start: int
@@ -52,12 +52,12 @@ class Segment(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The name of the file."""
         return f"rows-{self.start:012d}-{self.end:012d}-{self.sha256}.npz"
 
 
 def length(tables: Tables) -> int:
-    """Rows that all tables have."""
+    """The number of rows that all tables have."""
     return min((len(table) for table in tables.values()), default=0)
 
 
@@ -76,12 +76,12 @@ def spans(tables: Tables) -> list[tuple[int, int]]:
 
 
 def seal(folder: Path, tables: Tables, sealed: dict[tuple[int, int], Segment]) -> tuple[list[Segment], Tables]:
-    """Write the segments that are not there yet; returns all of them, and the rows after the last.
+    """Write the segments that do not exist yet; return all segments, and the rows after the last.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
         tables: arrays of one length.
-        sealed: those that are there, by `(start, end)`; updated.
+        sealed: the segments that exist, by `(start, end)`; updated.
 
     Raises:
         OSError: if one cannot be written.
@@ -124,9 +124,9 @@ def read(
     """All rows, the segments of which both copies are whole, and what is wrong with the other copies.
 
     Args:
-        folder: of the checkpoints.
-        segments: what the manifest names.
-        tail: the rows after them, in whose dtypes and shapes the others are asked for.
+        folder: folder of the checkpoints.
+        segments: the segments that the manifest names.
+        tail: the rows after them, whose dtypes and shapes the others must have.
 
     Raises:
         Damaged: if neither copy of a segment is what was written.
@@ -198,7 +198,7 @@ def parse(log: Any) -> list[Segment]:
 
 
 def clear(folder: Path, needed: Collection[str]) -> None:
-    """Delete segments that no checkpoint names, and what a dead writer left half-written."""
+    """Delete segments that no checkpoint names, and the half-written files of dead writers."""
     for name in FOLDERS:
         with contextlib.suppress(OSError), os.scandir(folder / name) as entries:
             for entry in entries:

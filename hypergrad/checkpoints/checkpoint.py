@@ -1,15 +1,16 @@
-r"""Checkpoints: a pytree on disk, whole or not at all, and never another one than was saved.
+r"""Checkpoints: a pytree on disk, whole or not at all, and never a different one from the one saved.
 
     folder/lock                          held by the one process that writes
     folder/step-000000000120/
         leaves.npz                       the arrays, for `numpy.load`; or what Orbax writes, see `hg.outer.orbax`
         manifest.json                    treedef; path, shape, dtype and SHA-256 of each leaf; SHA-256 of each file
-    folder/rows/, folder/rows-copy/      of a table that grows all the time, all but the last rows: see `_log`
+    folder/rows/, folder/rows-copy/      all but the last rows of a growing table: see `_log`
     folder/tmp-120-4711/                 being written; once complete and synced it is renamed to step-...
 
 Source: the order of operations is that of Pillai et al. 2014, "All file systems are not created equal"; see `_durable`.
 Differs from `numpy.savez`, pickle, flax and Orbax in that
-1. a flipped bit is an error that names the file: of those only npz notices (it has a checksum, if not of the names);
+1. a flipped bit is an error that names the file: of those formats only npz notices it (it has checksums, though not of
+   the names);
 2. a kill at any instant, a full disk or a failing disk leaves the checkpoints before it as they were;
 3. nothing in a file is run or followed: no pickle, no paths read from it, no links.
 Cost: one transfer to the host, two SHA-256 of the bytes, four syncs (a few ms). Memory: one copy on the host.
@@ -40,7 +41,7 @@ from hypergrad.checkpoints._leaves import as_arrays, check_like, leaf_damaged, r
 FORMAT = 1
 KEEP = 3
 _MANIFEST = "manifest.json"
-_LOOKS = 1000  # of a reader beside a fast writer: each but the last was overtaken by a whole new checkpoint
+_LOOKS = 1000  # attempts of a reader next to a fast writer; each but the last was overtaken by a new checkpoint
 _STEP = re.compile(r"step-(\d{12,})")
 
 
@@ -49,11 +50,11 @@ class Store(NamedTuple):
 
     Attributes:
         folder: where the checkpoints are.
-        name: of the kind of file, in the manifest.
+        name: name of the kind of file, in the manifest.
         write: `(folder, arrays) -> (hashes, files)`: writes a list of host or device arrays into an existing folder,
             synced. Returns the SHA-256 of each (None where no process has all of it); size and SHA-256 of each file.
         read: `(folder, entries, like)`: reads them back as a list. `entries` are the manifest's, `like` the arrays (or
-            shapes) whose place on the devices is asked for.
+            shapes) whose place on the devices is wanted.
     """
 
     folder: Path
@@ -76,17 +77,17 @@ class Loaded(NamedTuple):
 
 @options(step=Number(least=0, integer=True), keep=Number(least=1, integer=True))
 def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, keep: int = KEEP) -> Path:
-    """Write a pytree of arrays to disk, so that it is there whole or not at all.
+    """Write a pytree of arrays to disk, so that it is there completely or not at all.
 
     Leaves may be arrays of any dtype (bfloat16 and typed PRNG keys included) and Python numbers. The last `keep`
-    checkpoints stay; an older one is deleted only after the new one was read back.
+    checkpoints are kept; an older one is deleted only after the new one was read back.
 
     Args:
-        folder: of the checkpoints; made if it is not there. Or `hg.outer.orbax(folder)`, for state that is sharded over
-            devices.
+        folder: folder of the checkpoints, made if it does not exist; or `hg.outer.orbax(folder)`, for state that is
+            sharded over devices.
         tree: pytree of arrays.
         step: number of this checkpoint; the highest is the newest.
-        keep: how many stay.
+        keep: how many checkpoints are kept.
 
     Returns:
         The folder of this checkpoint.
@@ -95,7 +96,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
         InputError: for a step or `keep` out of range, and where the program has several processes.
         InputTypeError: for a leaf that is not an array or number, naming its path.
         CheckpointError: if another process is writing to the folder.
-        OSError: if it cannot be written: the checkpoints before it stay as they were.
+        OSError: if it cannot be written; earlier checkpoints stay as they were.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, tempfile
     >>> folder = tempfile.mkdtemp()
@@ -116,7 +117,8 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
 def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
     """Read the newest checkpoint that is whole, as a pytree like `like`, on the devices where `like` is.
 
-    Every byte is checked against its SHA-256. A damaged checkpoint is named in a warning, and the one before it taken.
+    Every byte is checked against its SHA-256. A damaged checkpoint is named in a warning, and the one before it is
+    used.
 
     Args:
         folder: as given to `save`.
@@ -148,10 +150,10 @@ def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
 
 
 def check_alone(where: str) -> None:
-    """See that this process is the only one of its program: the order of rename and sync is that of one writer.
+    """Check that this process is the only one of its program, since rename and sync are ordered for one writer.
 
     Raises:
-        InputError: under `jax.distributed` with several.
+        InputError: under `jax.distributed` with several processes.
     """
     if (count := jax.process_count()) > 1:
         raise InputError(
@@ -191,19 +193,19 @@ def write(
     """`save`, for a caller that holds the lock.
 
     Args:
-        store: where to.
+        store: where to write.
         step: number of the checkpoint.
         tree: pytree of arrays.
-        config: what must be the same for the checkpoint to be used, by name.
+        config: values that must be the same for the checkpoint to be used, by name.
         notes: anything else, as JSON.
         keep: how many checkpoints stay.
         damaged: checkpoints that were found damaged, to be deleted once this one is safe.
-        log: arrays of one length by name, which are those of the checkpoint before with more rows: what was written of
-            them is not written again. Their last rows join the tree, a dict, under `"rows"`.
-        sealed: what was written, as the caller keeps it from one call to the next; updated.
+        log: arrays of one length, by name: those of the previous checkpoint with more rows. Rows that were written
+            before are not written again. The last rows join the tree, a dict, under `"rows"`.
+        sealed: the segments already written, which the caller keeps from one call to the next; updated.
 
     Raises:
-        OSError: if it cannot be written or read back: nothing was deleted.
+        OSError: if it cannot be written or read back; nothing was deleted.
     """
     segments: list[_log.Segment] = []
     if log is not None:
@@ -258,11 +260,11 @@ class Found(NamedTuple):
     """A checkpoint that is whole.
 
     Attributes:
-        tree: what was saved.
-        manifest: the rest.
-        damaged: newer checkpoints that are not.
+        tree: the pytree that was saved.
+        manifest: its manifest.
+        damaged: newer checkpoints that are damaged.
         log: the tables that were saved with it, all rows; empty if there were none.
-        sealed: of `write`, for the checkpoints after this one.
+        sealed: argument of `write` for the checkpoints after this one.
     """
 
     tree: PyTree
@@ -280,25 +282,25 @@ def newest(
     """The newest checkpoint that is whole, or None if no checkpoint exists at all.
 
     Args:
-        store: where.
-        like: manifest to the pytree asked for.
+        store: where to look.
+        like: function from a manifest to the pytree asked for.
         check: called with a manifest that is whole, before the leaves are read; raises to refuse it.
 
     Raises:
         CheckpointError: if all are damaged.
-        InputError: if the tree is another one.
+        InputError: if the checkpoint holds another tree.
     """
     for _ in range(_LOOKS):
         with contextlib.suppress(_Moved):
             return _newest(store, like, check)
     raise CheckpointError(
-        f"checkpoints: those in {str(store.folder)!r} are replaced faster than they can be read: read more slowly "
-        "written ones, or from the process that writes them."
+        f"checkpoints: those in {str(store.folder)!r} are replaced faster than they can be read: write them less "
+        "often, or read them in the process that writes them."
     )
 
 
 class _Moved(Exception):
-    """A writer replaced, while it was read, what looked damaged."""
+    """A writer replaced the checkpoint that looked damaged while it was being read."""
 
 
 def _newest(
@@ -349,7 +351,7 @@ def _identity(path: Path) -> Any:
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:
-    """Newest first. Links, files and names of another form are not ours."""
+    """The checkpoints in a folder, newest first. Links, files and names of another form are not ours."""
     for _ in range(3):  # a list that is read while a writer adds and deletes may miss both
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             matches = [(_STEP.fullmatch(entry.name), entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -408,7 +410,7 @@ def _read_manifest(path: Path, store: Store, step: int) -> dict[str, Any]:
 
 
 def _malformed(manifest: Any) -> str:
-    """The entry of a manifest that `write` does not write, though its checksum is right; "" if there is none such."""
+    """The entry of a manifest that `write` would not write, though its checksum is right; "" if there is none."""
     number = lambda x: type(x) is int and 0 <= x < 1 << 62
     text = lambda x: isinstance(x, str)
     each = lambda x, kind: isinstance(x, list) and all(map(kind, x))
@@ -467,7 +469,7 @@ def _holds(path: Path, text: bytes) -> bool:
 
 
 def _encode(manifest: Any) -> bytes:
-    """The one way in which a manifest is written, with its own SHA-256: a file that differs in any byte is damaged."""
+    """The only encoding of a manifest, with its own SHA-256: a file that differs in any byte is damaged."""
     body = json.dumps(manifest, sort_keys=True, allow_nan=False)
     return json.dumps(
         {"manifest": manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True
@@ -475,7 +477,7 @@ def _encode(manifest: Any) -> bytes:
 
 
 def _prune(path: Path, new: Path) -> None:
-    """Delete a checkpoint, in one piece for whoever looks: half of one would be taken for a damaged one."""
+    """Delete a checkpoint in one piece for any reader: half of one would be taken for a damaged one."""
     with contextlib.suppress(OSError):
         os.rename(path, new)
     _durable.remove(new)

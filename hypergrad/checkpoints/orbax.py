@@ -1,13 +1,13 @@
-"""Checkpoints of arrays that are sharded over devices, their leaves written by Orbax.
+"""Checkpoints of arrays that are sharded over devices, with leaves written by Orbax.
 
     folder/step-000000000120/
         leaves/                          what `orbax.checkpoint.StandardCheckpointer` writes
         manifest.json                    as for npz; the SHA-256 of every file, not of the leaves
 
 Source: https://orbax.readthedocs.io.
-Differs from Orbax alone in what `hg.outer.save` adds: a flipped bit in any file is found, and the file named; the step
-appears whole or not at all; a run with another configuration is refused.
-Several processes (`jax.distributed`) are refused: the order of rename and sync is that of one writer.
+Differs from Orbax alone in what `hg.outer.save` adds: a flipped bit in any file is found, and the file is named; the
+step appears whole or not at all; a run with another configuration is refused. Several processes (`jax.distributed`) are
+refused, since rename and sync are ordered for one writer.
 Cost: on small trees ten times that of npz. Memory: no array is gathered in one place.
 """
 
@@ -32,11 +32,11 @@ _LEAVES = "leaves"
 def orbax(folder: str | os.PathLike[str]) -> Store:
     """A folder of checkpoints whose leaves Orbax writes: for `hg.outer.save`, `load` and `hg.tune(checkpoint=)`.
 
-    Arrays may be sharded over the devices of this process: each shard is written from where it is, and comes back where
-    `like` has it, on another number of devices as well.
+    Arrays may be sharded over the devices of this process: each shard is written from where it is, and is restored to
+    where `like` has it, even on another number of devices.
 
     Args:
-        folder: of the checkpoints.
+        folder: folder of the checkpoints.
 
     Raises:
         HypergradError: if Orbax is not installed.
@@ -77,7 +77,7 @@ def _read(folder: Path, entries: list[dict[str, Any]], like: list[Any]) -> list[
 
 
 def _plain(leaf: Any) -> Any:
-    """Orbax knows arrays; Python numbers and NumPy's scalars become such."""
+    """Orbax saves arrays; Python numbers and NumPy scalars become arrays."""
     return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
 
 

@@ -1,4 +1,4 @@
-r"""Where hyperparameters may live: smooth maps from unconstrained coordinates u onto a domain.
+r"""The sets in which hyperparameters may lie: smooth maps from unconstrained coordinates u onto a domain.
 
     λ = T(u),   dF/du = (∂T/∂u)ᵀ dF/dλ,   u ∈ Rⁿ
 
@@ -7,8 +7,8 @@ r"""Where hyperparameters may live: smooth maps from unconstrained coordinates u
 
 Differs from clipping λ after each step (projection) in that the outer optimizer sees a smooth problem, and from the
 bijections of probabilistic programming in that
-1. T(u) is in the domain for every u, ±inf included, in the dtype of the leaf: rounding never carries λ out of it;
-2. `settle` stops one huge step where T still has a derivative, so that it is not the last one;
+1. T(u) is in the domain for every u, including ±inf, in the dtype of the leaf: rounding never carries λ out of it;
+2. `settle` stops one huge step where T still has a derivative, so that later steps can still move;
 3. both ends of an interval are computed to relative accuracy.
 Cost: elementwise.
 

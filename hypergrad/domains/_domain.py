@@ -1,4 +1,4 @@
-r"""What a domain is, and how a tree of them maps a tree of hyperparameters: λ = T(u), leaf by leaf.
+r"""The interface of domains, and how a tree of them maps a tree of hyperparameters: λ = T(u), leaf by leaf.
 
 The domains themselves are in `hypergrad.domains`.
 """
@@ -27,7 +27,7 @@ class Domain(NamedTuple):
         to_constrained: `u -> λ`, in the domain for every u that is not NaN.
         to_unconstrained: `λ -> u`, its inverse on the domain.
         settle: `(u, before) -> u`, for a step from `before`: it ends where the derivative of `to_constrained` is at
-            rounding level, or a factor e beyond if it began there, so that one huge step is not the last one.
+            rounding level, or a factor e beyond if it began there, so that later steps can still move.
         contains: `λ -> bool`, for concrete NumPy arrays, of the shape of λ.
         requirement: completes "must be ...", in messages.
         remedy: what to write instead.
@@ -43,7 +43,7 @@ class Domain(NamedTuple):
 
 
 def to_constrained(domain: PyTree, hparams: PyTree) -> PyTree:
-    """Unconstrained coordinates to hyperparameters; pure, under `jit` and AD as well.
+    """Map unconstrained coordinates to hyperparameters; pure, and works under `jit` and AD.
 
     Args:
         domain: pytree prefix of `hparams` with domains as leaves; None stands for `real()`.
@@ -66,10 +66,10 @@ def to_constrained(domain: PyTree, hparams: PyTree) -> PyTree:
 
 
 def to_unconstrained(domain: PyTree, hparams: PyTree) -> PyTree:
-    """Hyperparameters to unconstrained coordinates, the inverse of `to_constrained`.
+    """Map hyperparameters to unconstrained coordinates, the inverse of `to_constrained`.
 
-    A start on the very end of an interval, or a zero in a simplex, is moved inside by one rounding error of the width,
-    since its coordinate would be infinite.
+    A start exactly at an end of an interval, or a zero in a simplex, is moved inside by one rounding error of the
+    width, since its coordinate would be infinite.
 
     Args:
         domain: pytree prefix of `hparams` with domains as leaves; None stands for `real()`.

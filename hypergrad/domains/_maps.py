@@ -1,4 +1,4 @@
-"""What several domains share: the limits of a dtype, the sigmoid between two ends, and how far one step may go."""
+"""Functions that several domains share: limits of a dtype, the sigmoid between two ends, limits of one step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax import Array
 from hypergrad._options import Number
 from hypergrad._solver import InputError
 
-# Maps are compiled whole: outside `jit` each of their operations would be a program of its own.
+# Maps are compiled whole: outside `jit` each of their operations would be a separate program.
 compiled = functools.partial(jax.jit, inline=True)
 compiled_between = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 
@@ -35,12 +35,12 @@ def reach(u: Array) -> float:
 
 
 def exponents(u: Array, share: float) -> tuple[float, float]:
-    """The largest argument for which exp stays in the normal range of the dtype, or that share of it."""
+    """The given share of the smallest and largest argument for which exp stays in the normal range of the dtype."""
     return share * math.log(tiny(u)), share * math.log(float(jnp.finfo(u.dtype).max))
 
 
 def creep(before: Array) -> Array:
-    """The lowest u that one step may reach: where the derivative is at rounding level, and then a factor e less."""
+    """The lowest u that one step may reach: where the derivative is at rounding level, or then a factor e less."""
     return jnp.maximum(jnp.minimum(before, -reach(before)) - 1, 0.99 * math.log(tiny(before)))
 
 

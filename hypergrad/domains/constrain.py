@@ -14,7 +14,7 @@ def constrain(problem: Problem, domain: PyTree) -> Problem:
     `hg.tune(..., domain=domain)` does the same for a solver that is already built; this is for your own loop.
 
     Args:
-        problem: what to transform. Losses keep their keys and model state, those of `hg.compose` their two parts.
+        problem: the problem to transform. Losses keep their keys, model state and parts (`hg.compose`).
         domain: pytree prefix of the hyperparameters with domains as leaves; None stands for `real()`.
 
     Returns:

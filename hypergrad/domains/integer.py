@@ -18,7 +18,7 @@ from hypergrad.domains._maps import END, compiled_between, ends, logit, settle_s
 
 @options(lo=END, hi=END)
 def integer(lo: ArrayLike, hi: ArrayLike) -> Domain:
-    r"""The whole numbers lo, lo + 1, ..., hi, as floats: what the losses see is rounded, what is tuned is not.
+    r"""The whole numbers lo, lo + 1, ..., hi, as floats: the losses see the rounded value, the tuned one is unrounded.
 
     `λ = round(lo − ½ + (hi − lo + 1) σ(u))`, with the derivative of the expression before rounding (a straight-through
     derivative): biased, but it points the right way where the outer loss is a smooth function of a λ that happens to be

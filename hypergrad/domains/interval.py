@@ -14,7 +14,7 @@ from hypergrad.domains._maps import END, ends, logit, settle_sigmoid, sigmoid
 
 @options(lo=END, hi=END)
 def interval(lo: ArrayLike, hi: ArrayLike) -> Domain:
-    r"""Between two numbers, lo ≤ λ ≤ hi, through a sigmoid: `lo + (hi − lo) σ(u)`.
+    r"""Numbers between two ends, lo ≤ λ ≤ hi, through a sigmoid: `lo + (hi − lo) σ(u)`.
 
     The ends belong to the domain, since rounding reaches them, but the derivative vanishes there: start inside.
 

@@ -11,7 +11,7 @@ from hypergrad.domains._maps import compiled, exponents, reach
 
 
 def log() -> Domain:
-    r"""λ > 0 through exp(u): a step of the outer optimizer is a factor, whatever the magnitude.
+    r"""λ > 0 through exp(u): a step of the outer optimizer multiplies λ by a factor at any magnitude.
 
     u is clipped where exp(u) would leave the normal range of the dtype (1e-38 to 1e38 in float32).
 

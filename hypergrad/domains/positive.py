@@ -17,7 +17,7 @@ from hypergrad.domains._maps import compiled, creep, huge, tiny
 def positive() -> Domain:
     r"""λ > 0 through softplus, `log(1 + exp(u)) + tiny`: steps are additive where λ is large, multiplicative near zero.
 
-    For a hyperparameter whose order of magnitude is unknown (a regularization strength) take `log()`.
+    For a hyperparameter whose order of magnitude is unknown (a regularization strength), use `log()`.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> float(hg.domains.positive().to_constrained(jnp.float32(-1e30))) > 0

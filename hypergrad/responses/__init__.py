@@ -1,7 +1,7 @@
-"""How parameters respond to hyperparameters, as a function that is learned: each function returns a `Response`.
+"""Learned functions from hyperparameters to parameters; each function here returns a `Response`.
 
-`layers` holds flax layers with one vector of hyperparameters per example; it is imported when it is asked for, and
-needs the extra `flax`.
+`layers` holds flax layers with one vector of hyperparameters per example; it is imported on first use and needs the
+extra `flax`.
 """
 
 from __future__ import annotations

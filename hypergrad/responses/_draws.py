@@ -2,8 +2,8 @@ r"""Hyperparameters drawn around the current ones, and the losses there.
 
     u_i = u₀ + σ ε_i,  ε_i ~ N(0, 1),   one for a batch, for each of G groups of its rows, or for each row
 
-A response that makes parameters makes them once a draw, and the losses are averaged over the draws; one that leaves the
-draws to the layers of the model (`hg.responses.gated`) gets all of them at once, as rows.
+A response that makes parameters makes them once for each draw, and the losses are averaged over the draws. A response
+that leaves the draws to the layers of the model (`hg.responses.gated`) gets all of them at once, as rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def draw_around(key: Array, u: PyTree, sigma: PyTree, count: int | None = None, 
         u: pytree of arrays.
         sigma: pytree like u, of scalars or arrays that fit the leaves.
         count: number of draws, along a new leading axis; None for one, without an axis.
-        shared: pytree like u of bools: leaves of which all draws are the same; None for none.
+        shared: pytree of bools like u: whether all draws of a leaf are the same; None for no such leaves.
     """
 
     def one(key: Array, x: Array, sigma: Array, together: bool) -> Array:
@@ -69,7 +69,7 @@ class Around(NamedTuple):
         response: how parameters follow hyperparameters.
         domain: pytree prefix of domains, or None.
         perturb: `"batch"`, `"example"` or a number of groups.
-        shared: pytree like the hyperparameters of bools: whether all draws of a step are the same.
+        shared: pytree of bools like the hyperparameters: whether all draws of a step are the same.
         centre: u₀, pytree like the hyperparameters.
     """
 
@@ -133,17 +133,17 @@ def training_loss(
     noise_key: Array,
     model_state: PyTree,
 ) -> tuple[Array, PyTree]:
-    """A loss whose gradient with respect to the weights is the one that they are trained by, and the model state.
+    """The loss whose gradient trains the weights, and the model state.
 
     Args:
-        around: where.
+        around: where draws are made.
         training: `"joint"`, `"split"` or `"linearized"`.
         weights: base and slope.
         scale: s.
         batch: training data of one step.
-        loss_key: for the inner loss, or None.
-        noise_key: for the draws.
-        model_state: of the model, or None.
+        loss_key: key of the inner loss, or None.
+        noise_key: key of the draws.
+        model_state: state of the model, or None.
     """
     count = draws(around.perturb, batch, "train")
     u = around.draw(around.centre, scale, count, noise_key)
@@ -192,15 +192,15 @@ def validation_loss(
     """The outer loss and its metrics.
 
     Args:
-        around: where.
-        weights: of the response.
+        around: where draws are made.
+        weights: weights of the response.
         through: u that the parameters respond to.
-        seen: u of the hyperparameters that the outer loss reads itself; the same numbers.
+        seen: u of the hyperparameters that the outer loss reads itself; equal to `through`.
         scale: s of a perturbation, or None for none.
         batch: validation data.
-        loss_key: for the outer loss, or None.
-        noise_key: for the draws.
-        model_state: of the model, or None.
+        loss_key: key of the outer loss, or None.
+        noise_key: key of the draws.
+        model_state: state of the model, or None.
     """
     count = draws(around.perturb, batch, "valid") if around.by_rows or scale is not None else None
 
@@ -228,7 +228,7 @@ def draws(perturb: str | int, batch: PyTree, name: str) -> int | None:
     """The number of draws for a batch; None for one draw that the whole batch shares.
 
     Raises:
-        InputError: for a batch that cannot be divided so.
+        InputError: for a batch that cannot be divided in this way.
     """
     if perturb == "batch":
         return None

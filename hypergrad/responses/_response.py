@@ -1,11 +1,11 @@
-r"""What a response is here: parameters as a function of hyperparameters, fitted by training instead of solved for.
+r"""The interface of responses: parameters as a function of hyperparameters, fitted by training instead of solved for.
 
     θ(u) = base + g(u)            or, centred at c,            θ(u) = base + g(u) − g(c)
 
 u are the unconstrained coordinates of the hyperparameters (`hg.domains`), all entries of all leaves as one vector, so
 that a draw around them never leaves the domain. `hg.responses.linear()` and its siblings return a `Response`; they
-differ in g alone, whose weights are the `slope`. Centred, the base is the parameters at c itself (Bae & Grosse 2020,
-Δ-STN, arXiv:2010.13514), and c can be moved without changing θ: see `recentre`.
+differ in g alone, whose weights are the `slope`. In a centred response the base is the parameters at c itself (Bae &
+Grosse 2020, Δ-STN, arXiv:2010.13514), and c can be moved without changing θ: see `recentre`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Weights(NamedTuple):
     """The weights that are trained in place of the parameters; a pytree.
 
     Attributes:
-        base: pytree like the parameters: what they are at the centre; without one, where g is zero.
-        slope: whatever makes the response g, a pytree that depends on its kind.
+        base: pytree like the parameters: their values at the centre or, without a centre, where g is zero.
+        slope: weights of g, a pytree that depends on the kind of response.
     """
 
     base: PyTree
@@ -40,8 +40,8 @@ class Weights(NamedTuple):
 
 
 class InitFn(Protocol):
-    """`init(key, params, hparams) -> weights`; pure. `hparams` in unconstrained coordinates, `key` may be None where
-    nothing is drawn. A new response gives `params` for every u, or is close to that.
+    """`init(key, params, hparams) -> weights`; pure. `hparams` are in unconstrained coordinates, and `key` may be None
+    where nothing is drawn. A new response gives `params`, or nearly so, for every u.
     """
 
     def __call__(self, key: Array | None, params: PyTree, hparams: PyTree) -> Weights: ...
@@ -50,8 +50,8 @@ class InitFn(Protocol):
 class ApplyFn(Protocol):
     """`apply(weights, hparams, centre=None) -> params`; pure, differentiable in the first two.
 
-    `hparams` and `centre` in unconstrained coordinates and of one structure. `centre` is needed where the response is
-    centred, and of no influence elsewhere.
+    `hparams` and `centre` are in unconstrained coordinates and have one structure. A centred response needs `centre`;
+    others ignore it.
     """
 
     def __call__(self, weights: Weights, hparams: PyTree, centre: PyTree = None) -> PyTree: ...
@@ -60,7 +60,7 @@ class ApplyFn(Protocol):
 class Response(NamedTuple):
     """A family of functions from hyperparameters to parameters: two pure functions.
 
-    One's own is a function that returns a `Response`; solvers know nothing more of it.
+    To write your own, write a function that returns a `Response`; solvers need to know nothing more about it.
 
     Attributes:
         init: see `InitFn`.
@@ -84,17 +84,17 @@ def make_response(
     memory: float | None,
     smaller: str,
 ) -> Response:
-    """A response from its g.
+    """Make a response from its function g.
 
     Args:
         name: of the factory, for messages.
         begin: `(key, params, n) -> slope` for n hyperparameters.
         added: `(slope, u, c, base) -> g(u) − g(c)`, or g(u) for a c of None; a pytree like `base`.
-        outputs: `slope -> pytree like params`, leaves `[any, *shape]`: what it was made for.
-        inputs: `slope -> n`, what it was made for.
-        centred: whether c is the centre, else None.
-        memory: most bytes of a slope, or None for 2³⁰, or 16 times the parameters where that is more.
-        smaller: what to write where it would have more.
+        outputs: `slope -> pytree like params`, leaves `[any, *shape]`: the parameters that the slope was made for.
+        inputs: `slope -> n`, the number of hyperparameters that it was made for.
+        centred: whether c is the centre; otherwise it is None.
+        memory: largest size of a slope in bytes; None means 2³⁰, or 16 times the parameters if that is more.
+        smaller: what to write if the slope would be larger.
     """
 
     def init(key: Array | None, params: PyTree, hparams: PyTree) -> Weights:
@@ -143,7 +143,7 @@ def recentre(response: Response, weights: Weights, centre: PyTree, before: PyTre
 
 
 def need_key(name: str, key: Array | None) -> Array:
-    """The key, which a response that draws its starting weights cannot do without."""
+    """The key, without which a response cannot draw its starting weights."""
     if key is None:
         raise InputError(f"responses.{name} draws its starting weights: pass key=jax.random.key(0) to init.")
     return key

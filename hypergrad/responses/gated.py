@@ -1,12 +1,12 @@
-r"""The response of models that hold their own: built of `hg.responses.layers`, or of layers like them.
+r"""The response of models whose own layers respond: those of `hg.responses.layers`, or similar ones.
 
     (params, h),   h = u − u₀   for each example
 
-with u the unconstrained hyperparameters of an example and u₀ the current ones. The losses take the pair in the place of
-the parameters, and hand h to the layers.
+with u the unconstrained hyperparameters of an example and u₀ the current ones. The losses take the pair in place of the
+parameters, and pass h to the layers.
 
 Source: MacKay et al. 2019, arXiv:1903.03088; Bae & Grosse 2020, arXiv:2010.13514 (centred at u₀).
-Cost: nothing; the layers have it.
+Cost: none here; it is in the layers.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Gated(NamedTuple):
 
 
 def gated(*, name: str = "response") -> Gated:
-    """Let the layers of the model respond, each example to hyperparameters of its own.
+    """Let the layers of the model respond, for each example, to its own hyperparameters.
 
-    The losses get `(params, offset)` in the place of the parameters: `offset` is `[n, H]`, one row for each example of
-    the batch, with all entries of all hyperparameters in the order of `jax.tree.leaves`; and every leaf of `hparams`
-    has the same leading axis. With `hg.self_tuning(..., perturb="batch")` there is one of either for all examples.
+    The losses get `(params, offset)` in place of the parameters: `offset` is `[n, H]`, one row for each example of the
+    batch, with all entries of all hyperparameters in the order of `jax.tree.leaves`; and every leaf of `hparams` has
+    the same leading axis. With `hg.self_tuning(..., perturb="batch")` all examples share one of each.
 
     Args:
-        name: what the parameters of the response lie below, somewhere in their path; the rest are the plain model's.
+        name: name that occurs in the path of each parameter of the response; the rest belong to the plain model.
 
     Returns:
-        For `hg.self_tuning`.
+        A response for `hg.self_tuning`.
 
     Raises:
         InputError: from `init`, for parameters without any such path.

@@ -1,10 +1,10 @@
-r"""Flax layers that respond to hyperparameters, another vector of them for each example: self-tuning layers.
+r"""Flax layers that respond to a separate vector of hyperparameters for each example: self-tuning layers.
 
     y = W₀ x + b₀ + (Q_w h) ⊙ (W₁ x) + (Q_b h) ⊙ b₁
 
 which is the plain layer with weights W₀ + diag(Q_w h) W₁ and biases b₀ + (Q_b h) ⊙ b₁, computed by gating the units of
 a second layer: no weight matrix per example is ever made. h is the offset of the hyperparameters, in unconstrained
-coordinates, from where they are now; the losses get it from `hg.responses.gated()`.
+coordinates, from their current values; the losses get it from `hg.responses.gated()`.
 
 Source: MacKay et al. 2019 (self-tuning networks), arXiv:1903.03088; Bae & Grosse 2020 (Δ-STN), arXiv:2010.13514.
 Differs: every parameter of the response lies below `response` in the tree of parameters, by which `gated()` tells it
@@ -81,10 +81,10 @@ class HyperDense(nnx.Module):
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the output.
         hparams: number of hyperparameters, H: all entries of all leaves.
-        rngs: for the starting weights.
-        **options: of `nnx.Linear`.
+        rngs: random streams for the starting weights.
+        **options: options of `nnx.Linear`.
 
-    Called as `layer(inputs, offset)` with `offset` `[H]`, or one row for each example, `[n, H]`.
+    The layer is called as `layer(inputs, offset)` with `offset` `[H]`, or one row for each example, `[n, H]`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -112,10 +112,10 @@ class HyperConv(nnx.Module):
         out_features: channels of the output.
         kernel_size: size of the window along each spatial axis.
         hparams: number of hyperparameters, H: all entries of all leaves.
-        rngs: for the starting weights.
-        **options: of `nnx.Conv`.
+        rngs: random streams for the starting weights.
+        **options: options of `nnx.Conv`.
 
-    Called as `layer(inputs, offset)` with `offset` `[H]`, or one row for each example, `[n, H]`.
+    The layer is called as `layer(inputs, offset)` with `offset` `[H]`, or one row for each example, `[n, H]`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -144,10 +144,10 @@ class HyperEmbed(nnx.Module):
         num_embeddings: size of the vocabulary.
         features: size of each vector.
         hparams: number of hyperparameters, H: all entries of all leaves.
-        rngs: for the starting vectors.
-        **options: of `nnx.Embed`.
+        rngs: random streams for the starting vectors.
+        **options: options of `nnx.Embed`.
 
-    Called as `layer(inputs, offset)` with integers `[n, ...]` and `offset` `[H]` or `[n, H]`.
+    The layer is called as `layer(inputs, offset)` with integers `[n, ...]` and `offset` `[H]` or `[n, H]`.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -176,10 +176,11 @@ class HyperLSTMCell(nnx.Module):
         in_features: size of the input.
         hidden_features: size of the hidden state.
         hparams: number of hyperparameters, H: all entries of all leaves.
-        rngs: for the starting weights.
-        **options: of both `nnx.Linear` layers (from the input, without bias, and from the hidden state).
+        rngs: random streams for the starting weights.
+        **options: options of both `nnx.Linear` layers (from the input, without bias, and from the hidden state).
 
-    Called as `cell((memory, hidden), inputs, offset) -> ((memory, hidden), hidden)`, for `jax.lax.scan` over time.
+    The cell is called as `cell((memory, hidden), inputs, offset) -> ((memory, hidden), hidden)`, for `jax.lax.scan`
+    over time.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx

@@ -2,10 +2,11 @@ r"""Linear response: the tangent of the best response, or its chord over the hyp
 
     θ(u) = base + S u,    S: one tensor like the parameters for each hyperparameter;    factorised,   S = A B,  rank r
 
-Fitted on draws of small spread around λ, S tends to dw*/du. One fitted at a single λ says nothing of S.
+Fitted on draws of small spread around λ, S tends to dw*/du. A fit at a single λ says nothing about S.
 Source: Lorraine & Duvenaud 2018, "Stochastic hyperparameter optimization through hypernetworks", arXiv:1802.09419 (rank
-10 for 7,850 hyperparameters). Differs: S starts at zero (factorised, B does), so that training begins as without it.
-Cost: n copies of the parameters for n hyperparameters, and a product with them; factorised r copies.
+10 for 7,850 hyperparameters). Differs: S starts at zero (if factorised, B does), so that training begins as it would
+without S.
+Cost: n copies of the parameters for n hyperparameters, and a product with them; r copies if factorised.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ def linear(*, rank: int | None = None, centred: bool = True, memory: float | Non
     """Parameters as a linear function of the unconstrained hyperparameters.
 
     Args:
-        rank: of the slope, for many hyperparameters: `rank` copies of the parameters are kept instead of one for each
-            hyperparameter. None: full.
-        centred: write it around the current hyperparameters (Δ-STN), so that the base is the parameters there. Faster
-            to train: in other coordinates an error of the slope is an error of the parameters.
-        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
-            (1 GiB), or 16 times the parameters where that is more.
+        rank: rank of the slope, for many hyperparameters: `rank` copies of the parameters are kept instead of one for
+            each hyperparameter. None means full rank.
+        centred: whether to write it around the current hyperparameters (Δ-STN), so that the base is the parameters
+            there. It then trains faster: in other coordinates an error in the slope is an error in the parameters.
+        memory: bytes that it may hold in addition to the parameters; `init` refuses more before it allocates them.
+            Default: 2³⁰ (1 GiB), or 16 times the parameters if that is more.
 
     Returns:
-        A `Response`. Only the factorised one draws its start.
+        A `Response`. Only the factorised one draws its starting weights.
 
     Raises:
         InputError: for a rank below 1; from `init`, for a response beyond `memory`, with its bytes.
@@ -63,7 +64,7 @@ def linear(*, rank: int | None = None, centred: bool = True, memory: float | Non
     """
 
     def begin(key: Array | None, params: PyTree, n: int) -> PyTree:
-        # From the parameters rather than from a shape, so that what is spread over devices stays so.
+        # Built from the parameters rather than from a shape, so that sharded arrays stay sharded.
         copies = lambda x: jnp.zeros_like(x)[None] * jnp.ones((rank or n,) + (1,) * x.ndim, x.dtype)
         start = jax.tree.map(copies, params)
         if rank is None:

@@ -2,14 +2,14 @@ r"""Nonlinear response: a multilayer perceptron from hyperparameters to paramete
 
     θ(u) = base + K z(E(γ(u))),    E(γ) = [cos(πγ/2), sin(πγ/2)] for each coordinate,    γ ∈ [0, 1]
 
-For responses over a whole range of hyperparameters, where a line will not do. A network fed γ itself makes parameters
-in proportion to γ: at γ = 0 all of them vanish. E has the same norm for every γ, and the base carries what the
-parameters are without any response.
+It serves responses over a whole range of hyperparameters, where a linear one is not enough. A network fed γ itself
+makes parameters in proportion to γ, which all vanish at γ = 0. E has the same norm for every γ, and the base carries
+the parameters without any response.
 
 Source: Ortiz, Guttag & Dalca 2023, "Magnitude invariant parametrizations improve hypernetwork learning",
 arXiv:2304.07645. Differs: a coordinate without a known range is squashed by a sigmoid; the base takes the place of the
-last layer's biases. LeakyReLU between layers, normal weights of variance gain² / fan-out (which keeps the norm of what
-passes through, to K tensor by tensor), no normalisation.
+last layer's biases. There is LeakyReLU between layers and no normalisation; weights are normal with variance gain² /
+fan-out, which keeps the norm of signals (for K, tensor by tensor).
 Cost: one copy of the parameters for each unit of the last hidden layer, and a product with them.
 """
 
@@ -56,12 +56,12 @@ def mlp(
     """Parameters as a nonlinear function of the unconstrained hyperparameters.
 
     Args:
-        hidden: units of each hidden layer.
+        hidden: number of units of each hidden layer.
         within: the range of the unconstrained coordinates that matters, rescaled to [0, 1]; draws beyond it do no
             harm. None: each coordinate goes through a sigmoid.
-        centred: write it around the current hyperparameters, so that the base is the parameters there.
-        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
-            (1 GiB), or 16 times the parameters where that is more.
+        centred: whether to write it around the current hyperparameters, so that the base is the parameters there.
+        memory: bytes that it may hold in addition to the parameters; `init` refuses more before it allocates them.
+            Default: 2³⁰ (1 GiB), or 16 times the parameters if that is more.
 
     Returns:
         A `Response`.

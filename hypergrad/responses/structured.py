@@ -2,14 +2,14 @@ r"""Structured response: every unit of every layer has a gate that the hyperpara
 
     kernels    W₀ + diag(Q u) W₁,   one gate an output unit            vectors and scalars    b₀ + Q u
 
-which is the linear response with S of a kernel held to low rank: two copies of the parameters and n numbers a unit,
-whatever the number n of hyperparameters. The model itself is not touched: it is handed parameters.
+This is the linear response with S of a kernel held to low rank: two copies of the parameters, and n numbers per unit
+for n hyperparameters. The model itself is not changed; it is given parameters.
 
 Source: MacKay et al. 2019 (self-tuning networks), arXiv:1903.03088; centred: Bae & Grosse 2020 (Δ-STN),
 arXiv:2010.13514. Differs: Q starts at zero, so that the start is the plain model, and W₁ as large as W₀; biases have no
 b₁, since (Q u) ⊙ b₁ is Q' u; W₀ has no scale of its own.
-Cost: twice the parameters and an elementwise product. With hyperparameters of its own for each example a layer gates
-its outputs instead (`hg.responses.layers`).
+Cost: twice the parameters and an elementwise product. If each example has its own hyperparameters, a layer gates its
+outputs instead (`hg.responses.layers`).
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ class Gates(NamedTuple):
 
 @options(axis=Number(integer=True, static=True, advice="write -1 or 0"), memory=MEMORY)
 def structured(*, axis: int = -1, centred: bool = True, memory: float | None = None) -> Response:
-    """Parameters of a network, each unit of which responds to the hyperparameters: self-tuning.
+    """Parameters of a self-tuning network, in which each unit responds to the hyperparameters.
 
-    A model becomes a self-tuning one as it is, whatever library it was written in: what is trained are the weights of
-    this response, and the model's own loss is evaluated at the parameters that it gives.
+    A model from any library becomes self-tuning without changes: the weights of this response are trained, and the
+    model's own loss is evaluated at the parameters that the response gives.
 
     Args:
-        axis: of kernels (leaves with two axes and more), along which their output units lie: −1 for flax and Haiku, 0
-            for Equinox and PyTorch.
-        centred: write it around the current hyperparameters (Δ-STN), so that the base is the parameters there.
-        memory: bytes that it may hold beside the parameters; `init` refuses more before it allocates them. Default: 2³⁰
-            (1 GiB), or 16 times the parameters where that is more.
+        axis: axis of kernels (leaves with two or more axes) along which their output units lie: −1 for flax and Haiku,
+            0 for Equinox and PyTorch.
+        centred: whether to write it around the current hyperparameters (Δ-STN), so that the base is the parameters
+            there.
+        memory: bytes that it may hold in addition to the parameters; `init` refuses more before it allocates them.
+            Default: 2³⁰ (1 GiB), or 16 times the parameters if that is more.
 
     Returns:
         A `Response`.
@@ -78,7 +79,7 @@ def structured(*, axis: int = -1, centred: bool = True, memory: float | None = N
                     f"responses.structured: params{keystr(path)} of shape {leaf.shape} has no axis {axis}: "
                     "axis= is the one along which output units lie, -1 or 0."
                 )
-        # From the parameters rather than from a shape, so that vectors that are spread over devices stay so.
+        # Built from the parameters rather than from a shape, so that sharded vectors stay sharded.
         units = lambda x: jnp.zeros(x.shape[axis], x.dtype) if x.ndim > 1 else jnp.zeros_like(x)
         gates = lambda x: units(x)[None] * jnp.ones((n,) + (1,) * min(x.ndim, 1), x.dtype)
         kernels = lambda x, draw: _size(x, axis).astype(x.dtype) * draw if x.ndim > 1 else None
@@ -113,7 +114,7 @@ def _others(ndim: int, axis: int) -> tuple[int, ...]:
 
 
 def _size(kernel: Array, axis: int) -> Array:
-    """The size of the entries of a kernel; taken from its fan-in, where they are zero."""
+    """The size of the entries of a kernel, or the size that its fan-in suggests if they are zero."""
     size = jnp.sqrt(jnp.mean(kernel**2))
     fan_in = kernel.size / max(kernel.shape[axis], 1)
     return jnp.where(size > 0, size, 1 / math.sqrt(max(fan_in, 1)))
