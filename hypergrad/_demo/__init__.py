@@ -1,1 +1,1 @@
-"""The demo: three tasks on data that scikit-learn ships, through the public interface alone."""
+"""The demo: three tasks on data that scikit-learn ships, using only the public interface."""

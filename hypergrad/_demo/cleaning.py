@@ -2,8 +2,8 @@ r"""Hyper-cleaning: find wrong labels by giving every training example a weight 
 
     min over λ ∈ [0, 1]ⁿ of   mean over validation of ℓ(w(λ)),    w(λ) trained on   Σᵢ λᵢ ℓᵢ(w) / Σᵢ λᵢ + (decay/2) ‖w‖²
 
-Source: Franceschi et al. 2017, arXiv:1703.01785, section 6.1; here with digits in place of MNIST, softmax regression,
-and a sigmoid in place of a projection.
+Source: Franceschi et al. 2017, arXiv:1703.01785, section 6.1; here with digits instead of MNIST, softmax regression,
+and a sigmoid instead of a projection.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def weighted_loss(params: dict[str, Any], weights: Any, batch: Any) -> jax.Array
 
 
 def plain_loss(params: dict[str, Any], weights: Any, batch: Any) -> jax.Array:
-    """Mean cross entropy: what the weights are tuned for, on labels that are right."""
+    """Mean cross entropy on correct labels, for which the weights are tuned."""
     x, y = batch
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x @ params["w"] + params["b"][None], y))
 
@@ -49,7 +49,7 @@ def start() -> dict[str, jax.Array]:
 
 
 def run(method: str, seed: int, steps: int | None) -> Outcome:
-    """Tune, retrain from zero at the weights found, and compare."""
+    """Tune, retrain from zero with the weights found, and compare."""
     data = datasets.digits(seed)
     problem = hg.Problem(weighted_loss, plain_loss)
     solver = METHODS[method][1](problem, RATE, TRAINING)

@@ -33,7 +33,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo and return the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     if missing := _missing():
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what happens, as it happens. Ctrl-C while tuning ends the tuning, and what it found so far is reported."""
+    """Print what happens, as it happens. Ctrl-C while tuning ends the tuning, and the result so far is reported."""
     began = time.perf_counter()
     task = TASKS[args.task]
     method = args.method or task.DEFAULT_METHOD
@@ -137,7 +137,7 @@ def _picture(text: str) -> str:
 
 
 def _check_folder(parser: argparse.ArgumentParser, out: str) -> None:
-    """Better now than after a minute."""
+    """Check now whether the picture can be written, instead of failing after a minute."""
     folder = Path(out).resolve().parent
     if not folder.is_dir():
         parser.error(f"argument --out: there is no folder {folder}")

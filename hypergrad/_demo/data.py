@@ -1,4 +1,4 @@
-"""Small data sets inside scikit-learn, split."""
+"""Small data sets from scikit-learn, split into training, validation and test rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ WRONG = 0.5  # share of the training labels that are replaced by another class
 
 
 class Digits(NamedTuple):
-    """Handwritten digits, 8×8 pixels, centred per pixel; half of the training labels are wrong.
+    """Handwritten digits of 8×8 pixels, centred per pixel; half of the training labels are wrong.
 
     Attributes:
         train: `(x, y)`, `[600, 64]` and `[600]`, with the labels as given.
-        valid: `(x, y)` of 600 others, all labels right.
+        valid: `(x, y)` of 600 others, with correct labels.
         test: `(x, y)` of the remaining 597.
         images: the training images as scanned, `[600, 8, 8]`, 0 to 16.
-        true: right labels of the training images, `[600]`.
+        true: correct labels of the training images, `[600]`.
         wrong: whether the given label is wrong, boolean `[600]`.
     """
 
@@ -30,7 +30,7 @@ class Digits(NamedTuple):
 
 
 class ManyDigits(NamedTuple):
-    """Handwritten digits, 8×8 pixels, centred per pixel; every label right.
+    """Handwritten digits of 8×8 pixels, centred per pixel; every label is correct.
 
     Attributes:
         real: `(x, y)`, `[1300, 64]` and `[1300]`.
@@ -48,7 +48,7 @@ class Tumours(NamedTuple):
         train: `(x, y)`, `[190, 30]` and `[190]` of 0 (malignant) and 1 (benign).
         valid: `(x, y)`, 190 rows.
         test: `(x, y)`, the remaining 189.
-        names: of the measurements.
+        names: names of the measurements.
     """
 
     train: tuple[np.ndarray, np.ndarray]
@@ -79,7 +79,7 @@ def digits(seed: int) -> Digits:
 
 
 def many_digits(seed: int) -> ManyDigits:
-    """Load and split by class; the same for the same seed."""
+    """Load the digits and split them by class. The same seed gives the same split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -103,7 +103,7 @@ def tumours(seed: int) -> Tumours:
 
 
 def _split(labels: np.ndarray, sizes: tuple[int, int], seed: int) -> list[np.ndarray]:
-    """Rows of training, validation and test set, each with the same share of every class."""
+    """Row numbers of the training, validation and test set, each with the same share of every class."""
     from sklearn.model_selection import train_test_split
 
     rows = np.arange(len(labels))

@@ -10,14 +10,14 @@ import hypergrad as hg
 from hypergrad._demo.data import Digits, Tumours
 from hypergrad._demo.outcome import Search
 
-# Okabe & Ito (2008), as in `hg.diagnostics.plots`: told apart by every kind of colour vision.
+# Colours of Okabe & Ito (2008), as in `hg.diagnostics.plots`, which every kind of colour vision can tell apart.
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222"
 DASHED = (0, (4, 3))
-ROWS, COLUMNS = 6, 8  # of the images with the lowest weights
+ROWS, COLUMNS = 6, 8  # of the grid of images with the lowest weights
 
 
 def draw_images(shown: dict[str, np.ndarray], rows: list[tuple[str, float]], path: str) -> None:
-    """Ten images of each kind, above what a fresh training on them is worth."""
+    """Ten images of each kind, above the accuracy of a fresh training on them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.3), facecolor="white")
@@ -163,7 +163,7 @@ TITLE: dict[str, Any] = {"fontsize": 11.5, "fontweight": "bold"}
 
 
 def _figure(widths: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure of two columns that belongs to no window and changes no global setting."""
+    """A figure with two columns that belongs to no window and changes no global setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 6.4), facecolor="white")

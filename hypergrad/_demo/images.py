@@ -6,9 +6,9 @@ r"""Ten learned images: the training set itself as 640 hyperparameters.
 Source: Wang et al. 2018 (dataset distillation), arXiv:1811.10959; by implicit differentiation, Lorraine, Vicol &
 Duvenaud 2020, arXiv:1911.02590, section 5.2. Here training is solved to its optimum, and the adjoint system as well.
 
-What ten images are worth is what a fresh training on them alone makes of 497 digits that nothing else has seen. Every
-rival gets the best of five weight decays, by accuracy on the 1,300 digits; the learned images have the one that they
-were learned at.
+The value of ten images is the accuracy of a fresh training on them alone, on 497 digits that have not been used
+otherwise. Every rival gets the best of five weight decays, by accuracy on the 1,300 digits; the learned images have the
+one that they were learned with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RATE = 1.0  # learning rate of the training, for methods that unroll it
 TRAINING = 200
 RETRAINING = 1000  # steps of Adam of each fresh training
 DRAWS = 300  # sets of ten real images
-HELD_OUT = 300  # of the real images, to choose the decay of the model that is trained on all of them
+HELD_OUT = 300  # number of the real images used to choose the decay of the model that is trained on all of them
 CLASSES = np.arange(10)
 
 
@@ -65,14 +65,14 @@ def run(method: str, seed: int, steps: int | None) -> Outcome:
         class_means(data.real),
         None,
         data.real,
-        outer=optax.adam(0.02, eps=1e-3),  # at the edge the slope is nearly zero, which Adam would blow up
+        outer=optax.adam(0.02, eps=1e-3),  # at the edge the slope is nearly zero, which Adam would amplify
         steps=steps or STEPS,
     )
     return _report(data, result, seed)
 
 
 def class_means(batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Where the images start: the mean of each class, `[10, 64]`."""
+    """The initial images: the mean of each class, `[10, 64]`."""
     x, y = batch
     return np.stack([x[y == label].mean(0) for label in CLASSES])
 
@@ -125,12 +125,12 @@ def _report(data: datasets.ManyDigits, result: hg.Result, seed: int) -> Outcome:
 
 
 class Rival(NamedTuple):
-    """The candidate, and the decay, of highest accuracy on the real images.
+    """The candidate, and the decay, with the highest accuracy on the real images.
 
     Attributes:
         images: `[10, 64]`.
-        accuracy: on the test digits, after training on them.
-        mean: of the same over all candidates, at that decay.
+        accuracy: accuracy on the test digits, after training on these images.
+        mean: mean of this accuracy over all candidates, at that decay.
     """
 
     images: np.ndarray
@@ -160,7 +160,7 @@ def _discriminant(real: Any, means: np.ndarray) -> np.ndarray:
 
 
 def _images(x: np.ndarray) -> np.ndarray:
-    """Ten images with their largest pixel at one."""
+    """Return ten images, each scaled such that its largest pixel is one."""
     return x / np.abs(x).max((-2, -1), keepdims=True)
 
 

@@ -1,9 +1,10 @@
-r"""One regularization strength per feature, against grid and random search of equal cost.
+r"""One regularization strength per feature, compared with grid and random search at equal cost.
 
     min over λ of   mean over validation of ℓ(w*(λ)),    w*(λ) = argmin of   mean ℓ(w) + ½ Σⱼ exp(λⱼ) wⱼ²
 
-Logistic regression on breast_cancer with 30 features. A search over one strength is easy to grid; 30 strengths are
-beyond any grid, and a hypergradient costs about as much as one more inner solve whatever their number.
+The task is logistic regression on breast_cancer with 30 features. One strength is easy to search on a grid; 30
+strengths are beyond any grid, whereas a hypergradient costs about as much as one more inner solve, for any number of
+strengths.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TRAINING = 500
 
 
 def train_loss(params: dict[str, Any], log_l2: Any, batch: Any) -> jax.Array:
-    """Logistic loss with one strength per feature; the bias goes free."""
+    """Logistic loss with one strength per feature; the bias is not penalised."""
     return valid_loss(params, log_l2, batch) + 0.5 * jnp.sum(jnp.exp(log_l2) * params["w"] ** 2)
 
 
@@ -47,7 +48,7 @@ def start() -> dict[str, jax.Array]:
 
 
 def run(method: str, seed: int, steps: int | None) -> Outcome:
-    """Tune, search, solve afresh at what each chose, and compare."""
+    """Tune, search, solve again at the strengths that each method chose, and compare."""
     data = datasets.tumours(seed)
     problem = hg.Problem(train_loss, valid_loss)
     low, high = math.log(LOWEST), math.log(HIGHEST)
@@ -62,7 +63,7 @@ def run(method: str, seed: int, steps: int | None) -> Outcome:
         steps=steps or STEPS,
         domain=hg.domains.interval(low, high),
     )
-    count = len(result.history.value)  # what Ctrl-C left; the others get as many
+    count = len(result.history.value)  # as many steps as Ctrl-C left; the other methods get as many
 
     w_star = hg.best_response(problem)
     evaluate = jax.jit(lambda log_l2: _evaluate(w_star, data, log_l2))

@@ -1,4 +1,4 @@
-"""The one word that `--method` switches: each method is one line of the public interface."""
+"""The methods that `--method` selects: each is one line of the public interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task hands to the terminal: a table, sentences, numbers, and a figure still to be drawn."""
+"""What a task returns to the terminal: a table, sentences, numbers, and a function that draws a figure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Outcome(NamedTuple):
     """A finished task.
 
     Attributes:
-        table: rows of cells, the head first.
+        table: rows of cells, the header first.
         notes: sentences below the table.
-        numbers: what `--json` prints; holds `plain`, `tuned`, `oracle` and `f1`, None where a task has no such thing.
+        numbers: what `--json` prints; holds `plain`, `tuned`, `oracle` and `f1`, None where a task has no such number.
         draw: `draw(path)` saves the figure.
     """
 
@@ -30,11 +30,11 @@ class Search(NamedTuple):
     """One way to choose the strengths.
 
     Attributes:
-        label: for people.
+        label: name shown to people.
         losses: validation loss of each candidate, in the order in which they were tried, `[steps]`.
         log_l2: logarithm of the strengths chosen, `[30]`.
-        test_loss: of the parameters solved for afresh at the strengths chosen.
-        test_accuracy: of the same.
+        test_loss: test loss at the optimum of the training loss for the strengths chosen.
+        test_accuracy: test accuracy of the same model.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Search(NamedTuple):
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Columns padded to one width: the first to the left, the others to the right."""
+    """Columns padded to one width: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [
         "  "

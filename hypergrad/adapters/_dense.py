@@ -27,17 +27,17 @@ from hypergrad._solver import Hypergradient
 from hypergrad.outer.lbfgs import lbfgs
 
 _LIMIT = 46.0  # of a logarithm: strengths between 1e-20 and 1e20
-_STALLED = 6  # outer steps in a row that gain nothing, after which tuning has converged
-_NEWTON = 60  # most Newton steps of a logistic fit
-_SWEEPS = 2000  # most sweeps of coordinate descent
-_INTERCEPT = 1e-11  # curvature of a logistic intercept, a share of the rows: a class may be missing in a fold
+_STALLED = 6  # outer steps in a row without a gain, after which tuning has converged
+_NEWTON = 60  # largest number of Newton steps of a logistic fit
+_SWEEPS = 2000  # largest number of sweeps of coordinate descent
+_INTERCEPT = 1e-11  # curvature of a logistic intercept, as a share of the rows: a class may be missing in a fold
 
 
 class Data(NamedTuple):
     """What a model is tuned on; rows and columns that were added to reach a bucket's size are zero and weigh nothing.
 
     Attributes:
-        x: `[n, d]`.
+        x: features `[n, d]`.
         y: targets `[n, c]`; for a classifier zeros and ones, one column for two classes.
         train: weights of the rows in each fold's training loss, `[k + 1, n]`; the last are all rows.
         valid: weights in each fold's validation loss, `[k, n]`.
@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """One model a fold: coefficients `[k + 1, ...]`, intercepts `[k + 1, c]`, outputs on all rows `[k + 1, n, c]`."""
+    """One model per fold: coefficients `[k + 1, ...]`, intercepts `[k + 1, c]`, outputs on all rows `[k + 1, n, c]`."""
 
     coef: Array
     intercept: Array
@@ -78,7 +78,7 @@ class Model(NamedTuple):
 
 
 def strengths(log: Array) -> Array:
-    """`exp(log)`, for logarithms that a line search may have thrown anywhere."""
+    """`exp(log)`, for logarithms that a line search may have made very large or small."""
     return jnp.exp(jnp.clip(log, -_LIMIT, _LIMIT))
 
 
@@ -99,7 +99,7 @@ def _nll(z: Array, y: Array) -> Array:
 
 
 def _solve(matrix: Array, rhs: Array) -> Array:
-    """A⁻¹ b of a positive definite A. Its derivative is A⁻¹ (db − dA x), by the factors that are there."""
+    """A⁻¹ b of a positive definite A. Its derivative is A⁻¹ (db − dA x), with the factors already computed."""
     factors = (_cholesky(jax.lax.stop_gradient(matrix)), True)
     x = jax.lax.stop_gradient(cho_solve(factors, rhs))
     return x + cho_solve(factors, rhs - matrix @ x)
@@ -122,7 +122,7 @@ def _centre(intercept: bool, x: Array, y: Array, s: Array) -> _Centred:
     total = jnp.sum(s)
     x_mean = s @ x / total if intercept else jnp.zeros(x.shape[1], x.dtype)
     y_mean = s @ y / total if intercept else jnp.zeros(y.shape[1], y.dtype)
-    # Rows of weight zero are not centred rows, but weigh nothing.
+    # Rows of weight zero are not centred, but have no weight.
     xc, yc = x - x_mean[None, :], y - y_mean[None, :]
     return _Centred((xc * s[:, None]).T @ xc, (xc * s[:, None]).T @ yc, x_mean, y_mean)
 

@@ -1,4 +1,4 @@
-"""What an adapter makes of a model: everything that two losses need, as plain functions of pytrees."""
+"""A model in the form that two losses need: plain functions of pytrees."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Model(NamedTuple):
 
     Attributes:
         params: pytree of the floating arrays that training moves; weights that layers share are one leaf.
-        model_state: pytree of what the model keeps beside them (running statistics of batch normalization). Empty for
-            a model without any: leave `hg.Problem(..., model_state=True)` out then.
+        model_state: pytree of what the model keeps besides its parameters (running statistics of batch normalization).
+            It is empty for a model without such state: leave out `hg.Problem(..., model_state=True)` then.
         train: `(params, model_state, x, key) -> (out, model_state)`: in training mode, with fresh noise from the key
             and moved statistics. The key may be None for a model without noise.
         evaluate: `(params, model_state, x) -> out`: in evaluation mode, without noise, the statistics frozen.
@@ -33,10 +33,10 @@ class Model(NamedTuple):
 
 
 def need_key(adapter: str, key: Array | None) -> Array:
-    """The key, which a model that draws random numbers in training cannot do without.
+    """Return the key, which is required for a model that draws random numbers in training.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no key.
     """
     if key is None:
         raise InputError(
@@ -47,15 +47,15 @@ def need_key(adapter: str, key: Array | None) -> Array:
 
 
 def missing(library: str, extra: str, error: ImportError) -> HypergradError:
-    """The error to raise where an adapter's library is not installed."""
+    """Return the error to raise where an adapter's library is not installed."""
     found = HypergradError(f"adapters.{library} needs {library}: {install(extra)}.")
     found.__cause__ = error
     return found
 
 
 def narrowed(x: Any, params: PyTree) -> Any:
-    """Inputs in no wider floating type than the parameters: with x64 switched on, data in float64 would otherwise turn
-    the activations, but not the running statistics, of a float32 model into float64.
+    """Convert inputs to a floating type no wider than that of the parameters: with x64 switched on, float64 data would
+    otherwise convert the activations, but not the running statistics, of a float32 model to float64.
     """
     widest = dtype(params)
 

@@ -3,7 +3,7 @@ r"""An equinox module as parameters, model state and two functions.
     model = hypergrad.adapters.equinox.split(net)                       # net(x) or net(x, key=key), one example
     model = hypergrad.adapters.equinox.split(*eqx.nn.make_with_state(Net)(key))         # with batch normalization
 
-Modules of equinox see one example: both functions map them over the leading axis of x, which is named `"batch"` for
+Equinox modules take a single example: both functions map them over the leading axis of x, which is named `"batch"` for
 layers that look across it.
 """
 
@@ -25,13 +25,13 @@ def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: s
     """Split a module into what `hg.Problem` and a solver take.
 
     The parameters are a copy of the module in which everything but floating arrays is None, so that layers that share
-    weights through `eqx.nn.Shared` go on sharing them.
+    weights through `eqx.nn.Shared` continue to share them.
 
     Args:
         module: an `equinox.Module`, called as `module(x)`, with `key=` where it takes one, and with the state as its
             second argument where `state` is given.
-        state: what `eqx.nn.make_with_state` returned beside the module; None for a module without any.
-        batched: whether the module takes a whole batch; False maps it over the leading axis of x.
+        state: the state that `eqx.nn.make_with_state` returned with the module; None for a module without state.
+        batched: whether the module takes a whole batch; if False, it is mapped over the leading axis of x.
         axis_name: name of that axis, for `eqx.nn.BatchNorm`.
 
     Returns:
@@ -57,7 +57,7 @@ def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: s
         raise InputTypeError(f"adapters.equinox: module must be an equinox.Module, found {found}: {hint}.")
     params, static = eqx.partition(module, eqx.is_inexact_array)
     fixed = eqx.nn.inference_mode(static)
-    leaves, treedef = jax.tree.flatten(state)  # an eqx.nn.State may be used once; its leaves as often as one likes
+    leaves, treedef = jax.tree.flatten(state)  # an eqx.nn.State may be used only once; its leaves any number of times
     noisy = "key" in inspect.signature(type(module).__call__).parameters
 
     def call(net: Any, x: Any, state: Any, key: Array | None) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
 from hypergrad.adapters._model import Model, missing, narrowed, need_key
 
-# Arguments by which modules are told that they train, with the value that says so.
+# Arguments that tell modules whether they are in training, with the value that means training.
 _MODES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
 
 
@@ -33,20 +33,20 @@ def split(
     """Initialise a module and split it into what `hg.Problem` and a solver take.
 
     Args:
-        module: a `flax.linen.Module` that is called with one argument, `module(x)`, and perhaps a flag for its mode.
-        sample: an input, for the shapes.
-        key: PRNG key of the initialisation.
-        train: keyword arguments of the call in training. Default: found from the signature of `__call__`, for flags
-            named `train`, `training`, `is_training`, `deterministic` or `use_running_average`.
-        evaluate: the same in evaluation.
+        module: a `flax.linen.Module` that is called with one argument, `module(x)`, and possibly a flag for its mode.
+        sample: an input, from which the shapes are taken.
+        key: PRNG key for the initialisation.
+        train: keyword arguments of the call in training. By default they are found from the signature of `__call__`,
+            for flags named `train`, `training`, `is_training`, `deterministic` or `use_running_average`.
+        evaluate: keyword arguments of the call in evaluation, found likewise.
         streams: names of the random streams that the module draws from in training.
 
     Returns:
-        See `Model`. Every collection beside `"params"` is model state.
+        See `Model`. Every collection other than `"params"` is model state.
 
     Raises:
         InputTypeError: for something that is not a module, or a module class that was not called.
-        InputError: for a module without parameters, or of whose two modes only one is given.
+        InputError: for a module without parameters, and where only one of `train` and `evaluate` is given.
         HypergradError: if flax is not installed.
 
     >>> import jax, jax.numpy as jnp

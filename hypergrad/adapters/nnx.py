@@ -3,8 +3,8 @@ r"""A flax nnx module as parameters, model state and two functions.
     model = hypergrad.adapters.nnx.split(net)
     out, model_state = model.train(params, model_state, x, key)
 
-Differs from `nnx.split` by hand in: parameters and state are plain nested dicts; a fresh stream of random numbers comes
-from the key of each step, where a frozen state would repeat one dropout mask; modes are set on a copy.
+It differs from using `nnx.split` by hand: parameters and state are plain nested dicts; a fresh stream of random numbers
+comes from the key of each step, whereas a frozen state would repeat one dropout mask; modes are set on a copy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from hypergrad.adapters._model import Model, missing, narrowed, need_key
 def split(model: Any) -> Model:
     """Split a module into what `hg.Problem` and a solver take. The module itself is not changed.
 
-    Whatever is no `nnx.Param` and no random state (`nnx.BatchStat`, for example) is model state. For dropout whose rate
-    is a hyperparameter use `hg.augment.dropout` in the loss or in the module: flax's own needs a number.
+    Everything that is neither an `nnx.Param` nor random state (`nnx.BatchStat`, for example) is model state. For
+    dropout whose rate is a hyperparameter, use `hg.augment.dropout` in the loss or in the module: flax's own dropout
+    needs a number.
 
     Args:
         model: a `flax.nnx.Module` that is called with one argument, `model(x)`.
@@ -56,7 +57,7 @@ def split(model: Any) -> Model:
         raise InputTypeError(f"adapters.nnx: model must be a flax.nnx.Module, found {found}: {hint}.")
     library: Any = nnx  # whose types say that a split may return anything
     graph, params, random, rest = library.split(model, nnx.Param, nnx.RngState, ...)
-    # Copies, since the module stays the caller's: a state that is donated must not delete its arrays.
+    # Make copies, since the module belongs to the caller: a donated state must not delete its arrays.
     params, random, rest = (_copied(library.to_pure_dict(part)) for part in (params, random, rest))
 
     def merged(params: PyTree, model_state: PyTree, random: PyTree) -> Any:
@@ -83,7 +84,7 @@ def _copied(tree: PyTree) -> PyTree:
 
 
 def _reseeded(random: PyTree, key: Array) -> PyTree:
-    """Streams of keys that start anew from `key`, each from another place."""
+    """Streams of keys that start again from `key`, each from a different key."""
     leaves, treedef = jax.tree.flatten(random)
     fresh = [
         jax.random.fold_in(key, i) if _tree.is_key(leaf) and leaf.shape == () else _spread(leaf, key, i)

@@ -153,10 +153,10 @@ class HyperRidge(_Predictions, _HyperRegressor):
         groups: labels `[n_features]`, for `per="group"`.
         cv: number of folds, share of the rows to validate on (0.25), splitter of scikit-learn, or iterable of splits.
         fit_intercept: whether to fit b, which is not penalised.
-        refit: fit all rows in the end; False averages the models of the folds.
-        max_iter: most evaluations of the hypergradient.
+        refit: whether to fit all rows at the end; False averages the models of the folds.
+        max_iter: largest number of evaluations of the hypergradient.
         tol: relative gain of the validation loss below which six steps in a row end the search.
-        random_state: of the split, where `cv` is a share.
+        random_state: seed of the split, where `cv` is a share.
 
     Attributes:
         alpha_: the penalties: a number for `per="all"`, else `[n_features]`, or one a group in the order of `groups_`.
@@ -164,7 +164,7 @@ class HyperRidge(_Predictions, _HyperRegressor):
         intercept_: a number, or `[n_targets]`.
         validation_loss_: mean over the folds of the squared error, at `alpha_`.
         n_iter_: evaluations of the hypergradient.
-        converged_: whether it ended by `tol`.
+        converged_: whether the search ended by `tol`.
         groups_: distinct labels of `groups`, sorted.
         n_features_in_: number of features.
 
@@ -219,10 +219,10 @@ class HyperElasticNet(_Predictions, RegressorMixin, _HyperShared):
         groups: labels `[n_features]`, for `per="group"`.
         cv: number of folds, share of the rows to validate on (0.25), splitter of scikit-learn, or iterable of splits.
         fit_intercept: whether to fit b, which is not penalised.
-        refit: fit all rows in the end; False averages the models of the folds.
-        max_iter: most evaluations of the hypergradient.
+        refit: whether to fit all rows at the end; False averages the models of the folds.
+        max_iter: largest number of evaluations of the hypergradient.
         tol: relative gain of the validation loss below which six steps in a row end the search.
-        random_state: of the split, where `cv` is a share.
+        random_state: seed of the split, where `cv` is a share.
 
     Attributes:
         l1_: the a: a number for `per="all"`, else `[n_features]`, or one a group in the order of `groups_`.
@@ -233,7 +233,7 @@ class HyperElasticNet(_Predictions, RegressorMixin, _HyperShared):
         intercept_: a number.
         validation_loss_: mean over the folds of the squared error.
         n_iter_: evaluations of the hypergradient.
-        converged_: whether it ended by `tol`.
+        converged_: whether the search ended by `tol`.
         groups_: distinct labels of `groups`, sorted.
         n_features_in_: number of features.
 
@@ -300,10 +300,10 @@ class HyperLogisticRegression(_Predictions, ClassifierMixin, _HyperShared):
         cv: number of stratified folds, share of the rows to validate on (0.25), splitter of scikit-learn, or iterable
             of splits.
         fit_intercept: whether to fit b, which is not penalised.
-        refit: fit all rows in the end; False averages the models of the folds.
-        max_iter: most evaluations of the hypergradient.
+        refit: whether to fit all rows at the end; False averages the models of the folds.
+        max_iter: largest number of evaluations of the hypergradient.
         tol: relative gain of the validation loss below which six steps in a row end the search.
-        random_state: of the split, where `cv` is a share.
+        random_state: seed of the split, where `cv` is a share.
 
     Attributes:
         classes_: the labels, sorted.
@@ -314,7 +314,7 @@ class HyperLogisticRegression(_Predictions, ClassifierMixin, _HyperShared):
         intercept_: `[1]` or `[n_classes]`.
         validation_loss_: mean over the folds of the log-loss, in nats.
         n_iter_: evaluations of the hypergradient, `[1]`.
-        converged_: whether it ended by `tol`.
+        converged_: whether the search ended by `tol`.
         groups_: distinct labels of `groups`, sorted.
         n_features_in_: number of features.
 
@@ -381,17 +381,17 @@ class HyperKernelRidge(_HyperRegressor):
 
         f(x) = b + Σ a_i exp(−½ Σ_j (x_j − x_ij)² / ℓ_j²),   min Σ s_i (y_i − f(x_i))² + α |f|²
 
-    A feature that does not matter gets a length scale that is long beside its spread. The intercept b is the mean of y.
+    A feature that does not matter gets a length scale much longer than its spread. The intercept b is the mean of y.
 
     Args:
         per: `"feature"`, `"group"` or `"all"`: who has a length scale of its own. There is one α.
         groups: labels `[n_features]`, for `per="group"`.
         cv: number of folds, share of the rows to validate on (0.25), splitter of scikit-learn, or iterable of splits.
-        fit_intercept: whether to take the mean of y away first.
-        refit: fit all rows in the end; False averages the models of the folds.
-        max_iter: most evaluations of the hypergradient.
+        fit_intercept: whether to subtract the mean of y first.
+        refit: whether to fit all rows at the end; False averages the models of the folds.
+        max_iter: largest number of evaluations of the hypergradient.
         tol: relative gain of the validation loss below which six steps in a row end the search.
-        random_state: of the split, where `cv` is a share.
+        random_state: seed of the split, where `cv` is a share.
 
     Attributes:
         length_scale_: the ℓ, in units of the features: a number for `per="all"`, else `[n_features]`, or one a group
@@ -402,7 +402,7 @@ class HyperKernelRidge(_HyperRegressor):
         X_fit_: the training rows.
         validation_loss_: mean over the folds of the squared error.
         n_iter_: evaluations of the hypergradient.
-        converged_: whether it ended by `tol`.
+        converged_: whether the search ended by `tol`.
         groups_: distinct labels of `groups`, sorted.
         n_features_in_: number of features.
 
