@@ -1,0 +1,359 @@
+"""Stochastic bilevel optimization: `hg.single_loop` beside the methods as their papers print them, and other solvers.
+
+The problems are benchmark_bilevel's `simulated` quadratics and a logistic regression of the shape of its ijcnn1, on
+made-up data. Every iterate is scored by one exact evaluator in float64, outside of the timer; times are processor time
+between barriers, sample by sample in turn with the plain formulation.
+
+    python experiments/bilevel_benchmark/run.py --seed 0 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
+
+import hypergrad as hg  # noqa: E402
+from experiments._common import experiment, progress  # noqa: E402
+from experiments.bilevel_benchmark.problems import BLOCK, Task, ijcnn1, simulated  # noqa: E402
+from experiments.bilevel_benchmark.references import DRAWS, METHODS, Setting  # noqa: E402
+
+DECAY = {"soba": 0.5}  # exponents of the step sizes; the others take constant ones
+STEPS = {"soba": 1, "saba": 1, "amigo": 10, "srba": 1, "f2sa": 10}  # inner steps of a call
+EPSILON = 0.03
+TARGETS = (1e-5, 1e-7, 1e-8)
+MODE = {"chunk": 1000}
+
+
+class Path_(NamedTuple):
+    """A run: seconds of processor time at some of its steps, and the score there."""
+
+    seconds: np.ndarray
+    score: np.ndarray
+
+    def until(self, target: float) -> float:
+        reached = np.flatnonzero(self.score <= target)
+        return float(self.seconds[reached[0]]) if len(reached) else np.inf
+
+
+def scored(task: Task, seconds: np.ndarray, hparams: np.ndarray) -> Path_:
+    """At about 25 steps, evenly spread over the logarithm of the step."""
+    last = len(seconds) - 1
+    at = np.unique(np.round(np.geomspace(1, last + 1, 25)).astype(int) - 1)
+    score = [task.score(np.asarray(hparams[i], np.float64)) for i in at]
+    return Path_(seconds[at], np.where(np.isfinite(score), score, np.inf))
+
+
+def decayed(rate: Any, method: str) -> Callable[[Any], Any]:
+    power = DECAY.get(method, 0.0)
+    return lambda t: rate * (1.0 + t) ** -power
+
+
+def setting(task: Task, method: str, rate: Any, outer_rate: Any) -> Setting:
+    return Setting(
+        task.problem.inner_loss, task.problem.outer_loss, task.train, task.valid, decayed(rate, method),
+        decayed(outer_rate, method), STEPS[method], EPSILON,
+    )  # fmt: skip
+
+
+def drawn(task: Task, method: str, key: Any, t: Any) -> Any:
+    """The blocks of step t, as `hg.single_loop` draws them when `hg.tune` is given this key."""
+    _, step_key = jax.random.split(key)
+    _, draw_key, _ = jax.random.split(jax.random.fold_in(step_key, t), 3)
+    counts = jnp.asarray([[len(rows[0]) // BLOCK for rows in (task.train, task.valid)]], jnp.uint32)
+    return (jax.random.bits(draw_key, (DRAWS[method](STEPS[method]), 2), jnp.uint32) % counts).astype(jnp.int32)
+
+
+def best_rates(task: Task, method: str, steps: int, key: Any) -> tuple[float, float]:
+    """The pair of the grid whose last iterate scores best; all pairs side by side in the plain formulation."""
+    pairs = np.asarray([(rate, rate * ratio) for rate in task.rates for ratio in task.outer_rates])
+    dtype = task.params.dtype
+
+    @jax.jit
+    def last(pairs: Any, train: Any, valid: Any) -> Any:
+        here = task._replace(train=train, valid=valid)
+
+        def run(pair: Any) -> Any:
+            start, step = METHODS[method](setting(here, method, *pair))
+            follow = lambda carry, t: (step(carry, (t, drawn(here, method, key, t))), None)
+            return jax.lax.scan(follow, start(task.params, task.hparams), jnp.arange(steps))[0][2]
+
+        return jax.vmap(run)(pairs)
+
+    ends = np.asarray(last(jnp.asarray(pairs, dtype), task.train, task.valid), np.float64)
+    with np.errstate(all="ignore"):
+        scores = [task.score(end) if np.all(np.isfinite(end)) and np.max(np.abs(end)) < 50 else np.inf for end in ends]
+    rate, outer_rate = pairs[int(np.argmin(scores))]
+    return float(rate), float(outer_rate)
+
+
+class Turns:
+    """A callback of `hg.tune`: after each call of so many steps, the plain formulation takes as many, both timed."""
+
+    def __init__(self, other: Callable[[], Any]) -> None:
+        self.other, self.ours, self.theirs, self.mark = other, [], [], time.process_time()
+
+    def __call__(self, step: int, metrics: Any) -> None:
+        chunk = MODE["chunk"]
+        if step % chunk == 0:  # the first callback after a call: its steps have been taken
+            self.ours.append(time.process_time() - self.mark)
+        if step % chunk == chunk - 1:
+            began = time.process_time()
+            self.other()
+            self.mark = time.process_time()
+            self.theirs.append(self.mark - began)
+
+
+def compare(task: Task, method: str, rates: tuple[float, float], calls: int, key: Any) -> dict[str, Any]:
+    """Ours through `hg.tune` and the plain formulation, call by call in turn."""
+    chunk = MODE["chunk"]
+    start, _ = METHODS[method](setting(task, method, *rates))
+
+    @jax.jit
+    def plain(carry: Any, begin: Any, train: Any, valid: Any) -> Any:
+        here = task._replace(train=train, valid=valid)
+        _, step = METHODS[method](setting(here, method, *rates))
+        follow = lambda carry, t: (step(carry, (t, drawn(here, method, key, t))), None)
+        return jax.lax.scan(follow, carry, begin + jnp.arange(chunk))[0]
+
+    carry, ends = start(task.params, task.hparams), []
+    jax.block_until_ready(plain(carry, 0, task.train, task.valid))  # compiled
+
+    def other() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(plain(carry, len(ends) * chunk, task.train, task.valid))
+        ends.append(np.asarray(carry[2], np.float64))
+
+    number = lambda rate: decayed(rate, method) if method in DECAY else rate
+    more: dict[str, Any] = {"inner_steps": STEPS[method]} if STEPS[method] > 1 else {}
+    more |= {"perturbation": EPSILON} if method == "f2sa" else {}
+    solver = hg.single_loop(
+        task.problem, method=method, size=BLOCK, rows=(len(task.train[0]), len(task.valid[0])),
+        step_size=number(rates[0]), **more,
+    )  # fmt: skip
+    turns = Turns(other)
+    result = hg.tune(
+        solver, task.params, task.hparams, task.train, task.valid, outer=optax.sgd(number(rates[1])),
+        steps=calls * chunk, steps_per_call=chunk, key=key, callbacks=turns, progress=False, max_failures=10**6,
+    )  # fmt: skip
+    path = np.asarray(result.history.hparams, np.float64)
+    at = np.asarray([path[i * chunk] for i in range(1, calls)])
+    apart = np.max(np.abs(at - np.asarray(ends[: calls - 1])))
+    ours, theirs = np.asarray(turns.ours[1:]), np.asarray(turns.theirs[1:])
+    times = lambda each: np.arange(1, calls) * float(np.median(each))
+    return {
+        "speed": float(np.median(theirs / ours)),
+        "apart": float(apart),
+        "ours": chunk / float(np.median(ours)),
+        "plain": chunk / float(np.median(theirs)),
+        "path": scored(task, times(ours), at),
+        "path_plain": scored(task, times(theirs), np.asarray(ends[: calls - 1])),
+        "rates": rates,
+    }
+
+
+class Clock:
+    """A callback of `hg.tune` that notes processor time after each call."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def __call__(self, step: int, metrics: Any) -> None:
+        self.at.append(time.process_time())
+
+
+def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, rows: bool) -> Path_:
+    """A run of `hg.tune` of any other solver; the first call, which compiles, counts as long as the median one."""
+    data = [hg.minibatches(d, BLOCK) if rows else d for d in (task.train, task.valid)]
+    clock, call = Clock(), max(1, min(100, steps // 10)) if rows else 1
+    result = hg.tune(
+        solver, task.params, task.hparams, *data, outer=outer, steps=steps, steps_per_call=call, key=key,
+        callbacks=clock, progress=False, max_failures=10**6, max_rejections=10**6,
+    )  # fmt: skip
+    spent = np.diff(np.asarray(clock.at)[::call])
+    each = np.concatenate([[np.median(spent)], spent]) if len(spent) else np.asarray([0.0])
+    seconds = np.cumsum(each)
+    return scored(task, seconds, np.asarray(result.history.hparams, np.float64)[::call][: len(seconds)])
+
+
+def jaxopt_path(task: Task, implicit: bool, rate: float, outer_rate: float, steps: int) -> Path_ | None:
+    """jaxopt's gradient descent, ten steps on all rows from where it was, differentiated by either of its ways."""
+    try:
+        import jaxopt
+    except ImportError:
+        return None
+    inner = jaxopt.GradientDescent(
+        task.problem.inner_loss, maxiter=10, stepsize=rate, implicit_diff=implicit, acceleration=False, tol=0.0,
+        unroll=not implicit, jit=True,
+    )  # fmt: skip
+
+    @jax.jit
+    def step(w: Any, h: Any, train: Any, valid: Any) -> Any:
+        def outer(h: Any) -> Any:
+            found = inner.run(w, h, train).params
+            return task.problem.outer_loss(found, h, valid), found
+
+        grad, w = jax.grad(outer, has_aux=True)(h)
+        return w, h - outer_rate * grad
+
+    w, h = task.params, task.hparams
+    jax.block_until_ready(step(w, h, task.train, task.valid))
+    seconds, hparams, spent = [], [], 0.0
+    for _ in range(steps):
+        began = time.process_time()
+        w, h = jax.block_until_ready(step(w, h, task.train, task.valid))
+        spent += time.process_time() - began
+        seconds.append(spent)
+        hparams.append(np.asarray(h))
+    return scored(task, np.asarray(seconds), np.asarray(hparams))
+
+
+def others(task: Task, rates: tuple[float, float], scale: float, key: Any) -> dict[str, Path_]:
+    """Solvers that solve: on all rows, on minibatches, by unrolling, and jaxopt's two."""
+    rate, outer_rate = rates
+    full = 1.0 / float(np.max([np.sum(np.asarray(task.train[0], float) ** 2) / len(task.train[0]), 1e-9]))
+    steps = lambda n: max(4, int(n * scale))
+    sgd = lambda k: hg.inner.gradient(optax.sgd(rate), steps=k)
+    paths: dict[str, Path_ | None] = {
+        "implicit, all rows": timed(
+            task, hg.implicit(task.problem), hg.outer.lbfgs(), steps(40), key, rows=False
+        ),
+        "implicit, minibatches": timed(
+            task,
+            hg.implicit(task.problem, inner=sgd(10), linear=hg.linear.neumann(10, step_size=rate)),
+            optax.sgd(3 * outer_rate), steps(3000), key, rows=True,
+        ),
+        "unrolled, minibatches": timed(
+            task, hg.unrolled(task.problem, inner=sgd(10), warm_start=True, mode="reverse"), optax.sgd(3 * outer_rate),
+            steps(3000), key, rows=True,
+        ),
+        "jaxopt, implicit": jaxopt_path(task, True, 4 * full, 30 * outer_rate, steps(60)),
+        "jaxopt, unrolled": jaxopt_path(task, False, 4 * full, 30 * outer_rate, steps(60)),
+    }  # fmt: skip
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def floor_ratio(task: Task, rates: tuple[float, float], steps: int, key: Any) -> float:
+    """How the floor of SOBA with constant steps falls when both are halved: 2 where it is in proportion to them."""
+    counted = steps // 2
+
+    @jax.jit
+    def tail(factor: Any) -> Any:
+        constant = setting(task, "saba", rates[0] * factor, rates[1] * factor)  # without decay
+        start, step = METHODS["soba"](constant)
+
+        def follow(carry: Any, t: Any) -> Any:
+            carry = step(carry, (t, drawn(task, "soba", key, t)))
+            return carry, carry[2]
+
+        path = jax.lax.scan(follow, start(task.params, task.hparams), jnp.arange(steps))[1]
+        return path[counted :: max(1, counted // 400)]
+
+    mean = lambda path: float(np.mean([task.score(h) for h in np.asarray(path, np.float64)]))
+    return mean(tail(jnp.asarray(1.0))) / mean(tail(jnp.asarray(0.5)))
+
+
+def label(task: Task) -> str:
+    return task.name.replace(" ", "_").replace(",", "").replace("'s", "")
+
+
+def summary(numbers: dict[str, Any]) -> dict[str, Any]:
+    """What the bars are about, of the problems that are there."""
+    named = {name: here for name, here in numbers.items() if isinstance(here, dict)}
+    every = [(name, found) for name, here in named.items() for found in here.values() if "speed" in found]
+    text = {
+        "slowest_speed": min(found["speed"] for _, found in every),
+        "median_speed": float(np.median([found["speed"] for _, found in every])),
+        "apart_float64": max((f["apart"] for name, f in every if name.startswith("simulated")), default=np.nan),
+    }
+    if "ijcnn1_shape" in named:
+        here = named["ijcnn1_shape"]
+        for k, target in enumerate(TARGETS):
+            times = [found["until"][k] for found in here.values()]
+            plain = [found["until_plain"][k] for found in here.values() if "until_plain" in found]
+            ours = min(found["until"][k] for name, found in here.items() if not name.startswith("jaxopt"))
+            text[f"over_fastest_{target:.0e}"] = ours / min(times + plain) if np.isfinite(ours) else np.inf
+    return text
+
+
+def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    jax.config.update("jax_enable_x64", True)
+    warnings.filterwarnings("ignore", message="tune: ")  # that no error is known is what single loops are
+    key = jax.random.key(options.seed)
+    if options.smoke:
+        MODE["chunk"] = 20
+        tasks = [simulated(256, 5, options.seed)]
+        methods, calls, tried = ["saba"], lambda method: 3, lambda method: 40
+    else:
+        quadratics = [functools.partial(simulated, n, 100) for n in (1024, 8192, 32768)]
+        made = [quadratics[0], functools.partial(ijcnn1, (49990, 91701)), *quadratics[1:]]
+        tasks = [make(options.seed) for make in (made if options.problem is None else [made[options.problem]])]
+        methods = list(METHODS)
+        calls = lambda method: 31 if method in ("soba", "saba") else 9
+        tried = lambda method: 8000 if method in ("soba", "saba") else 1000
+    paths: dict[str, dict[str, Path_]] = {}
+    for at, task in enumerate(progress(tasks, "problems")):
+        numbers[label(task)] = here = {}
+        paths[task.name] = drawn_here = {}
+        for method in methods if at < 2 or len(tasks) == 1 else [m for m in methods if m in ("soba", "saba")]:
+            rates = best_rates(task, method, tried(method), key)
+            found = compare(task, method, rates, calls(method), key)
+            ours, plain = found.pop("path"), found.pop("path_plain")
+            drawn_here |= {method: ours, f"{method}, plain": plain}
+            here[method] = found | {
+                "end": float(np.min(ours.score)),
+                "until": [ours.until(target) for target in TARGETS],
+                "until_plain": [plain.until(target) for target in TARGETS],
+            }
+            print(task.name, method, here[method], flush=True)
+        rates = here["saba"]["rates"]
+        if task.name.endswith((" 1,024", " 256")):
+            numbers["soba_floor_ratio"] = floor_ratio(task, rates, 400 if options.smoke else 40_000, key)
+        if task.name.startswith("ijcnn1"):
+            for other, path in others(task, rates, 1.0, key).items():
+                drawn_here[other] = path
+                here[other] = {"end": float(np.min(path.score)), "until": [path.until(t) for t in TARGETS]}
+                print(task.name, other, here[other], flush=True)
+        numbers |= summary(numbers)
+    if options.out:
+        draw(options.out, paths)
+
+
+def draw(folder: Path, paths: dict[str, dict[str, Path_]]) -> None:
+    from experiments import _figures as style
+
+    figure = style.figure(13.0, 5.0)
+    shown = [name for name in paths if len(paths[name]) > 6]
+    colors = dict(zip(METHODS, (style.BLUE, style.GREEN, style.ORANGE, style.PINK, style.SKY), strict=True))
+    rest = iter((style.INK, "#888888", style.YELLOW, "#8B5A2B", "#5A5A8B"))
+    for ax, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for method, path in paths[name].items():
+            base, plain = method.split(",")[0], method.endswith("plain")
+            color = colors[base] if base in colors else next(rest)
+            line = style.DASHED if plain else "-"
+            kept = np.isfinite(path.score)
+            label = None if plain else method
+            ax.loglog(path.seconds[kept], path.score[kept], color=color, linestyle=line, linewidth=1.5, label=label)
+        ax.legend(frameon=False, fontsize=8)
+        style.titled(ax, name, xlabel="processor seconds (dashed: plain JAX)", ylabel="‖∇F‖², exact")
+    style.save(figure, folder)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problem", type=int, choices=range(4), help="one alone: 1,024 rows, ijcnn1, 8,192, 32,768")
+
+
+if __name__ == "__main__":
+    experiment(__file__, __doc__, measure, arguments=arguments, kept="measured.json")
