@@ -10,6 +10,7 @@ are counted in the compiled program, where a loop's body stands once.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import socket
 import subprocess
@@ -169,6 +170,8 @@ def as_process(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
+    # What is compiled here is hardly run; read when JAX first computes.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     jax.config.update("jax_num_cpu_devices", DEVICES if options.process is None else DEVICES // PROCESSES)
     jax.config.update("jax_enable_x64", not options.float32)
     if options.process is not None:
@@ -186,6 +189,29 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for name, row in table.items():
         sent = "  ".join(f"{row[f'{spread}_collectives']:4d}" for spread in SPREAD)
         print(f"{name:{width}}  {row['deviation']:9.1e}  {row['compilations']:12d}  {sent}")
+    if not options.smoke:
+        draw(options.out, table)
+
+
+def draw(folder: Path, table: dict[str, dict[str, Any]]) -> None:
+    from experiments import _figures as style
+
+    figure = style.figure(12.5, 5.6)
+    axes = figure.subplots()
+    looks = {"data": (style.SKY, "data spread"), "params": (style.BLUE, "parameters spread")}
+    looks["both"] = (style.ORANGE, "both spread")
+    at = np.arange(len(table))
+    for shift, (spread, (color, label)) in zip((-0.27, 0, 0.27), looks.items(), strict=True):
+        counts = [row[f"{spread}_collectives"] for row in table.values()]
+        axes.bar_label(axes.barh(at + shift, counts, 0.25, color=color, label=label), padding=2, fontsize=7.5)
+    axes.set_yticks(at, list(table))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="lower right")
+    style.titled(
+        axes, "What a call sends between eight devices", xlabel="collectives in the compiled program", ylabel=""
+    )
+    axes.grid(axis="y", visible=False)
+    style.save(figure, folder)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
