@@ -94,9 +94,9 @@ def wandb(run: Any, *, prefix: str = "tune") -> Callback:
         InputTypeError: for what is no run.
         HypergradError: if wandb is not installed.
 
-    >>> import wandb as library
+    >>> import wandb as library  # doctest: +SKIP
     >>> from hypergrad.adapters.trackers import wandb
-    >>> with library.init(mode="disabled") as run:
+    >>> with library.init(mode="disabled") as run:  # doctest: +SKIP
     ...     wandb(run)(0, {"value": 0.5, "hparams": {"l2": 0.1}})
     """
     try:
