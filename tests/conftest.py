@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import os
 import tempfile
+from pathlib import Path
 
 X64 = os.environ.get("HYPERGRAD_X64", "1") not in ("0", "false", "False")
 DEVICES = 8  # virtual: what sharding tests see, on any machine
@@ -43,6 +44,18 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", KEPT.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+# Files, functions or single tests, one per line: what takes longest, so that the rest is the suite to run at hand.
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        if not SLOW.isdisjoint((item.nodeid, function, function.split("::")[0])):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

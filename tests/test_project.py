@@ -76,3 +76,10 @@ def test_every_path_that_a_page_names_exists(page):
     named = re.findall(r"(?<![\w/.])((?:hypergrad|experiments|tests|notebooks|\.ci)/[\w/.*-]*\w)", text)
     missing = [path for path in named if "NAME" not in path and not list(ROOT.glob(path))]
     assert missing == []
+
+
+def test_every_slow_test_exists():
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        file, _, name = line.split("[")[0].partition("::")
+        assert (ROOT / file).exists(), line
+        assert not name or f"def {name.split('::')[-1]}(" in (ROOT / file).read_text(), line

@@ -109,7 +109,7 @@ def test_a_mistake_is_named_before_it_is_compiled(mistake):
         (
             lambda: stream([(X, Y), (X[:5], Y[:5])], 2).next(),
             InputError,
-            ["one shape", "[30, 6]", "[5, 6]", "drop or pad"],
+            ["same shape", "[30, 6]", "[5, 6]", "drop or pad"],
         ),
         (lambda: stream([{"x": np.zeros((0, 2))}], 1).next(), InputError, ["['x'] is empty"]),
     ],
