@@ -18,15 +18,16 @@ def spread(devices):
     return shard_rows(jnp.arange(8.0), devices, AxisType.Explicit)
 
 
-def _relative(x, scale=1.0):
-    """Takes one entry of what is split, which an Explicit mesh refuses."""
-    return scale * (x - x[1]), jnp.sum(x)
-
-
 def test_xla_chooses_inside_and_the_results_are_spread_as_asked(spread):
-    with pytest.raises(Exception, match="not divisible"):
-        jax.jit(_relative)(spread)
-    found, total = jax.jit(spread_by_xla(_relative, lambda x: (x, COPIED)))(spread, scale=2.0)
+    seen = []
+
+    def relative(x, scale=1.0):
+        seen.append(jax.typeof(x).sharding.spec[0])
+        return scale * (x - x[1]), jnp.sum(x)
+
+    jax.eval_shape(lambda: (seen.append(jax.typeof(spread).sharding.spec[0]), jnp.zeros(()))[1])
+    found, total = jax.jit(spread_by_xla(relative, lambda x: (x, COPIED)))(spread, scale=2.0)
+    assert seen == ["data", None]  # what the array's type says, outside and inside
     np.testing.assert_array_equal(np.asarray(found), 2 * np.arange(8) - 2)
     assert found.sharding.spec == spread.sharding.spec
     assert float(total) == 28

@@ -107,7 +107,8 @@ def one(solver: hg.Solver, given: Any, count: bool = False) -> dict[str, Any]:
 
 
 def distance(found: Any, expected: Any) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    size = np.linalg.norm(expected)
+    return float(np.linalg.norm(found - expected) / (size or 1.0))  # of hg.direct it is zero
 
 
 def compare(names: list[str], seed: int) -> dict[str, dict[str, Any]]:

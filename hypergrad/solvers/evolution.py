@@ -167,7 +167,7 @@ def evolution(
         return EvolutionState(
             centre,
             jax.tree.map(every(2, pairs), centre),
-            jax.tree.map(lambda x: jnp.zeros((pairs, *x.shape), x.dtype), free),
+            jax.tree.map(every(pairs), _tree.zeros_like(free)),  # sharded as the hyperparameters are
             jnp.ones(pairs, bool),
             jnp.int32(0),
             start,
