@@ -350,6 +350,7 @@ COMPILED_ONCE = {
     "unrolled": lambda p: hg.unrolled(p, inner=_sgd(2)),
     "hypernetwork": lambda p: hg.hypernetwork(p, optimizer=optax.adam(0.01), steps=2, scale=0.1),
     "self-tuning": lambda p: hg.self_tuning(p, optimizer=optax.adam(0.01), steps=2),
+    "evolution": lambda p: hg.evolution(p, inner=_sgd(2), method="es", scale=0.1, pairs=2, truncate=2),
 }
 
 
@@ -357,7 +358,9 @@ COMPILED_ONCE = {
 @pytest.mark.parametrize("name", COMPILED_ONCE)
 def test_parameters_and_data_that_are_spread_over_devices_compile_once(name, kind, devices):
     """The state lies where the parameters do from the beginning, vectors of a response included, and the hypergradient
-    is the same; on the mesh that `jax.make_mesh` makes by default too."""
+    is the same; on the mesh that `jax.make_mesh` makes by default too. On two devices: where many collectives of one
+    program are in flight, eight virtual ones can run out of threads, and wait for ever."""
+    devices = devices[:2]
     error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
     solver = COMPILED_ONCE[name](hg.Problem(lambda w, h, b: error(w, h, b) + jnp.sum(jnp.exp(h) * w**2), error))
     rng = np.random.default_rng(0)
