@@ -425,10 +425,10 @@ def hmc(
     def run(start: PyTree) -> HMCSamples:
         adapt = blackjax.window_adaptation(blackjax.hmc, log_density, num_integration_steps=int(steps))
         (state, found), _ = adapt.run(tune_key, start, int(warmup))
-        covariance = blackjax.hmc(log_density, **found)
+        sampler = blackjax.hmc(log_density, **found)
 
         def draw(state: Any, key: Array) -> tuple[Any, Any]:
-            state, info = covariance.step(key, state)
+            state, info = sampler.step(key, state)
             return state, (state.position, info.acceptance_rate, info.is_divergent)
 
         _, (drawn, rate, divergent) = jax.lax.scan(draw, state, jax.random.split(draw_key, int(samples)))
