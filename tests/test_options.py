@@ -70,7 +70,7 @@ NEEDED: dict[str, Any] = {  # what a call must hold besides, where it is not a f
     "shift": 0.5,
     "length": 0.5,
     "holes": 1.0,
-    "sigma": 0.5,
+    "noise": 0.5,
     "divergence": "exact",
     "logits": jnp.zeros((2, 2)),
     "labels": jnp.eye(2),

@@ -39,7 +39,7 @@ from hypergrad.objectives import _found
 
 Kernel = Callable[[PyTree, Array, Array], Array]
 _KERNEL = Slot(("__call__",), "a function", "covariance(hparams, x, z) -> [n, m]")
-_NOISE = Slot(("__call__",), "a function", "noise(hparams) -> variance, such as lambda h: jnp.exp(h['log_noise'])")
+_NOISE = Slot(("__call__",), "a function", "noise_variance(hparams), such as lambda h: jnp.exp(h['log_noise'])")
 _ASYMMETRY = 1e-3  # relative; rounding of a float32 distance is below
 
 
@@ -79,13 +79,13 @@ def squared_exponential(x: ArrayLike, z: ArrayLike, length: ArrayLike, variance:
     return variance.astype(x.dtype) * jnp.exp(-0.5 * jnp.maximum(squares, 0))
 
 
-@options(covariance=_KERNEL, noise=_NOISE)
-def gp_evidence(covariance: Kernel, noise: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
+@options(covariance=_KERNEL, noise_variance=_NOISE)
+def gp_evidence(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
     r"""Negative log evidence per point of Gaussian-process regression, by a Cholesky factorisation.
 
     Args:
         covariance: `(hparams, x, z) -> [n, m]`, symmetric.
-        noise: `hparams -> variance` of the noise, a scalar or `[n]`, greater than 0.
+        noise_variance: `hparams -> variance` of the noise, a scalar or `[n]`, greater than 0.
 
     Returns:
         `outer_loss(params, hparams, (x, y))`, which does not look at the parameters; y `[n]` has zero mean under the
@@ -105,7 +105,7 @@ def gp_evidence(covariance: Kernel, noise: Callable[[PyTree], ArrayLike]) -> Cal
 
     def loss(params: PyTree, hparams: PyTree, batch: PyTree) -> Array:
         del params
-        matrix, _, y = _system("gp_evidence", covariance, noise, hparams, batch)
+        matrix, _, y = _system("gp_evidence", covariance, noise_variance, hparams, batch)
         lower = jnp.linalg.cholesky(matrix)
         half = jax.scipy.linalg.solve_triangular(lower, y, lower=True)
         return _per_point(jnp.sum(half**2), 2 * jnp.sum(jnp.log(jnp.diag(lower))), y.size)
@@ -117,13 +117,13 @@ def _per_point(square: Array, logdet: Array, n: int) -> Array:
     return (0.5 * square + 0.5 * logdet) / n + 0.5 * math.log(2 * math.pi)
 
 
-@options(covariance=_KERNEL, noise=_NOISE)
-def gp_leave_one_out(covariance: Kernel, noise: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
+@options(covariance=_KERNEL, noise_variance=_NOISE)
+def gp_leave_one_out(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
     r"""Negative log density of each point under the process fitted to all others, mean over points, in closed form.
 
     Args:
         covariance: as in `gp_evidence`.
-        noise: as in `gp_evidence`.
+        noise_variance: as in `gp_evidence`.
 
     Returns:
         `outer_loss(params, hparams, (x, y))`, which does not look at the parameters.
@@ -142,7 +142,7 @@ def gp_leave_one_out(covariance: Kernel, noise: Callable[[PyTree], ArrayLike]) -
 
     def loss(params: PyTree, hparams: PyTree, batch: PyTree) -> Array:
         del params
-        matrix, _, y = _system("gp_leave_one_out", covariance, noise, hparams, batch)
+        matrix, _, y = _system("gp_leave_one_out", covariance, noise_variance, hparams, batch)
         lower = jnp.linalg.cholesky(matrix)
         inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(y.size, dtype=y.dtype), lower=True)
         precision = jnp.sum(inverse**2, axis=0)
@@ -152,15 +152,15 @@ def gp_leave_one_out(covariance: Kernel, noise: Callable[[PyTree], ArrayLike]) -
     return loss
 
 
-@options(covariance=_KERNEL, noise=_NOISE)
+@options(covariance=_KERNEL, noise_variance=_NOISE)
 def gp_predict(
-    covariance: Kernel, noise: Callable[[PyTree], ArrayLike], hparams: PyTree, batch: PyTree, x: ArrayLike
+    covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike], hparams: PyTree, batch: PyTree, x: ArrayLike
 ) -> tuple[Array, Array]:
     r"""Mean and variance of new, noisy observations under the process.
 
     Args:
         covariance: as in `gp_evidence`.
-        noise: as in `gp_evidence`; a scalar.
+        noise_variance: as in `gp_evidence`; a scalar.
         hparams: hyperparameters, pytree.
         batch: the data `(x, y)`.
         x: where to predict, `[m, d]`.
@@ -179,11 +179,11 @@ def gp_predict(
     >>> print(f"{mean[0]:.4f} {variance[0]:.4f}")
     0.5000 1.5000
     """
-    matrix, inputs, y = _system("gp_predict", covariance, noise, hparams, batch)
+    matrix, inputs, y = _system("gp_predict", covariance, noise_variance, hparams, batch)
     new = _found.table("gp_predict: x", x, inputs.shape[1])
-    variance = jnp.asarray(noise(hparams), y.dtype)
+    variance = jnp.asarray(noise_variance(hparams), y.dtype)
     if variance.ndim:
-        raise InputError(f"gp_predict: noise must be a scalar for new points, found shape {variance.shape}.")
+        raise InputError(f"gp_predict: noise_variance must be a scalar for new points, found shape {variance.shape}.")
     lower = jnp.linalg.cholesky(matrix)
     whiten = lambda b: jax.scipy.linalg.solve_triangular(lower, b, lower=True)
     half = whiten(covariance(hparams, inputs, new))
@@ -225,7 +225,7 @@ class MatrixFreeEvidence(NamedTuple):
 
 @options(
     covariance=_KERNEL,
-    noise=_NOISE,
+    noise_variance=_NOISE,
     tol=Number(above=0, below=1, advice="write a relative residual such as 1e-4"),
     max_steps=Number(least=1, integer=True),
     probes=Number(least=2, integer=True, static=True),
@@ -234,7 +234,7 @@ class MatrixFreeEvidence(NamedTuple):
 )
 def gp_evidence_matrix_free(
     covariance: Kernel,
-    noise: Callable[[PyTree], ArrayLike],
+    noise_variance: Callable[[PyTree], ArrayLike],
     *,
     tol: ArrayLike,
     max_steps: int = 1000,
@@ -251,7 +251,7 @@ def gp_evidence_matrix_free(
 
     Args:
         covariance: as in `gp_evidence`.
-        noise: as in `gp_evidence`; a scalar.
+        noise_variance: as in `gp_evidence`; a scalar.
         tol: relative residual to which every linear system is solved. A miss makes the value NaN.
         max_steps: most products of a solve.
         probes: vectors of random signs; errors fall with their square root.
@@ -283,9 +283,11 @@ def gp_evidence_matrix_free(
         hparams = check_hparams(hparams)
         x, y = _data("gp_evidence_matrix_free", batch)
         _check_kernel("gp_evidence_matrix_free", covariance, hparams, x)
-        variance = _found.positive("gp_evidence_matrix_free: noise", noise(hparams), "write jnp.exp(log_noise)")
+        variance = _found.positive(
+            "gp_evidence_matrix_free: noise_variance", noise_variance(hparams), "write jnp.exp(log_noise)"
+        )
         if variance.ndim:
-            raise InputError(f"gp_evidence_matrix_free: noise must be a scalar, found shape {variance.shape}.")
+            raise InputError(f"gp_evidence_matrix_free: noise_variance must be a scalar, found shape {variance.shape}.")
         n = y.size
         variance = variance.astype(y.dtype)
 
@@ -295,7 +297,7 @@ def gp_evidence_matrix_free(
             rows = jnp.arange(-(-n // size) * size).reshape(-1, size) % n
             part = jax.checkpoint(lambda at: covariance(h, x[at], x) @ columns)
             found = jax.lax.map(part, rows).reshape(-1, columns.shape[1])[:n]
-            return found + jnp.asarray(noise(h), y.dtype) * columns
+            return found + jnp.asarray(noise_variance(h), y.dtype) * columns
 
         matvec = lambda v: products(hparams, v[:, None])[:, 0]
         signs = jax.random.rademacher(key, (count, n), y.dtype)
@@ -552,7 +554,11 @@ def _data(function: str, batch: PyTree) -> tuple[Array, Array]:
 
 
 def _system(
-    function: str, covariance: Kernel, noise: Callable[[PyTree], ArrayLike] | None, hparams: PyTree, batch: PyTree
+    function: str,
+    covariance: Kernel,
+    noise_variance: Callable[[PyTree], ArrayLike] | None,
+    hparams: PyTree,
+    batch: PyTree,
 ) -> tuple[Array, Array, Array]:
     """`k(x, x) + diag(noise)`, x and y."""
     x, y = _data(function, batch)
@@ -562,12 +568,12 @@ def _system(
     if not isinstance(skew, Tracer) and bool(skew):
         raise InputError(_asymmetric(function))
     matrix = jnp.where(skew, jnp.nan, matrix)
-    if noise is None:
+    if noise_variance is None:
         return matrix, x, y
-    variance = _found.positive(f"{function}: noise", noise(hparams), "write jnp.exp(log_noise)")
+    variance = _found.positive(f"{function}: noise_variance", noise_variance(hparams), "write jnp.exp(log_noise)")
     if variance.shape not in ((), (1,), y.shape):
         raise InputError(
-            f"{function}: noise must be a scalar or one variance for each of the {y.size} points, found shape "
+            f"{function}: noise_variance must be a scalar or one variance for each of the {y.size} points, found shape "
             f"{variance.shape}."
         )
     return matrix + jnp.diag(jnp.broadcast_to(variance.astype(x.dtype), y.shape)), x, y

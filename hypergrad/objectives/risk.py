@@ -51,14 +51,14 @@ class Smoother(Protocol):
 
 @options(
     denoiser=_FUNCTION,
-    sigma=Number(above=0, every=True, advice="write the standard deviation of the noise"),
+    noise=Number(above=0, every=True, advice="write the standard deviation of the noise"),
     divergence=Choice(("exact", "monte_carlo")),
     samples=Number(least=1, integer=True, static=True),
 )
 def sure(
     denoiser: Callable[[PyTree, PyTree, Array], PyTree],
     *,
-    sigma: ArrayLike,
+    noise: ArrayLike,
     divergence: str,
     samples: int = 1,
     prediction: Callable[[PyTree, PyTree], Array] | None = None,
@@ -74,7 +74,7 @@ def sure(
     Args:
         denoiser: `(hparams, params0, y) -> params`, what `hg.best_response` returns, or any function that is
             differentiable in y. A failed solve makes the estimate NaN.
-        sigma: σ, standard deviation of the Gaussian noise, in the units of y: a scalar, or an array that broadcasts to
+        noise: σ, standard deviation of the Gaussian noise, in the units of y: a scalar, or an array that broadcasts to
             y.
         divergence: `"exact"`, or `"monte_carlo"`: along random signs b, Σᵢ bᵢ σᵢ² (J b)ᵢ, which is unbiased.
         samples: number of vectors of random signs.
@@ -85,14 +85,14 @@ def sure(
         shape.
 
     Raises:
-        InputError: for a sigma that is not greater than 0; when the loss is called, for one that does not broadcast to
+        InputError: for noise that is not greater than 0; when the loss is called, for one that does not broadcast to
             y and a prediction of another shape than y.
         InputTypeError: for something that is not a function.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> # What hg.best_response finds for argmin_x ½‖x − y‖² + ½ l2 ‖x‖², here in closed form:
     >>> denoiser = lambda l2, start, y: y / (1 + l2)
-    >>> loss = hg.objectives.sure(denoiser, sigma=0.5, divergence="exact")
+    >>> loss = hg.objectives.sure(denoiser, noise=0.5, divergence="exact")
     >>> y = jnp.array([1.0, -2.0, 0.5])
     >>> by_hand = jnp.mean((y - y / 1.3)**2) - 0.25 + 2 * 0.25 / 1.3
     >>> bool(abs(loss(jnp.zeros(3), 0.3, y) - by_hand) < 1e-5)
@@ -101,12 +101,12 @@ def sure(
 
     def estimate(params: PyTree, hparams: PyTree, y: PyTree, key: Array | None) -> Array:
         signal = _signal(y)
-        variance = jnp.square(jnp.asarray(sigma, signal.dtype))
+        variance = jnp.square(jnp.asarray(noise, signal.dtype))
         try:
             variance = jnp.broadcast_to(variance, signal.shape)
         except ValueError:
             raise InputError(
-                f"sure: sigma of shape {jnp.shape(sigma)} does not broadcast to y of shape {signal.shape}: give one "
+                f"sure: noise of shape {jnp.shape(noise)} does not broadcast to y of shape {signal.shape}: give one "
                 "standard deviation, or one for each entry."
             ) from None
         start = jax.lax.stop_gradient(params)

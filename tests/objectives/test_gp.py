@@ -171,7 +171,9 @@ def test_mistakes_are_named(monkeypatch):
         jax.eval_shape(lambda h: gp_evidence(asymmetric, noise)(None, h, (X, Y)), H)  # before anything compiles
     with pytest.raises(hg.InputError, match=r"one value for each pair of rows, .* found \(1,\)"):
         gp_evidence(lambda h, x, z: kernel(h, x, z)[:, 0], noise)(None, H, (X, Y))
-    with pytest.raises(hg.InputError, match=r"noise must be greater than 0, found 0: write jnp\.exp\(log_noise\)"):
+    with pytest.raises(
+        hg.InputError, match=r"noise_variance must be greater than 0, found 0: write jnp\.exp\(log_noise\)"
+    ):
         gp_leave_one_out(kernel, lambda h: 0.0)(None, H, (X, Y))
     with pytest.raises(hg.InputError, match=r"one variance for each of the 40 points, found shape \(3,\)"):
         gp_evidence(kernel, lambda h: jnp.ones(3))(None, H, (X, Y))
@@ -185,7 +187,7 @@ def test_mistakes_are_named(monkeypatch):
         squared_exponential(X, X, jnp.ones(3), 1.0)
     with pytest.raises(hg.InputError, match="variance must be greater than 0, found -1"):
         squared_exponential(X, X, 1.0, -1.0)
-    with pytest.raises(hg.InputError, match=r"noise must be a scalar for new points, found shape \(40,\)"):
+    with pytest.raises(hg.InputError, match=r"noise_variance must be a scalar for new points, found shape \(40,\)"):
         gp_predict(kernel, lambda h: jnp.ones(N), H, (X, Y), X)
     monkeypatch.setitem(sys.modules, "blackjax", None)
     monkeypatch.setitem(sys.modules, "matfree", None)

@@ -37,7 +37,7 @@ def test_sure_and_its_gradient_through_an_inner_problem_are_those_of_the_closed_
     denoiser = hg.best_response(
         hg.Problem(quartic, quartic), inner=hg.inner.newton(), linear=hg.linear.cg(preconditioner=None)
     )
-    outer = sure(denoiser, sigma=sigma, divergence="exact")
+    outer = sure(denoiser, noise=sigma, divergence="exact")
     solver = hg.direct(hg.Problem(quartic, outer), inner=hg.inner.newton())
     out, _ = jax.jit(solver.hypergrad)(solver.init(jnp.asarray(y), h), h, jnp.asarray(y), jnp.asarray(y))
     assert int(out.info.status) == hg.Status.OK
@@ -51,8 +51,8 @@ def test_sure_is_unbiased_and_its_two_divergences_agree():
     clean, sigma, threshold = jnp.array([0.0, 0.0, 2.0, 1.0, 0.0, 0.3]), 0.3, 0.35
     mix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0])  # a Jacobian that is not diagonal
     soft = lambda h, start, y: mix.T @ hg.prox.l1(mix @ y, h)
-    exact = sure(soft, sigma=sigma, divergence="exact")
-    random = sure(soft, sigma=sigma, divergence="monte_carlo", samples=2)
+    exact = sure(soft, noise=sigma, divergence="exact")
+    random = sure(soft, noise=sigma, divergence="monte_carlo", samples=2)
 
     @jax.jit
     @jax.vmap
@@ -73,8 +73,8 @@ def test_noise_that_differs_by_entry_weighs_the_divergence():
     sigma = jnp.array([0.1, 0.5, 1.0])
     y, gain = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.2, 0.5, 0.9])
     expected = np.mean(((1 - gain) * y) ** 2 - sigma**2 + 2 * sigma**2 * gain)
-    exact = sure(shrink, sigma=sigma, divergence="exact")(y, gain, y)
-    random = sure(shrink, sigma=sigma, divergence="monte_carlo")(y, gain, y, jax.random.key(3))  # J is diagonal
+    exact = sure(shrink, noise=sigma, divergence="exact")(y, gain, y)
+    random = sure(shrink, noise=sigma, divergence="monte_carlo")(y, gain, y, jax.random.key(3))  # J is diagonal
     np.testing.assert_allclose([exact, random], expected, rtol=tol(1e-12, 1e-5))
 
 
@@ -166,14 +166,14 @@ def test_mistakes_are_named_and_traced_ones_are_nan():
     x, y = rows()
     shrink = lambda h, start, y: h * y
     for wrong in (0.0, -1.0, jnp.array([1.0, 0.0])):
-        with pytest.raises(hg.InputError, match=r"sure: sigma.* must be greater than 0, found"):
-            sure(shrink, sigma=wrong, divergence="exact")
-    with pytest.raises(hg.InputError, match=r"sigma of shape \(3,\) does not broadcast to y of shape \(12,\)"):
-        sure(shrink, sigma=jnp.ones(3), divergence="exact")(y, 1.0, y)
+        with pytest.raises(hg.InputError, match=r"sure: noise.* must be greater than 0, found"):
+            sure(shrink, noise=wrong, divergence="exact")
+    with pytest.raises(hg.InputError, match=r"noise of shape \(3,\) does not broadcast to y of shape \(12,\)"):
+        sure(shrink, noise=jnp.ones(3), divergence="exact")(y, 1.0, y)
     with pytest.raises(hg.InputError, match=r"the prediction has shape \(4,\) where y has \(12,\): give prediction="):
-        sure(lambda h, w, y: h * x.T @ y, sigma=1.0, divergence="exact")(y, 1.0, y)
+        sure(lambda h, w, y: h * x.T @ y, noise=1.0, divergence="exact")(y, 1.0, y)
     with pytest.raises(hg.InputError, match=r"one array y .*, found 2 leaves"):
-        sure(shrink, sigma=1.0, divergence="exact")(y, 1.0, (x, y))
+        sure(shrink, noise=1.0, divergence="exact")(y, 1.0, (x, y))
     with pytest.raises(hg.InputError, match=r"penalty must be at least 0, found -1: write jnp\.exp"):
         press(ridge_smoother(lambda h: h))(None, jnp.asarray(-1.0), (x, y))
     assert np.isnan(jax.jit(lambda h: press(ridge_smoother(lambda h: h))(None, h, (x, y)))(-1e-3))
