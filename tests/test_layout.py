@@ -23,6 +23,7 @@ PARTS = {
     "objectives/_found.py": "objectives/test_risk.py",
     "objectives/_kernel.py": "objectives/test_evidence.py",
     "objectives/_likelihoods.py": "objectives/test_evidence.py",
+    "objectives/_process.py": "objectives/test_gp.py",
     "outer/_config.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
