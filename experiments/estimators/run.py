@@ -74,28 +74,17 @@ KERNEL = {"alpha": np.logspace(-4, 1, 6), "gamma": np.logspace(-3, 1, 6)}
 net = lambda: MLPRegressor(hidden_layer_sizes=(32,), activation="tanh", solver="lbfgs", max_iter=200, random_state=0)
 kernel = lambda: KernelRidge(kernel="rbf")
 halving = lambda model, grid: HalvingRandomSearchCV(model, grid, n_candidates=24, cv=5, random_state=0)
+LINEAR: dict[str, Callable[[], Any]] = {
+    "HyperRidge": lambda: ours.HyperRidge(per="feature"),
+    "HyperElasticNet": ours.HyperElasticNet,
+    "RidgeCV": lambda: RidgeCV(ALPHAS, cv=5),
+    "ElasticNetCV": lambda: ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9, 1.0], cv=5),
+    "himalaya": himalaya_ridge,
+}
 # Of each problem: its splits, then the estimators, ours first.
 PROBLEMS: dict[str, tuple[Callable[[np.random.Generator], Split], dict[str, Callable[[], Any]]]] = {
-    "sparse": (
-        sparse,
-        {
-            "HyperRidge": lambda: ours.HyperRidge(per="feature"),
-            "HyperElasticNet": ours.HyperElasticNet,
-            "RidgeCV": lambda: RidgeCV(ALPHAS, cv=5),
-            "ElasticNetCV": lambda: ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9, 1.0], cv=5),
-            "himalaya": himalaya_ridge,
-        },
-    ),
-    "diabetes": (
-        diabetes,
-        {
-            "HyperRidge": lambda: ours.HyperRidge(per="feature"),
-            "HyperElasticNet": ours.HyperElasticNet,
-            "RidgeCV": lambda: RidgeCV(ALPHAS, cv=5),
-            "ElasticNetCV": lambda: ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9, 1.0], cv=5),
-            "himalaya": himalaya_ridge,
-        },
-    ),
+    "sparse": (sparse, LINEAR),
+    "diabetes": (diabetes, LINEAR),
     "cancer": (
         cancer,
         {
