@@ -378,7 +378,8 @@ def picture(
     names = {"sgd": "SGD", "adam": "Adam", "short": "SGD, 20 steps", "text": "text"}
     left.set_xticks(range(len(settings)), [f"{names[k]}\n{d} %" for k, d in settings], fontsize=8)
     titled(left, "Scores against training again", ylabel="linear datamodeling score")
-    left.legend(frameon=False, fontsize="small", ncols=2)
+    left.set_ylim(0, 1.25)  # above the bars there is room for the legend
+    left.legend(frameon=False, fontsize="small", ncols=3, loc="upper center")
     images, labels = np.asarray(task.train[0]).reshape(-1, 8, 8), [str(y) for y in task.train[1]]
     for ax in rest:
         query = np.asarray(task.queries[0][0]).reshape(8, 8)

@@ -245,7 +245,8 @@ def draw(folder: Path, numbers: dict[str, Any], curves: dict[str, Any], seed: in
         band = np.asarray(curves[name]) - 2 * noise, np.asarray(curves[name]) + 2 * noise
         left.fill_between(grid, *band, color=color, alpha=0.12, linewidth=0)
     left.plot(x, y, "o", color=style.INK, markersize=4)
-    left.legend(frameon=False, loc="upper left")
+    left.set_ylim(-1.4, 2.1)  # above the points there is room for the legend
+    left.legend(frameon=False, loc="upper center", ncols=3)
     style.titled(left, "Twenty points, 1,024 random features: the noise that is learned", xlabel="x", ylabel="y")
     rows = {}
     for labels in (5, 20):

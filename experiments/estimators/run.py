@@ -150,16 +150,17 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
 def draw(folder: Path, numbers: dict[str, Any]) -> None:
     from experiments import _figures as style
 
-    figure = style.figure(14, 5)
-    for axes, problem in zip(figure.subplots(1, len(PROBLEMS)), PROBLEMS, strict=True):
-        rows = numbers[problem]
-        names = list(rows)
-        values = [rows[name]["test"] for name in names]
-        colors = [style.BLUE if name.startswith("Hyper") else style.ORANGE for name in names]
-        axes.bar(range(len(names)), values, color=colors)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    figure = style.figure(12.5, 6.2)
+    places = figure.subplots(2, 3).ravel()
+    for axes, problem in zip(places, PROBLEMS, strict=False):
+        rows = {
+            name: (row["test"], style.BLUE if name.startswith("Hyper") else style.ORANGE)
+            for name, row in numbers[problem].items()
+        }
         label = "test log-loss, nats" if problem == "cancer" else "test error / variance"
-        style.titled(axes, problem, xlabel="", ylabel=label)
+        style.bars(axes, rows, problem, xlabel=label, ylabel="")
+        axes.margins(x=0.2)  # for the numbers behind the bars
+    places[-1].set_visible(False)
     style.save(figure, folder)
 
 

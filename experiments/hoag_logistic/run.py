@@ -251,6 +251,7 @@ def draw(folder: Path, drawn: dict[str, Any], numbers: dict[str, Any]) -> None:
         names += ["calls_grid", "calls_random", "calls_tpe"]
         rows = {key[6:]: (numbers[name][key], style.BLUE if key[6:] in SCHEDULES else style.ORANGE) for key in names}
         style.bars(ax, rows, f"{name}: evaluations to .1 %", digits=0, xlabel="gradients and products with the Hessian")
+        ax.margins(x=0.15)  # for the numbers behind the bars
     style.save(figure, folder)
 
 
