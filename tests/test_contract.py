@@ -5,6 +5,7 @@ A new method adds one line to `SOLVERS` and passes.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ SOLVERS: dict[str, Callable[[hg.Problem], hg.Solver]] = {
     "unrolled, warm": lambda p: hg.unrolled(p, inner=_sgd(), warm_start=True),
     "unrolled, fixed point": lambda p: hg.unrolled(p, inner=hg.inner.fixed_point(_descent, steps=10)),
     "direct": lambda p: hg.direct(p, inner=hg.inner.lbfgs()),
+    "interleaved": lambda p: hg.objectives.interleaved(p, optax.sgd(0.1), burn_in=4, steps=3, hyper_steps=1),
     "tasks": lambda p: _two_tasks(hg.implicit(p, inner=_sgd())),
     "hypernetwork": lambda p: keyed(
         hg.hypernetwork(p, response=hg.responses.structured(), optimizer=optax.adam(0.01), steps=4, scale=0.3, draws=2)
@@ -287,8 +289,8 @@ def test_the_options_that_a_solver_names_are_those_of_its_state_and_take_new_val
 
 def test_a_solver_says_its_name_and_whether_its_calls_train_on(case):
     about, (_, hparams, train, valid) = case.solver.about, case.setting
-    name = re.fullmatch(r"(?:hg\.tasks\()?hg\.(\w+)\)?", about.name)
-    assert name and callable(getattr(hg, name[1])) and about.differentiates != "unknown"
+    name = re.fullmatch(r"(?:hg\.tasks\()?hg\.([\w.]+)\)?", about.name)
+    assert name and callable(operator.attrgetter(name[1])(hg)) and about.differentiates != "unknown"
     first, after = case.step(case.state, hparams, train, valid)
     second, _ = case.step(after, hparams, train, valid)
     agree = abs(float(second.value - first.value)) <= tol(1e-8, 1e-4) * abs(float(first.value))
@@ -351,6 +353,7 @@ COMPILED_ONCE = {
     "hypernetwork": lambda p: hg.hypernetwork(p, optimizer=optax.adam(0.01), steps=2, scale=0.1),
     "self-tuning": lambda p: hg.self_tuning(p, optimizer=optax.adam(0.01), steps=2),
     "evolution": lambda p: hg.evolution(p, inner=_sgd(2), method="es", scale=0.1, pairs=2, truncate=2),
+    "interleaved": lambda p: hg.objectives.interleaved(p, optax.sgd(0.1), burn_in=2, steps=2, hyper_steps=1),
 }
 
 

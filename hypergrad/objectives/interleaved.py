@@ -22,6 +22,7 @@ from hypergrad._problem import PROBLEM, Problem
 from hypergrad._solver import About, Hypergradient, Info, Solver, evaluation
 from hypergrad._tree import PyTree
 from hypergrad.inner.gradient import OPTIMIZER, gradient
+from hypergrad.solvers._call import owned
 from hypergrad.solvers.direct import DirectState, direct
 
 _COUNT = Number(least=1, integer=True, static=True)
@@ -37,6 +38,11 @@ class InterleavedState(NamedTuple):
 
     direct: DirectState
     calls: Array
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options that may be replaced: none, since each call sets its own number of training steps."""
+        return {}
 
 
 @options(problem=PROBLEM, optimizer=OPTIMIZER, burn_in=_COUNT._replace(least=0), steps=_COUNT, hyper_steps=_COUNT)
@@ -105,4 +111,4 @@ def interleaved(
         biases=base.about.biases,
         trains_on=True,
     )
-    return Solver(init, hypergrad, lambda state, hparams: base.response(state.direct, hparams), evaluate, about)
+    return Solver(owned(init), hypergrad, lambda state, hparams: base.response(state.direct, hparams), evaluate, about)
