@@ -93,13 +93,15 @@ def begin(key: Any, width: int, layers: int, scaling: hg.scaling.Scaling | None)
     return hg.scaling.rescale(scaling, params) if scaling else params
 
 
-def optimizer(hparams: Any, scaling: hg.scaling.Scaling | None) -> Any:
-    made = optax.adamw(hparams["rate"], weight_decay=hparams["decay"])
+def optimizer(hparams: Any, scaling: hg.scaling.Scaling | None, steps: int) -> Any:
+    """AdamW, whose rate rises over the first tenth of the steps and falls to zero as a cosine does."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 10, 1), steps)
+    made = optax.adamw(lambda count: hparams["rate"] * shape(count + 1), weight_decay=hparams["decay"])
     return hg.scaling.scaled(scaling, made) if scaling else made
 
 
 def fitted(hparams: Any, params: Any, setting: Setting, scaling: hg.scaling.Scaling | None, branch: float) -> Any:
-    made = optimizer(hparams, scaling)
+    made = optimizer(hparams, scaling, setting.steps)
 
     def step(carry: Any, rows: Any) -> Any:
         params, state = carry
@@ -146,7 +148,7 @@ def transfer(options: argparse.Namespace, setting: Setting, numbers: dict[str, A
         best = {}
         rates = grids[name] = 2.0 ** (np.arange(*GRID[name], 4 if options.smoke else 1) / 2)
         for shape in progress(shapes, f"{name} rules"):
-            repeats = 1 if options.smoke or shape[0] > 256 else 2
+            repeats = 1 if options.smoke else 2 if shape[0] > 256 else 4
             curves[name, shape] = sweep(options, setting, shape, scaling, rates, repeats)
             best[shape] = lowest(rates, curves[name, shape])
             numbers[f"best_{name}_{shape[0]}_{shape[1]}"] = 2.0 ** (best[shape] / 2)
@@ -165,7 +167,7 @@ def coordinates(options: argparse.Namespace, setting: Setting, numbers: dict[str
             lambda width, key, scaling=scaling: begin(key, width, LAYERS, scaling),
             loss,
             lambda w, batch: activations(w, batch[0]),
-            optimizer({"rate": 1e-3, "decay": 0.0}, scaling),
+            hg.scaling.scaled(scaling, optax.adam(1e-3)) if scaling else optax.adam(1e-3),
             batch,
             widths=(8, 16) if options.smoke else (64, 128, 256, 512),
             key=jax.random.key(options.seed),
@@ -182,7 +184,7 @@ def tuned(options: argparse.Namespace, setting: Setting, width: int, scaling: An
         return loss(w, batch)
 
     problem = hg.Problem(train, train)
-    inner = hg.inner.gradient(lambda h: optimizer(h, scaling), steps=len(setting.rows))
+    inner = hg.inner.gradient(lambda h: optimizer(h, scaling, setting.steps), steps=setting.steps)
     solver = hg.unrolled(problem, inner=inner, mode="forward")
     result = hg.tune(
         solver,
