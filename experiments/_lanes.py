@@ -1,4 +1,4 @@
-"""Runs of different controllers side by side in one compiled program, by `hg.multistart`."""
+"""Runs of different controllers side by side in one compiled program, by `hg.multistart`; MAID at a fixed accuracy."""
 
 from __future__ import annotations
 
@@ -56,3 +56,23 @@ def side_by_side(
     compares = any(c.compares for c in unique)
     judges = judge if unique[0].judge is not None else None
     return hg.outer.Controller(init, update, prepare, judges, compares), flat.reshape(given.shape)
+
+
+def held(tol: float) -> hg.outer.Controller:
+    """MAID's line search at an accuracy that never changes."""
+    base = hg.outer.maid(tol=tol)
+    assert base.judge is not None
+    decide = base.judge
+    still = lambda state: state._replace(accuracy=jnp.full_like(state.accuracy, tol), again=jnp.asarray(False))
+
+    def update(grad: Any, state: Any, free: Any, out: Any) -> Any:
+        following, after, ok = base.update(grad, state, free, out)
+        return following, still(after), ok
+
+    def judge(value: Any, state: Any, free: Any, info: Any) -> Any:
+        _, after, ok = decide(value, state, free, info)
+        shorter = jnp.where(after.again, 0.5 * state.step, after.step).astype(state.step.dtype)
+        after = still(after._replace(step=jnp.where(ok, after.step, shorter)))
+        return after.free - after.step * after.grad, after, ok
+
+    return base._replace(update=update, judge=judge)

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment  # noqa: E402
-from experiments._lanes import side_by_side  # noqa: E402
+from experiments._lanes import held, side_by_side  # noqa: E402
 
 ACCURACIES = (1e-1, 1e-3, 1e-5)
 FIXED = (*ACCURACIES, 1e-8)
@@ -69,26 +69,6 @@ def solution(q: Quadratic) -> Any:
 def best(q: Quadratic) -> float:
     through = solution(q)
     return float(0.5 * np.linalg.norm(through @ np.linalg.lstsq(through, q.y, rcond=None)[0] - q.y) ** 2)
-
-
-def held(tol: float) -> hg.outer.Controller:
-    """MAID's line search at an accuracy that never changes."""
-    base = hg.outer.maid(tol=tol)
-    assert base.judge is not None
-    decide = base.judge
-    still = lambda state: state._replace(accuracy=jnp.full_like(state.accuracy, tol), again=jnp.asarray(False))
-
-    def update(grad: Any, state: Any, free: Any, out: Any) -> Any:
-        following, after, ok = base.update(grad, state, free, out)
-        return following, still(after), ok
-
-    def judge(value: Any, state: Any, free: Any, info: Any) -> Any:
-        _, after, ok = decide(value, state, free, info)
-        shorter = jnp.where(after.again, 0.5 * state.step, after.step).astype(state.step.dtype)
-        after = still(after._replace(step=jnp.where(ok, after.step, shorter)))
-        return after.free - after.step * after.grad, after, ok
-
-    return base._replace(update=update, judge=judge)
 
 
 def bounds(seed: int, count: int) -> tuple[int, float]:
