@@ -134,7 +134,7 @@ def cross_entropy(w: Any, batch: Any) -> Any:
 
 
 def smooth(loss: Callable[[Any, Any], Any]) -> Callable[[Any], hg.Solver]:
-    """A loss plus Σ λ_j w_j², with strengths that belong to the sum over rows and not to the mean, as of priors."""
+    """A loss plus Σ λ_j w_j², whose strengths belong to the sum over rows, as those of a prior do, not to the mean."""
 
     def make(assign: Any) -> hg.Solver:
         def inner(w: Any, h: Any, batch: Any) -> Any:
