@@ -53,21 +53,33 @@ def test_code_of_the_guides_is_python_and_the_fifteen_lines_are_fifteen():
     for page in sorted((FOLDER / "guides").glob("*.md")):
         for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
             compile(code, str(page), "exec")
-    lines = _own_model().strip().splitlines()
-    assert len([line for line in lines if line]) <= 15
+    for library in ("scikit-learn", "flax"):
+        lines = [line for code in _own_model(library).values() for line in code.splitlines() if line]
+        assert len(lines) <= 15, library
 
 
 @pytest.mark.experiment
 @pytest.mark.usefixtures("once")
-def test_the_fifteen_lines_tune_a_flax_model(capsys):
-    exec(_own_model(), {})
-    assert re.search(r"test   outer loss 0\.\d+", capsys.readouterr().out)
+@pytest.mark.parametrize(
+    ("library", "unwanted", "printed", "least", "most"),
+    [
+        ("scikit-learn", ("flax", "optax"), r"held-out rows: (0\.\d+)", 0.3, 0.5),
+        ("flax", ("sklearn",), r"test   outer loss (\d\.\d+)", 0.2, 1.0),
+    ],
+)
+def test_the_fifteen_lines_tune_a_model_of_one_library_alone(library, unwanted, printed, least, most, capsys):
+    code = _own_model(library)["python"]
+    assert not any(name in code for name in unwanted)
+    exec(code, {})
+    found = re.search(printed, capsys.readouterr().out)
+    assert found and least < float(found[1]) < most
 
 
-def _own_model() -> str:
-    found = re.search(r"```python\n(.*?)```", (FOLDER / "guides" / "own_model.md").read_text(), re.DOTALL)
-    assert found
-    return found[1]
+def _own_model(library: str) -> dict[str, str]:
+    """What the guide says of a library, by language: the shell's lines and Python's."""
+    page = (FOLDER / "guides" / "own_model.md").read_text()
+    part = page.split(f"## From {library} alone", 1)[1].split("\n## ", 1)[0]
+    return dict(re.findall(r"```(shell|python)\n(.*?)```", part, re.DOTALL))
 
 
 @pytest.fixture(scope="module")
