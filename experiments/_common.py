@@ -100,6 +100,16 @@ def experiment(
     return found
 
 
+def measured_before(file: str, options: argparse.Namespace, kept: str = "results.json") -> dict[str, Any]:
+    """What earlier runs of this seed have kept beside the script `file`, for a run that measures a part of it."""
+    path = Path(file).with_name(kept)
+    if options.smoke or not path.exists():
+        return {}
+    before = json.loads(path.read_text()).get(str(options.seed), {})
+    numbers = {key: value for key, value in before.items() if key not in ("seed", "seconds")}
+    return numbers | {"seconds_before": before["seconds"]} if before else {}
+
+
 def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterable[T]:
     """`items`, with a progress bar where tqdm is installed and a person is looking."""
     try:

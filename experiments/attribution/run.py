@@ -27,7 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from experiments._common import experiment
+from experiments._common import experiment, measured_before
 from experiments._data import digits, stretches
 from experiments._figures import BLUE, GREEN, ORANGE, PINK, SKY, figure, save, titled
 
@@ -318,11 +318,8 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     smoke, seed = options.smoke, options.seed
     count, steps = (4, 10) if smoke else (96, 100)
     drops = DROPS[-1:] if smoke else DROPS
-    kept = Path(__file__).with_name("results.json")
-    if options.parts != PARTS and kept.exists() and not smoke:  # what earlier runs of this seed have measured
-        before = json.loads(kept.read_text()).get(str(seed), {})
-        numbers |= {key: value for key, value in before.items() if key not in ("seed", "seconds")}
-        numbers["seconds_before"] = before.get("seconds", 0.0)
+    if options.parts != PARTS:
+        numbers |= measured_before(__file__, options)
     sgd, shown = network(options, "sgd", steps), None
     for part in options.parts:
         print(PARTS[part], flush=True)
@@ -360,7 +357,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def picture(
     options: argparse.Namespace, numbers: dict[str, Any], task: Task, found: hg.diagnostics.Attribution | None
 ) -> None:
-    """The scores, and the examples of one query where its attribution was among the parts measured."""
+    """The scores, means over all seeds kept, and the examples of one query of this seed, where they were measured."""
+    kept = Path(__file__).with_name("results.json")
+    runs = json.loads(kept.read_text()) if kept.exists() and not options.smoke else {}
+    runs = [*(runs | {str(options.seed): numbers}).values()]
     fig = figure(12.5 if found else 8.0, 4.6)
     left, *rest = fig.subplots(1, 1 + bool(found), squeeze=False)[0]
     kinds = {
@@ -373,8 +373,10 @@ def picture(
     shown = [kind for kind in ("sgd", "adam", "short", "text") if "metagradient" in numbers.get(kind, {})]
     settings = [(kind, d) for kind in shown for d in numbers[kind]["metagradient"]]
     for j, (kind, (label, colour)) in enumerate(kinds.items()):
-        values = [numbers[k].get(kind, {}).get(d, np.nan) for k, d in settings]
-        left.bar(np.arange(len(settings)) + (j - 2) * 0.16, values, 0.15, label=label, color=colour)
+        every = [[run[k][kind][d] for run in runs if d in run.get(k, {}).get(kind, {})] for k, d in settings]
+        values = [np.mean(scores) if scores else np.nan for scores in every]
+        error = [np.std(scores, ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0 for scores in every]
+        left.bar(np.arange(len(settings)) + (j - 2) * 0.16, values, 0.15, yerr=error, label=label, color=colour)
     names = {"sgd": "SGD", "adam": "Adam", "short": "SGD, 20 steps", "text": "text"}
     left.set_xticks(range(len(settings)), [f"{names[k]}\n{d} %" for k, d in settings], fontsize=8)
     titled(left, "Scores against training again", ylabel="linear datamodeling score")
@@ -384,6 +386,8 @@ def picture(
     for ax in rest:
         query = np.asarray(task.queries[0][0]).reshape(8, 8)
         hg.diagnostics.plots.attribution(found, 0, images, query, labels=labels, ax=ax)
+        ax.locator_params(axis="x", nbins=4)
+        ax.set_xlim(right=1.7 * ax.get_xlim()[1])  # beside the bars there is room for the query
     save(fig, options.out)
 
 

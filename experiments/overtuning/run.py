@@ -27,7 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from experiments._common import experiment
+from experiments._common import experiment, measured_before
 from experiments._figures import BLUE, GREEN, ORANGE, PINK, figure, save, titled
 
 SPLITS, TEST, FOLDS = 20, 2000, 5
@@ -317,7 +317,11 @@ def cells(smoke: bool) -> list[tuple[str, int, int]]:
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     jax.config.update("jax_enable_x64", True)
     splits = 2 if options.smoke else SPLITS
+    if options.settings:
+        numbers |= measured_before(__file__, options)
     for name, k, n in cells(options.smoke):
+        if options.settings and f"{name}.{k}x{n}" not in options.settings:
+            continue
         began = time.process_time()
         task = TASKS[name](k)
         task = task._replace(steps=5) if options.smoke else task
@@ -327,11 +331,25 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         shown = {kind: f"{found[f'{kind}_bias']:+.3f}" for kind in ("raw", "corrected", "split_half", "nested")}
         print(f"{name}, {k} hyperparameters, {n} rows: {shown} ({took:.0f} s)", flush=True)
     for name in [name for name in TASKS if name in numbers]:
-        many = [v for key, v in numbers[name].items() if int(key.split("x")[0]) >= 4]
+        many = [v for key, v in numbers[name].items() if "x" in key and int(key.split("x")[0]) >= 4]
         size = lambda kind, many=many: float(np.mean([abs(v[f"{kind}_bias"]) for v in many]))
         numbers[name]["ratio"] = size("corrected") / size("raw")
     numbers["tasks_within_a_third"] = int(sum(numbers[name]["ratio"] <= 1 / 3 for name in TASKS if name in numbers))
     picture(options, numbers)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    every = [f"{name}.{k}x{n}" for name, k, n in cells(False)]
+
+    def settings(text: str) -> list[str]:
+        wanted = text.split(",")
+        if unknown := set(wanted) - set(every) - set(TASKS):
+            raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join([*TASKS, *every])}")
+        return [known for known in every if known in wanted or known.split(".")[0] in wanted]
+
+    parser.add_argument(
+        "--settings", type=settings, metavar="A,B", help="as ridge, or ridge.12x30; the others stay as kept"
+    )
 
 
 def picture(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
@@ -353,4 +371,4 @@ def picture(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, arguments=arguments)
