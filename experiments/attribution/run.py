@@ -318,10 +318,10 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     smoke, seed = options.smoke, options.seed
     count, steps = (4, 10) if smoke else (96, 100)
     drops = DROPS[-1:] if smoke else DROPS
-    if options.parts != PARTS:
+    if options.parts:
         numbers |= measured_before(__file__, options)
     sgd, shown = network(options, "sgd", steps), None
-    for part in options.parts:
+    for part in options.parts or (["sgd"] if smoke else PARTS):
         print(PARTS[part], flush=True)
         found = numbers.setdefault(part, {})
         if part == "sgd":
@@ -349,9 +349,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
         return {name: PARTS[name] for name in names}
 
-    parser.add_argument(
-        "--parts", type=parts, default=PARTS, metavar="A,B", help=f"of {', '.join(PARTS)}; the others stay as kept"
-    )
+    parser.add_argument("--parts", type=parts, metavar="A,B", help=f"of {', '.join(PARTS)}; the others stay as kept")
 
 
 def picture(
