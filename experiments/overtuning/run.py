@@ -366,7 +366,7 @@ def picture(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         axes.set_yticks(range(len(rows)), [key.replace("x", " on ") for key in rows])
         axes.invert_yaxis()
         titled(axes, name.replace("_", " "), xlabel="estimate less test loss, %")
-    fig.axes[-1].legend(frameon=False, fontsize="small")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), frameon=False)
     save(fig, options.out)
 
 
