@@ -127,6 +127,16 @@ class Objective(NamedTuple):
     outputs: Callable[[PyTree, PyTree], PyTree] | None = None
     loss_of_outputs: Callable[[PyTree, PyTree, PyTree], Array] | None = None
 
+    def of(self, change: Callable[[PyTree], PyTree]) -> Objective:
+        """The same problem over other parameters x: its functions take x and evaluate at `change(x)`."""
+        stochastic, fixed, outputs, loss = self.stochastic, self.fixed, self.outputs, self.loss_of_outputs
+        return self._replace(
+            stochastic=lambda x, *rest: stochastic(change(x), *rest),
+            fixed=lambda x, hparams: fixed(change(x), hparams),
+            outputs=outputs and (lambda x, hparams: outputs(change(x), hparams)),
+            loss_of_outputs=loss and (lambda out, x, hparams: loss(out, change(x), hparams)),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Composed:

@@ -232,7 +232,24 @@ def v8(setting: Setting) -> dict[str, Any]:
         size: _first_compile(tasks.logistic(*shape, seed=setting.seed), 1 if setting.smoke else 3)
         for size, shape in ({"S": (n, d)} if setting.smoke else {"S": tasks.SIZES["S"], "M": tasks.SIZES["M"]}).items()
     }
-    checks = [Check(f"compilations over {steps} outer steps", float(len(counts)), "<=", 1)]
+    layers, many = (2, 2) if setting.smoke else (10, 100)
+    network = _leaves(layers, 1)
+    checks = [
+        Check(f"compilations over {steps} outer steps", float(len(counts)), "<=", 1),
+        Check(
+            f"{2 * layers} leaves: compile implicit, in gradients",
+            network["implicit"] / network["one gradient"],
+            "<=",
+            20,
+        ),
+        Check(
+            f"{2 * layers} leaves: compile unrolled, in gradients",
+            network["unrolled"] / network["one gradient"],
+            "<=",
+            15,
+        ),
+        Check(f"{2 * many} leaves: trace and lower implicit, s", _lowered(many), "<=", 4),
+    ]
     checks += [
         Check(f"T1-{size}: trace and compile hypergrad, s", v["hypergrad"], "<=", 1.5) for size, v in first.items()
     ]
@@ -248,7 +265,7 @@ def v8(setting: Setting) -> dict[str, Any]:
 
 
 def _first_compile(task: tasks.Logistic, repeats: int) -> dict[str, float]:
-    """Seconds to trace and compile, median of `repeats`, every cache of JAX cleared before each."""
+    """Seconds to trace and compile T1's step."""
     zeros = jnp.zeros_like(task.hparams)
     args = jax.tree.map(jnp.asarray, (task.hparams, task.train, task.valid))
 
@@ -262,6 +279,51 @@ def _first_compile(task: tasks.Logistic, repeats: int) -> dict[str, float]:
     builders: dict[str, Callable[[], Any]] = {"hypergrad": ours, "one gradient": plain}
     if peers.installed()["jaxopt"]:
         builders["jaxopt cg"] = lambda: peers.jaxopt_gradient(task)
+    return _compiled(builders, repeats)
+
+
+def _network(layers: int) -> tuple[hg.Problem, Any]:
+    """A deep network of tanh layers of 16 units, two leaves each, and its parameters."""
+
+    def outer(w: Any, h: Any, x: Any) -> Any:
+        target = x
+        for weight, shift in w:
+            x = jnp.tanh(x @ weight + shift)
+        return jnp.mean((x - target) ** 2)
+
+    def inner(w: Any, h: Any, x: Any) -> Any:
+        return outer(w, h, x) + sum(jnp.sum(jnp.exp(h) * leaf**2) for leaf in jax.tree.leaves(w))
+
+    return hg.Problem(inner, outer), [(0.5 * jnp.eye(16), jnp.zeros(16))] * layers
+
+
+def _leaves(layers: int, repeats: int) -> dict[str, float]:
+    """Seconds to trace and compile a step on a network of `2 * layers` leaves, 64 rows."""
+    problem, params = _network(layers)
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    h = jnp.asarray(-3.0)
+    adam = hg.inner.gradient(optax.adam(1e-2), steps=20)
+    solvers = {"implicit": hg.implicit(problem), "unrolled": hg.unrolled(problem, inner=adam)}
+    builders: dict[str, Callable[[], Any]] = {
+        name: lambda solver=solver: (jax.jit(solver.hypergrad), (solver.init(params, h), h, x, x))
+        for name, solver in solvers.items()
+    }
+    builders["one gradient"] = lambda: (jax.jit(jax.grad(lambda w, h: problem.inner_loss(w, h, x))), (params, h))
+    return _compiled(builders, repeats)
+
+
+def _lowered(layers: int) -> float:
+    """Seconds to trace and lower `hg.implicit`'s step on a network of `2 * layers` leaves."""
+    problem, params = _network(layers)
+    solver, x = hg.implicit(problem), jnp.ones((64, 16))
+    state = solver.init(params, -3.0)
+    begin = timing.now()
+    jax.jit(solver.hypergrad).lower(state, -3.0, x, x)
+    return timing.now() - begin
+
+
+def _compiled(builders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds to trace and compile, median of `repeats`, every cache of JAX cleared before each."""
     seconds: dict[str, list[float]] = {k: [] for k in builders}
     for _ in range(repeats):
         for name, build in builders.items():

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from hypergrad._checks import check_same_structure
 from hypergrad._jaxpr.semigradient import released
 from hypergrad._options import Slot, default_tol
+from hypergrad._packing import Packing
 from hypergrad._problem import Objective, key_use
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree, keystr
@@ -92,6 +93,22 @@ class Inner(NamedTuple):
 def gradient_residual(objective: Objective, params: PyTree, hparams: PyTree) -> PyTree:
     """F = ∂_w h, for every solver that minimises the inner loss."""
     return jax.grad(objective.fixed)(params, hparams)
+
+
+def packed(inner: Inner, objective: Objective, packing: Packing) -> Inner:
+    """The same inner solver for parameters that are packed; it works on `objective` and the tree itself, as before."""
+    pack, unpack = packing
+
+    def solve(packed: Objective, params: PyTree, *rest: PyTree, **options: Any) -> InnerResult:
+        del packed
+        found = inner.solve(objective, unpack(params), *rest, **options)
+        return found._replace(params=pack(found.params))
+
+    return inner._replace(
+        init=lambda params, hparams: inner.init(unpack(params), hparams),
+        solve=solve,
+        residual=lambda _, params, hparams: pack(inner.residual(objective, unpack(params), hparams)),
+    )
 
 
 Iterate = Callable[[Objective, PyTree, PyTree, Any, Array], tuple[PyTree, Array, Array, Array]]

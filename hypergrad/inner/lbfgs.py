@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._options import Number, default_tol, options
+from hypergrad._packing import packing
 from hypergrad._problem import Objective
 from hypergrad._solver import Status
 from hypergrad._tree import PyTree
@@ -143,17 +144,19 @@ def _solve(
 ) -> InnerResult:
     dtype = _tree.dtype(params)
     scale = jnp.asarray(scale).astype(dtype)
-    loss = lambda w: objective.fixed(w, hparams) / scale
+    pack, unpack = packing(params)
+    loss = lambda x: objective.fixed(unpack(x), hparams) / scale
     c = _minimise(
         jax.value_and_grad(loss),
-        params,
-        _rescaled(state, scale),
+        pack(params),
+        _over_rows(pack, _rescaled(state, scale)),
         default_tol(options["tol"], params),
         jnp.asarray(options["max_steps"], jnp.int32),
     )
-    found = _tree.where(c.status == int(Status.INNER_DIVERGED), params, c.params)
+    found = _tree.where(c.status == int(Status.INNER_DIVERGED), params, unpack(c.params))
     # The pairs of a failed solve do not help the next.
     memory = _forget(c.memory, (c.status != int(Status.OK)) & (c.status != int(Status.INNER_MAX_STEPS)))
+    memory = _over_rows(unpack, memory)
     return InnerResult(found, memory, model_state, c.residual * scale, c.steps, c.status)
 
 
@@ -296,6 +299,11 @@ def _precondition(memory: LbfgsState, grads: PyTree) -> PyTree:
 
 def _row(rows: Array, i: Array) -> Array:
     return lax.dynamic_index_in_dim(rows, i, 0, keepdims=False)
+
+
+def _over_rows(change: Callable[[PyTree], PyTree], memory: LbfgsState) -> LbfgsState:
+    """The same pairs in another form."""
+    return memory._replace(s=jax.vmap(change)(memory.s), y=jax.vmap(change)(memory.y))
 
 
 def _rescaled(memory: LbfgsState, unit: Array) -> LbfgsState:

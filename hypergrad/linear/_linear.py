@@ -82,6 +82,8 @@ class Linear(NamedTuple):
         random: sources of randomness in the solution, in words, as in `About`.
         exact: whether `inverse` of its result is A⁻¹ to working precision.
         looks: whether it uses A at all; if it does not, no error can be estimated.
+        entrywise: whether the solve and its preconditioner work alike on every pytree, so that they may be given the
+            parameters as one vector.
     """
 
     solve: SolveFn
@@ -92,6 +94,7 @@ class Linear(NamedTuple):
     random: tuple[str, ...] = ()
     exact: bool = False
     looks: bool = True
+    entrywise: bool = False
 
 
 LINEAR = Slot(Linear, "a linear solver", "hg.linear.cg() or one of its siblings")

@@ -99,11 +99,12 @@ def cg(
             "cg: indefinite='truncate' may stop short of a solution, and a tolerance claims one: give max_steps= "
             "without tol=, as in hg.linear.cg(max_steps=5, indefinite='truncate')."
         )
+    chosen = not (preconditioner is None or isinstance(preconditioner, str))
     if isinstance(preconditioner, str):
         preconditioner = jacobi() if claims else None
     options = {"tol": tol if claims else 0.0, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     solve = partial(_solve, truncate=indefinite == "truncate")
-    return Linear(solve, options, claims, symmetric=True, preconditioner=preconditioner)
+    return Linear(solve, options, claims, symmetric=True, preconditioner=preconditioner, entrywise=not chosen)
 
 
 def _solve(

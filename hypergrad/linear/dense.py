@@ -44,7 +44,7 @@ def dense(tol: ArrayLike | None = None) -> Linear:
     >>> import hypergrad as hg
     >>> linear = hg.linear.dense()
     """
-    return Linear(_solve, {"tol": tol}, claims=True, symmetric=False, exact=True)
+    return Linear(_solve, {"tol": tol}, claims=True, symmetric=False, exact=True, entrywise=True)
 
 
 def _solve(

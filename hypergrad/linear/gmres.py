@@ -99,7 +99,12 @@ def gmres(
     claims = tol is not None or max_steps is None
     options = {"tol": tol if claims else 0.0, "max_steps": _MAX_STEPS if max_steps is None else max_steps}
     return Linear(
-        partial(_solve, restart=int(restart)), options, claims, symmetric=False, preconditioner=preconditioner
+        partial(_solve, restart=int(restart)),
+        options,
+        claims,
+        symmetric=False,
+        preconditioner=preconditioner,
+        entrywise=preconditioner is None,
     )
 
 

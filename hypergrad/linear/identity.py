@@ -40,7 +40,7 @@ def identity(step_size: ArrayLike = 1.0) -> Linear:
     >>> import hypergrad as hg
     >>> linear = hg.linear.identity(step_size=0.1)
     """
-    return Linear(_solve, {"step_size": step_size}, claims=False, symmetric=False, looks=False)
+    return Linear(_solve, {"step_size": step_size}, claims=False, symmetric=False, looks=False, entrywise=True)
 
 
 def _solve(

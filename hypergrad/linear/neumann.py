@@ -85,6 +85,7 @@ def neumann(
         claims=tol is not None,
         symmetric=False,
         random=("the start of the power iteration",) if tol is None and step_size is None else (),
+        entrywise=True,
     )
 
 

@@ -64,6 +64,7 @@ def nystrom(rank: int, *, damping: ArrayLike, sketch: str = "gaussian") -> Linea
         claims=False,
         symmetric=True,
         random=("the sketch of the operator",),
+        entrywise=True,
     )
 
 

@@ -54,6 +54,15 @@ class Call(NamedTuple):
     outer_key: Any
     keys: tuple[Any, ...]
 
+    def of(self, change: Callable[[PyTree], PyTree]) -> Call:
+        """The same call over other parameters x: its losses evaluate at `change(x)`."""
+
+        def outer(model_state: PyTree) -> Outer:
+            given = self.outer(model_state)
+            return lambda x, hparams: given(change(x), hparams)
+
+        return self._replace(objective=self.objective.of(change), outer=outer)
+
     @property
     def probe_key(self) -> Array:
         """A key for random signs that steer a solve without changing its result; fixed in a call without a key."""

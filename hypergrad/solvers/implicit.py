@@ -15,7 +15,7 @@ O(|w|), times eight for the probes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from hypergrad._data import warn_small_batch
 from hypergrad._jaxpr.semigradient import check_gradient
 from hypergrad._jaxpr.sensitivity import check_implicit_sensitivity
 from hypergrad._options import Choice, Number, as_options, options
+from hypergrad._packing import AS_IT_IS, Packing, packing
 from hypergrad._problem import PROBLEM, Problem
 from hypergrad._solver import (
     About,
@@ -45,6 +46,7 @@ from hypergrad._solver import (
 )
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import INNER, Inner
+from hypergrad.inner._inner import packed as packed_inner
 from hypergrad.inner._optimum import POLISH_STEPS, Optimum, find_optimum
 from hypergrad.inner.lbfgs import lbfgs
 from hypergrad.linear._linear import LINEAR, Linear, LinearResult, Matvec
@@ -224,12 +226,19 @@ def implicit(
             "hg.implicit",
         )
 
-    def solve(state: ImplicitState, call: Call) -> Optimum:
+    def packed(state: ImplicitState, call: Call) -> tuple[ImplicitState, Call, Inner, Packing]:
+        """Everything in one vector where the parameters are many small leaves, and as it is elsewhere."""
+        form = packing(state.params) if method.entrywise else AS_IT_IS
+        if form is AS_IT_IS:
+            return state, call, chosen, form
+        return _in_form(state, form.pack), call.of(form.unpack), packed_inner(chosen, call.objective, form), form
+
+    def solve(state: ImplicitState, call: Call, inner: Inner) -> Optimum:
         begin, inner_state, scale = state.params, state.inner_state, state.scale
         if not warm_start:  # every call is like the first
-            begin, inner_state, scale = state.start, chosen.init(state.start, call.hparams), jnp.zeros_like(state.scale)
+            begin, inner_state, scale = state.start, inner.init(state.start, call.hparams), jnp.zeros_like(state.scale)
         return find_optimum(
-            chosen,
+            inner,
             call.objective,
             begin,
             inner_state,
@@ -249,7 +258,8 @@ def implicit(
         hparams, known = call.hparams, None if regularity is None else known_at(regularity, call.hparams)
         check(state, call, train)
 
-        optimum = solve(state, call)
+        state, call, inner, form = packed(state, call)
+        optimum = solve(state, call, inner)
         params, outer = optimum.params, call.outer(optimum.model_state)
         system, operator, shift = _operator(curvature, state.options.get("damping"), call, optimum)
         value, metrics, rhs, direct = differentiate_outer(outer, params, hparams)
@@ -269,7 +279,7 @@ def implicit(
         residual = _residual(method, shift, rhs, product, adjoint)
         point = Point(params, hparams, rhs, direct, adjoint.solution, product if exact else None, indirect, grad)
         carried = state.spectrum if warm_start else unknown_spectrum(params)
-        error, trust, spectrum = estimate(carried, chosen, method, call, outer, optimum, adjoint, point, exact=exact)
+        error, trust, spectrum = estimate(carried, inner, method, call, outer, optimum, adjoint, point, exact=exact)
         missed = ~(residual <= state.options["linear"]["tol"]) if method.claims else False
         status = first_failure(
             bad_loss(value),
@@ -284,7 +294,7 @@ def implicit(
         )
         extra = {"damping": shift, "indirect_norm": _tree.norm(indirect)}
         if known is not None:
-            cross = cross_size(known, lambda h: chosen.residual(call.objective, params, h), hparams)
+            cross = cross_size(known, lambda h: inner.residual(call.objective, params, h), hparams)
             extra["error_bound"] = error_bound(
                 known, system.residual, optimum.scale, rhs, product, adjoint.solution, cross
             )
@@ -301,19 +311,27 @@ def implicit(
         state = go_on_from(state, optimum)
         blank = _tree.zeros_like(rhs), unknown_spectrum(params)
         kept, spectrum = _tree.where(usable(status), (adjoint.solution, spectrum), blank)
-        return Hypergradient(value, grad, info, metrics), state._replace(adjoint=kept, spectrum=spectrum)
+        state = _in_form(state._replace(adjoint=kept, spectrum=spectrum), form.unpack)
+        return Hypergradient(value, grad, info, metrics), state
 
     def evaluate(
         state: ImplicitState, hparams: PyTree, train: PyTree = None, valid: PyTree = None, *, key: Array | None = None
     ) -> tuple[Array, Info, ImplicitState]:
         call = bind(problem, state.model_state, hparams, train, valid, key)
-        optimum = solve(state, call)
+        state, call, inner, form = packed(state, call)
+        optimum = solve(state, call, inner)
         value, _ = call.outer(optimum.model_state)(optimum.params, call.hparams)
         status = first_failure(bad_loss(value), optimum.status)
         info = report(status, optimum.steps, like=value, inner_residual=optimum.residual)
-        return value, info, go_on_from(state, optimum)
+        return value, info, _in_form(go_on_from(state, optimum), form.unpack)
 
     return framed(init, hypergrad, current_params, evaluate, about)
+
+
+def _in_form(state: ImplicitState, change: Callable[[PyTree], PyTree]) -> ImplicitState:
+    """The state with everything that is like the parameters in another form."""
+    start = None if state.start is None else change(state.start)
+    return state._replace(params=change(state.params), adjoint=change(state.adjoint), start=start)
 
 
 def _biases(inner: Inner, linear: Linear, curvature: str, damping: ArrayLike | None) -> tuple[str, ...]:
