@@ -1,4 +1,4 @@
-"""Outer losses that are not a validation loss: for data that are too few, or too dear, to set some aside."""
+"""Outer losses other than a validation loss, for data that are too few or too expensive to set any aside."""
 
 from hypergrad.objectives._kernel import log_determinant as log_determinant
 from hypergrad.objectives.elbo import Posterior as Posterior

@@ -68,8 +68,8 @@ def posterior(mean: PyTree, scale: Any = 1e-4) -> Posterior:
         scale: initial standard deviation: positive numbers, one for all or a pytree prefix of `mean`.
 
     Raises:
-        InputError: for a scale that is not positive, or no prefix of `mean`.
-        InputTypeError: for weights or scales that are no numbers.
+        InputError: for a scale that is not positive, or not a prefix of `mean`.
+        InputTypeError: for weights or scales that are not numbers.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp
     >>> start = hg.objectives.posterior({"w": jnp.zeros(3)}, scale=0.1)
@@ -101,7 +101,7 @@ def prior_variances(posterior: Posterior, *, center: PyTree = None, groups: PyTr
         The variance of each group by its name, a scalar in the units of the weights, squared.
 
     Raises:
-        InputError: for groups that are no prefix of the weights, or hold none; for a centre unlike the weights.
+        InputError: for groups that are not a prefix of the weights, or are empty; for a centre unlike the weights.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> found = hg.objectives.prior_variances(hg.objectives.posterior(jnp.array([3.0, 4.0]), scale=0.5))
@@ -161,10 +161,10 @@ def elbo(
 
     Raises:
         InputError: for numbers that are not positive, a Gaussian without noise, a closed form without a Gaussian. When
-            a loss is called: for groups that hold no weights or are no prefix of them, a centre unlike the weights, and
-            targets that do not fit.
+            a loss is called: for groups that hold no weights or are not a prefix of them, a centre unlike the weights,
+            and targets that do not fit.
         InputTypeError: for options of another type; when a loss is called, for a batch that is not `(x, y)`, or
-            parameters that are no `Posterior`.
+            parameters that are not a `Posterior`.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> x = jnp.linspace(1.0, 3.0, 20)

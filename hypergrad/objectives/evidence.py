@@ -127,7 +127,7 @@ def evidence(
     Raises:
         InputError: for numbers that are not positive, a Gaussian without noise, blocks that need more examples than
             there are. When a loss is called: for concrete precisions that are not positive (traced ones give NaN), or
-            are no prefix of the parameters; targets that do not fit; another number of examples than `rows`.
+            are not a prefix of the parameters; targets that do not fit; another number of examples than `rows`.
         InputTypeError: for options of another type; when a loss is called, for a batch that is not `(x, y)`.
 
     >>> import hypergrad as hg, jax.numpy as jnp

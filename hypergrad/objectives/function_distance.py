@@ -1,4 +1,4 @@
-r"""How far two ReLU networks are apart as functions, without the data: distances to a network that was trained before.
+r"""How far apart two ReLU networks are as functions, without the data: distances to a network that was trained before.
 
     D(θ, θ₀) = E_x ½ ‖f(x, θ) − f(x, θ₀)‖²
 

@@ -4,8 +4,8 @@ r"""Gaussian processes: hyperparameters of a covariance from the training data, 
     LOO        Σᵢ log N(yᵢ; yᵢ − αᵢ/Pᵢᵢ, 1/Pᵢᵢ),                      P = K⁻¹, α = P y
 
 Source: Rasmussen & Williams 2006, chapter 5 (equations 5.8, 5.12).
-Where they fail: with many hyperparameters (a length scale for each feature) evidence over-fits as a validation loss
-does; `hmc` averages instead. LOO is the less biased where the model is wrong, and the noisier where it is right.
+Where they fail: with many hyperparameters (a length scale for each feature) the evidence overfits, just as a validation
+loss does; `hmc` averages over them instead. LOO is less biased where the model is wrong, and noisier where it is right.
 Cost: O(n³), memory O(n²). `gp_evidence_matrix_free` holds nothing of size n².
 """
 
@@ -71,8 +71,8 @@ def gp_evidence(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike
         noise_variance: `hparams -> variance` of the noise, a scalar or `[n]`, greater than 0.
 
     Returns:
-        `outer_loss(params, hparams, (x, y))`, which does not look at the parameters; y `[n]` has zero mean under the
-        prior. NaN where K is not positive definite.
+        `outer_loss(params, hparams, (x, y))`, which ignores the parameters; y `[n]` has zero mean under the prior.
+        NaN where K is not positive definite.
 
     Raises:
         InputTypeError: for something that is not a function.
@@ -98,14 +98,14 @@ def gp_evidence(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike
 
 @options(covariance=KERNEL, noise_variance=NOISE)
 def gp_leave_one_out(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
-    r"""Negative log density of each point under the process fitted to all others, mean over points, in closed form.
+    r"""Negative log density of each point given all the others, averaged over the points, in closed form.
 
     Args:
         covariance: as in `gp_evidence`.
         noise_variance: as in `gp_evidence`.
 
     Returns:
-        `outer_loss(params, hparams, (x, y))`, which does not look at the parameters.
+        `outer_loss(params, hparams, (x, y))`, which ignores the parameters.
 
     Raises:
         InputTypeError: for something that is not a function.

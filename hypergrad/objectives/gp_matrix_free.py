@@ -7,7 +7,7 @@ derivative of both from the same solves and probes.
 
 Source: Ubaru, Chen & Saad 2017 (quadrature); Golub & Meurant 1994 (its two-sided bounds). Differs: the quadrature is
 bracketed from both sides, the noise being a bound on the spectrum.
-Cost: O(n² (steps + depth)), memory O(n (block + depth · probes)).
+Cost: O(n² (steps + depth + probes)), memory O(n · probes · (block + depth)).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class EvidenceEstimate(NamedTuple):
 
     Attributes:
         value: the estimate, scalar.
-        value_error: standard error over the probes, plus what conjugate gradients and quadrature can be wrong by.
+        value_error: standard error over the probes, plus bounds on the errors of conjugate gradients and quadrature.
         grad: pytree like the hyperparameters.
         grad_error: standard error over the probes of each entry of `grad`.
-        status: code of `hg.Status`, of the worst of the linear solves.
-        steps: most products of one of them.
+        status: the `hg.Status` code of the worst linear solve.
+        steps: products with K that the longest solve took.
     """
 
     value: Array
@@ -85,17 +85,18 @@ def gp_evidence_matrix_free(
 
         −½ αᵀ K̇ α + ½ mean_i uᵢᵀ K̇ zᵢ,    K α = y,  K uᵢ = zᵢ,  zᵢ random signs
 
-    Products with K are made of blocks of its rows. Logdet comes from `depth` steps of Lanczos (matfree) for each probe,
-    as the middle of the bounds of Gauss and Gauss-Radau quadrature, which hold since no eigenvalue is below the noise.
+    Products with K are computed block by block of its rows. The log-determinant comes from `depth` steps of Lanczos
+    (matfree) for each probe, as the middle of the bounds of Gauss and Gauss-Radau quadrature, which hold since no
+    eigenvalue is below the noise.
 
     Args:
         covariance: as in `gp_evidence`.
         noise_variance: as in `gp_evidence`; a scalar.
         tol: relative residual to which every linear system is solved. A miss makes the value NaN.
-        max_steps: most products of a solve.
-        probes: vectors of random signs; errors fall with their square root.
-        depth: steps of Lanczos, at most n.
-        block: rows of K that are made at once.
+        max_steps: largest number of products with K in one solve.
+        probes: number of vectors of random signs; errors fall with its square root.
+        depth: number of Lanczos steps, at most n.
+        block: rows of K that are computed at once.
 
     Returns:
         `MatrixFreeEvidence`: the `outer_loss`, with the metrics `value_error` and `steps`, and `estimate`.

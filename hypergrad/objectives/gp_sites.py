@@ -1,4 +1,4 @@
-r"""Gaussian processes with another likelihood than a Gaussian one: variational inference by sites.
+r"""Gaussian processes with a non-Gaussian likelihood: variational inference by sites.
 
     log ∫ p(f) Πᵢ tᵢ(fᵢ) df + Σᵢ log E_cavity[p(yᵢ|fᵢ)] − log E_cavity[tᵢ(fᵢ)]    is the EP-like log evidence
 
@@ -25,7 +25,7 @@ from hypergrad.objectives._process import KERNEL, Kernel, system
 
 
 class VariationalSites(NamedTuple):
-    """A Gaussian process with another likelihood: an inner problem of sites and an outer loss; made by `gp_sites`.
+    """A Gaussian process with a non-Gaussian likelihood: an inner problem and an outer loss; made by `gp_sites`.
 
     Attributes:
         init: `n -> sites`, a dict of `linear` and `precision`, `[n]` each.
@@ -62,8 +62,8 @@ def gp_sites(
         covariance: as in `gp_evidence`.
         log_likelihood: `(y, f) -> log p(y|f)`, elementwise, and log-concave in f: else site precisions may fall below
             0, where values are NaN.
-        rate: ρ, length of a step.
-        nodes: of Gauss-Hermite quadrature.
+        rate: ρ, the step size.
+        nodes: number of nodes of Gauss-Hermite quadrature.
 
     Returns:
         `VariationalSites`.

@@ -27,9 +27,9 @@ class HMCSamples(NamedTuple):
 
     Attributes:
         hparams: pytree of samples, `[samples, ...]`.
-        acceptance: mean probability of acceptance.
-        divergent: how many trajectories diverged; a few say that the sampler avoided a region.
-        step_size: of the integrator, found in the warm-up.
+        acceptance: mean acceptance probability.
+        divergent: number of divergent trajectories; even a few suggest that the sampler avoids a region.
+        step_size: step size of the integrator, found in the warm-up.
     """
 
     hparams: PyTree
@@ -62,10 +62,10 @@ def hmc(
         log_density: `hparams -> scalar`, unnormalised: log evidence (not per point) plus log prior, over unconstrained
             hyperparameters.
         start: pytree of hyperparameters.
-        key: randomness.
+        key: PRNG key.
         samples: number of draws.
-        warmup: steps before the first of them.
-        steps: of the integrator, for each draw.
+        warmup: number of adaptation steps before the first draw.
+        steps: number of integrator steps for each draw.
 
     Returns:
         `HMCSamples`.

@@ -1,6 +1,6 @@
-r"""Training and tuning in turns: the schedule of the papers on marginal likelihoods.
+r"""Alternate training and tuning: the schedule of the marginal-likelihood papers.
 
-    burn_in training steps;  then, for ever:   `hyper_steps` steps of λ at fixed w,   `steps` training steps of w
+    burn_in training steps;  then repeat:   `hyper_steps` steps of λ at fixed w,   `steps` training steps of w
 
 One call of the solver is one step of λ. The first call trains for `burn_in` steps, and every `hyper_steps`-th after it
 for `steps`; the calls between do not train, and cost a direct derivative of the outer loss.
@@ -66,7 +66,7 @@ def interleaved(
 
     Raises:
         InputError: for counts out of range.
-        InputTypeError: for counts that are no integers, something that is no problem, or no optimizer.
+        InputTypeError: for counts that are not integers, or for something that is not a problem or an optimizer.
 
     >>> import hypergrad as hg, jax.numpy as jnp, optax
     >>> data = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([1.1, 2.1, 2.9])

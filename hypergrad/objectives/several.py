@@ -1,4 +1,4 @@
-r"""Several outer losses at once: one weighted sum, or a front of compromises between as many ends as there are losses.
+r"""Several outer losses at once: one weighted sum, or a Pareto front of compromises with one end for each loss.
 
     F_α(λ) = Σₜ αₜ fₜ(w*(λ), λ),    α on the simplex
     min over λ₁ … λ_T of the mean over α of F_α(λ(α)),    λ(α) = Σₜ αₜ λₜ
@@ -12,7 +12,7 @@ and α runs over a fixed grid (tasks of `hg.tasks`) where the paper draws it.
 Where it fails: a weighted sum reaches the convex part of a front alone, losses of different units need scales of their
 own (the weights say nothing else), and a front that is strongly curved in λ is only as good as the simplex that fits
 it.
-Cost: that of the solver for each weight of the grid. Memory: its states.
+Cost: that of the solver, once for each weight of the grid. Memory: as many states.
 """
 
 from __future__ import annotations
