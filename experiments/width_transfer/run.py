@@ -316,7 +316,7 @@ def draw(folder: Path, grids: dict[str, Any], curves: dict[Any, Any], checks: di
     high = max(ax.get_ylim()[1] for ax in axes[1])
     for ax in axes[1]:
         ax.set_ylim(low, high)
-    save(picture, folder)
+    save(picture, folder, colours=64)
 
 
 if __name__ == "__main__":
