@@ -303,7 +303,7 @@ def draw(folder: Path, episodes: np.ndarray, judging: dict[str, dict[str, dict[s
         lowest = min(row["curve"].min() for row in rows.values())
         place.set_ylim(0.9 * lowest, 12 * lowest)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    style.save(figure, folder)
+    style.save(figure, folder, colours=64)
 
 
 if __name__ == "__main__":
