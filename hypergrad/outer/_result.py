@@ -80,8 +80,8 @@ class History(NamedTuple):
         inner_residual: see `hg.Info`.
         linear_residual: see `hg.Info`.
         error_estimate: see `hg.Info`.
-        inner_steps: int, see `hg.Info`.
-        linear_steps: int, see `hg.Info`.
+        inner_steps: int, see `hg.Info`; where a controller judges by the loss first, with the steps of that evaluation.
+        linear_steps: int, see `hg.Info`; likewise.
         seconds: wall time from the start of `tune` to the end of the call that took the step; the first entry includes
             the compilation.
         accepted: whether the run moved to this step's hyperparameters, boolean; with an optax optimizer, whether the

@@ -224,7 +224,12 @@ def _controlled(solver: Solver, outer: Controller, domain: PyTree, seen: dict[st
         told = jnp.where(good, value, jnp.inf)
         _note(seen, outer.judge, told, loop.outer, loop.trial, info)
         proposed, moved, wants = _verdict("judge", outer.judge(told, loop.outer, loop.trial, info), loop)
-        run = lambda: _tree.strong(differentiate(loop, after, moved, hparams, pull, train, valid, key))
+
+        def run() -> Taken:
+            taken = differentiate(loop, after, moved, hparams, pull, train, valid, key)
+            spent = _spent(taken.out.info, info)  # by both, where the judge asked for the loss first
+            return _tree.strong(taken._replace(out=taken.out._replace(info=spent)))
+
         nothing = jax.tree.map(_nothing, jax.eval_shape(run).out)
 
         def refuse() -> Taken:
@@ -321,6 +326,12 @@ def _verdict(name: str, returned: Any, loop: Loop) -> tuple[PyTree, Any, Array]:
 def _nothing(shape: Any) -> Array:
     floating = jnp.issubdtype(shape.dtype, jnp.inexact)
     return jnp.full(shape.shape, jnp.nan if floating else 0, shape.dtype)
+
+
+def _spent(info: Info, before: Info) -> Info:
+    """The report of a hypergradient, with the steps that came before it in the same trial."""
+    total = lambda name: getattr(info, name) + jnp.asarray(getattr(before, name), jnp.int32)
+    return info._replace(inner_steps=total("inner_steps"), linear_steps=total("linear_steps"))
 
 
 def _without_hypergradient(info: Info, nothing: Info) -> Info:

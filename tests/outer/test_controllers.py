@@ -135,6 +135,26 @@ def test_a_hypergradient_is_computed_only_where_the_judge_accepts():
     assert int(result.state["calls"]) == int(result.state["evaluations"]) == 2
 
 
+def test_the_steps_of_an_accepted_trial_count_those_of_its_evaluation():
+    solver = values_of(5.0, 4.0, 3.0)
+
+    def with_steps(out, inner, linear):
+        return out._replace(inner_steps=jnp.int32(inner), linear_steps=jnp.int32(linear))
+
+    def hypergrad(state, hparams, *data, key=None):
+        out, state = solver.hypergrad(state, hparams)
+        return out._replace(info=with_steps(out.info, 7, 3)), state
+
+    def evaluate(state, hparams, *data, key=None):
+        value, told, state = solver.evaluate(state, hparams)
+        return value, with_steps(told, 20, 0), state
+
+    counting = solver._replace(hypergrad=hypergrad, evaluate=evaluate)
+    history = walked([5.0, 4.0, 3.0], [True, False, True], judged=True, solver=counting).history
+    assert list(history.inner_steps) == [27, 20, 27]
+    assert list(history.linear_steps) == [3, 0, 3]
+
+
 def test_a_judge_without_an_evaluation_of_the_solvers_own_gets_that_of_its_hypergradient():
     own, fallback = (
         walked([5.0, 4.0, 3.0], [True, False, True], judged=True, solver=solver)
