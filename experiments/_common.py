@@ -107,7 +107,7 @@ def measured_before(file: str, options: argparse.Namespace, kept: str = "results
         return {}
     before = json.loads(path.read_text()).get(str(options.seed), {})
     numbers = {key: value for key, value in before.items() if key not in ("seed", "seconds")}
-    return numbers | {"seconds_before": before["seconds"]} if before else {}
+    return numbers | {"seconds_before": before["seconds"]} if "seconds" in before else numbers
 
 
 def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterable[T]:

@@ -157,13 +157,13 @@ def runs(learner: Learner, seen: Pictures) -> dict[str, Run]:
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     jax.config.update("jax_enable_x64", True)
-    each, size, points, most = (1, 8, 3, 6) if options.smoke else (2, 24, 17, 40)
+    each, size, points, most = (1, 8, 3, 6) if options.smoke else (2, 24, 17, 80)
     rng = np.random.default_rng(options.seed)
     learn, judge = pictures(LEARN, rng, 1, size), pictures(JUDGE, rng, each, size)
     first = np.concatenate([np.full(FILTERS, -4.0), [np.log(NU)], np.eye(FILTERS, len(COSINES)).ravel()])
     learners = {"variation": Learner(variation, np.asarray([-4.0, np.log(NU)]), most)}
     if not options.smoke:
-        learners["experts"] = Learner(experts, first, 2 * most)
+        learners["experts"] = Learner(experts, first, most)
     numbers["noisy"] = float(psnr(judge.noisy, judge))
     grid = np.stack([np.linspace(-4.5, -0.5, points), np.full(points, np.log(NU))], 1)
     both = Pictures(*(np.concatenate(pair) for pair in zip(learn, judge, strict=True)))
