@@ -26,8 +26,8 @@ import optax
 sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
 
 import hypergrad as hg  # noqa: E402
-from experiments._common import experiment, progress  # noqa: E402
-from experiments.bilevel_benchmark.problems import BLOCK, Task, ijcnn1, simulated  # noqa: E402
+from experiments._common import experiment, measured_before, progress  # noqa: E402
+from experiments.bilevel_benchmark.problems import BLOCK, Task, covtype, hyper_cleaning, ijcnn1, simulated  # noqa: E402
 from experiments.bilevel_benchmark.references import DRAWS, METHODS, Setting  # noqa: E402
 
 DECAY = {"soba": 0.5}  # exponents of the step sizes; the others take constant ones
@@ -42,6 +42,10 @@ class Path_(NamedTuple):
 
     seconds: np.ndarray
     score: np.ndarray
+
+    def listed(self) -> list[list[float]]:
+        """For a file: four digits are enough for a picture."""
+        return [[float(f"{x:.4g}") for x in part] for part in (self.seconds, self.score)]
 
     def until(self, target: float) -> float:
         reached = np.flatnonzero(self.score <= target)
@@ -185,7 +189,9 @@ def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, ro
     spent = np.diff(np.asarray(clock.at)[::call])
     each = np.concatenate([[np.median(spent)], spent]) if len(spent) else np.asarray([0.0])
     seconds = np.cumsum(each)
-    return scored(task, seconds, np.asarray(result.history.hparams, np.float64)[::call][: len(seconds)])
+    path, accepted = np.asarray(result.history.hparams, np.float64), result.history.accepted
+    last = np.maximum.accumulate(np.where(accepted, np.arange(len(accepted)), 0))  # where the run is, not its trials
+    return scored(task, seconds, path[last][::call][: len(seconds)])
 
 
 def jaxopt_path(task: Task, implicit: bool, rate: float, outer_rate: float, steps: int) -> Path_ | None:
@@ -281,9 +287,10 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
     if "ijcnn1_shape" in named:
         here = named["ijcnn1_shape"]
         for k, target in enumerate(TARGETS):
-            times = [found["until"][k] for found in here.values()]
-            plain = [found["until_plain"][k] for found in here.values() if "until_plain" in found]
-            ours = min(found["until"][k] for name, found in here.items() if not name.startswith("jaxopt"))
+            reached = {name: found["until"][k] or np.inf for name, found in here.items()}  # None: read from a file
+            plain = [found["until_plain"][k] or np.inf for found in here.values() if "until_plain" in found]
+            times = list(reached.values())
+            ours = min(seconds for name, seconds in reached.items() if not name.startswith("jaxopt"))
             text[f"over_fastest_{target:.0e}"] = ours / min(times + plain) if np.isfinite(ours) else np.inf
     return text
 
@@ -299,20 +306,22 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     else:
         quadratics = [functools.partial(simulated, n, 100) for n in (1024, 8192, 32768)]
         made = [quadratics[0], functools.partial(ijcnn1, (49990, 91701)), *quadratics[1:]]
+        made += [functools.partial(covtype, (16384, 8192)), functools.partial(hyper_cleaning, (960, 960))]
         tasks = [make(options.seed) for make in (made if options.problem is None else [made[options.problem]])]
         methods = list(METHODS)
         calls = lambda method: 31 if method in ("soba", "saba") else 9
         tried = lambda method: 8000 if method in ("soba", "saba") else 1000
-    paths: dict[str, dict[str, Path_]] = {}
-    for at, task in enumerate(progress(tasks, "problems")):
+    numbers |= measured_before(__file__, options, kept="measured.json")
+    for task in progress(tasks, "problems"):
         numbers[label(task)] = here = {}
-        paths[task.name] = drawn_here = {}
-        for method in methods if at < 2 or len(tasks) == 1 else [m for m in methods if m in ("soba", "saba")]:
+        few = task.name in ("simulated 8,192", "simulated 32,768")
+        for method in ("soba", "saba") if few else methods:
             rates = best_rates(task, method, tried(method), key)
             found = compare(task, method, rates, calls(method), key)
             ours, plain = found.pop("path"), found.pop("path_plain")
-            drawn_here |= {method: ours, f"{method}, plain": plain}
             here[method] = found | {
+                "curve": ours.listed(),
+                "curve_plain": plain.listed(),
                 "end": float(np.min(ours.score)),
                 "until": [ours.until(target) for target in TARGETS],
                 "until_plain": [plain.until(target) for target in TARGETS],
@@ -323,36 +332,61 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             numbers["soba_floor_ratio"] = floor_ratio(task, rates, 400 if options.smoke else 40_000, key)
         if task.name.startswith("ijcnn1"):
             for other, path in others(task, rates, 1.0, key).items():
-                drawn_here[other] = path
-                here[other] = {"end": float(np.min(path.score)), "until": [path.until(t) for t in TARGETS]}
+                here[other] = {
+                    "curve": path.listed(), "end": float(np.min(path.score)), "until": [path.until(t) for t in TARGETS]
+                }  # fmt: skip
                 print(task.name, other, here[other], flush=True)
         numbers |= summary(numbers)
     if options.out:
-        draw(options.out, paths)
+        draw(options.out, numbers)
 
 
-def draw(folder: Path, paths: dict[str, dict[str, Path_]]) -> None:
+TITLES = {
+    "simulated_1024": "simulated, 1,024 rows",
+    "simulated_8192": "simulated, 8,192 rows",
+    "simulated_32768": "simulated, 32,768 rows",
+    "ijcnn1_shape": "shape of ijcnn1",
+    "covtype_shape": "shape of covtype",
+    "hyper-cleaning": "hyper-cleaning",
+}
+
+
+def draw(folder: Path, numbers: dict[str, Any]) -> None:
     from experiments import _figures as style
 
-    figure = style.figure(13.0, 5.0)
-    shown = [name for name in paths if len(paths[name]) > 6]
+    shown = [name for name in TITLES if any("curve" in found for found in numbers.get(name, {}).values())]
+    if not shown:
+        return
+    figure = style.figure(13.5, 4.2 * -(-len(shown) // 3))
     colors = dict(zip(METHODS, (style.BLUE, style.GREEN, style.ORANGE, style.PINK, style.SKY), strict=True))
-    rest = iter((style.INK, "#888888", style.YELLOW, "#8B5A2B", "#5A5A8B"))
-    for ax, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for method, path in paths[name].items():
-            base, plain = method.split(",")[0], method.endswith("plain")
-            color = colors[base] if base in colors else next(rest)
-            line = style.DASHED if plain else "-"
-            kept = np.isfinite(path.score)
-            label = None if plain else method
-            ax.loglog(path.seconds[kept], path.score[kept], color=color, linestyle=line, linewidth=1.5, label=label)
-        ax.legend(frameon=False, fontsize=8)
-        style.titled(ax, name, xlabel="processor seconds (dashed: plain JAX)", ylabel="‖∇F‖², exact")
-    style.save(figure, folder)
+    colors |= {
+        "implicit, all rows": style.INK, "implicit, minibatches": "#888888", "unrolled, minibatches": style.YELLOW,
+        "jaxopt, implicit": "#8B5A2B", "jaxopt, unrolled": "#5A5A8B",
+    }  # fmt: skip
+    axes = figure.subplots(-(-len(shown) // 3), min(3, len(shown)), squeeze=False).ravel()
+    lines = {}
+    for ax, name in zip(axes, shown, strict=False):
+        for method, found in numbers[name].items():
+            for key, line in (("curve", "-"), ("curve_plain", style.DASHED)):
+                seconds, score = (np.asarray(found.get(key, ((), ()))[i], float) for i in (0, 1))
+                kept = np.isfinite(score) & (score > 0)
+                (drawn,) = ax.loglog(seconds[kept], score[kept], color=colors[method], linestyle=line, linewidth=1.5)
+                lines.setdefault(method, drawn)
+        style.titled(ax, TITLES[name], xlabel="processor seconds", ylabel="‖∇F‖², exact")
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
+    names = [f"{name} (dashed: plain JAX)" if name in METHODS else name for name in lines]
+    figure.legend(list(lines.values()), names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    style.save(figure, folder, colours=128)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problem", type=int, choices=range(4), help="one alone: 1,024 rows, ijcnn1, 8,192, 32,768")
+    parser.add_argument(
+        "--problem",
+        type=int,
+        choices=range(6),
+        help="one alone: 1,024 rows, ijcnn1, 8,192, 32,768, covtype, hyper-cleaning",
+    )
 
 
 if __name__ == "__main__":
