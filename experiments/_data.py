@@ -30,13 +30,18 @@ def digits(seed: int, sizes: Sequence[int], *, centred: bool = True) -> list[Spl
     return [(x[part], y[part]) for part in rows]
 
 
+def shipped(module: str) -> Any:
+    """A module of a package that brings data along and that few experiments need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise SystemExit(f"{package} is not installed; this run reads from it: pip install -e '.[data]'") from error
+
+
 def faces(seed: int, sizes: Sequence[int]) -> list[Split]:
     """scikit-image's 200 crops, 100 faces (1) and 100 others (0), as `(x [n, 25, 25] in [0, 1], y [n])`."""
-    try:
-        from skimage.data import lfw_subset
-    except ImportError as error:
-        raise SystemExit("The faces are in scikit-image, which is not installed: pip install -e '.[bench]'") from error
-    x = np.asarray(lfw_subset(), np.float32)
+    x = np.asarray(shipped("skimage.data").lfw_subset(), np.float32)
     y = np.repeat(np.asarray([1, 0], np.int32), 100)
     return [(x[part], y[part]) for part in stratified(y, sizes, seed)]
 

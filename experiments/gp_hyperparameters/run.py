@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
+from experiments._data import shipped  # noqa: E402
 
 ROWS, TEST, SPLITS, STARTS = 200, 2000, 5, 3
 NEAR, FAR = 2_000, 20_000  # points where Cholesky is at hand, and where nothing of size n² is
@@ -52,11 +53,7 @@ def table(name: str) -> tuple[Any, Any]:
 
         found: Any = load_diabetes(return_X_y=True)
         return found
-    try:
-        from statsmodels.datasets import randhie
-    except ImportError as error:
-        raise SystemExit("randhie is in statsmodels: pip install -e '.[bench]'") from error
-    data: Any = randhie.load_pandas().data
+    data = shipped("statsmodels.datasets").randhie.load_pandas().data
     return data.drop(columns="mdvis").to_numpy(float), np.log1p(data["mdvis"].to_numpy(float))
 
 

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
+from experiments._data import shipped  # noqa: E402
 from experiments._lanes import side_by_side  # noqa: E402
 
 SCHEDULES = ("exact", "quadratic", "cubic", "exponential")
@@ -64,11 +65,7 @@ def data(name: str, seed: int) -> Data:
         bunch: Any = load_breast_cancer()
         x, y = bunch.data, bunch.target
     else:
-        try:
-            from statsmodels.datasets import randhie
-        except ImportError as error:
-            raise SystemExit("randhie is in statsmodels: pip install -e '.[bench]'") from error
-        table = randhie.load_pandas().data.to_numpy(float)
+        table = shipped("statsmodels.datasets").randhie.load_pandas().data.to_numpy(float)
         table = table[rng.permutation(len(table))[: 2 * ROWS]]
         x, y = table[:, 1:], table[:, 0] > 0  # any visit to a doctor
     order = rng.permutation(len(y))

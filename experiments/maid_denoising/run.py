@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
+from experiments._data import shipped  # noqa: E402
 from experiments._lanes import held, side_by_side  # noqa: E402
 
 LEARN, JUDGE = ("camera", "coins", "chelsea", "brick"), ("astronaut", "moon", "coffee", "grass")
@@ -53,10 +54,7 @@ class Pictures(NamedTuple):
 
 def pictures(names: tuple[str, ...], rng: np.random.Generator, each: int, size: int) -> Pictures:
     """Crops of grey pictures at half their size."""
-    try:
-        from skimage import color, data
-    except ImportError as error:
-        raise SystemExit("The pictures are in scikit-image: pip install -e '.[bench]'") from error
+    color, data = shipped("skimage.color"), shipped("skimage.data")
     crops = []
     for name in names:
         whole = np.asarray(getattr(data, name)(), float) / 255

@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as
 
 import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
+from experiments._data import shipped  # noqa: E402
 
 SIGMA, SIDE = 0.1, 64  # of the noise, where pixels are in [0, 1]; of a crop
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
@@ -32,7 +33,7 @@ FEW = 200  # rows that ridge is trained on
 
 def crops(seed: int, count: int) -> np.ndarray:
     """`[count, 64, 64]`, in [0, 1]: a place of each photograph, halved in size, that is drawn by seed."""
-    from skimage import color, data, transform
+    color, data, transform = (shipped(f"skimage.{name}") for name in ("color", "data", "transform"))
 
     rng, found = np.random.default_rng(seed), []
     for name in PHOTOGRAPHS[:count]:
@@ -68,7 +69,7 @@ def errors_of(h: Any, clean: Any, noisy: Any) -> tuple[Any, Any]:
 
 
 def denoise(options: argparse.Namespace, numbers: dict[str, Any]) -> dict[str, Any]:
-    from skimage.restoration import calibrate_denoiser, denoise_tv_chambolle
+    restoration = shipped("skimage.restoration")
 
     count, steps, draws = (2, 2, 3) if options.smoke else (6, 60, 400)
     clean = jnp.asarray(crops(options.seed, count))
@@ -87,11 +88,11 @@ def denoise(options: argparse.Namespace, numbers: dict[str, Any]) -> dict[str, A
     grid = np.stack([errors_of(both(*s, count), clean, noisy)[1] for s in progress(settings, "the oracle's grid")])
     # The rivals: Chambolle's algorithm at its best weight, and at the one that J-invariance calibrates.
     weights = np.geomspace(0.02, 0.5, 2 if options.smoke else 16)
-    dual = lambda y, weight: denoise_tv_chambolle(y, weight=weight)
+    dual = lambda y, weight: restoration.denoise_tv_chambolle(y, weight=weight)
     each = lambda i, weight: np.mean((dual(np.asarray(noisy[i]), weight) - clean[i]) ** 2)
     chambolle = np.asarray([[each(i, weight) for i in range(count)] for weight in weights])
     # What it returns also hides each pixel from its own estimate, which costs more than it is worth: weights alone.
-    calibrate = lambda y: calibrate_denoiser(y, denoise_tv_chambolle, {"weight": list(weights)})
+    calibrate = lambda y: restoration.calibrate_denoiser(y, restoration.denoise_tv_chambolle, {"weight": list(weights)})
     found_weights = [
         calibrate(np.asarray(y)).keywords["denoiser_kwargs"]["weight"]
         for y in progress(noisy, "J-invariance", total=count)

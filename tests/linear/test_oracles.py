@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
-import pytest
 import scipy.sparse.linalg
 
 from tests._helpers import tol
@@ -33,7 +33,6 @@ def test_cg_agrees_with_jax():
 
 
 def test_cg_and_gmres_agree_with_lineax():
-    lineax = pytest.importorskip("lineax")
     for name, matrix in [("cg", spd(100.0)), ("gmres", contraction(0.7))]:
         a, b = jnp.asarray(matrix, float), jnp.asarray(vector(), float)
         tag = lineax.positive_semidefinite_tag if name == "cg" else ()
