@@ -20,9 +20,15 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("hypergrad") is None:
     SOURCE = "..[demo]"  # the folder of the project
+    if SOURCE.startswith("..") and not Path("../pyproject.toml").exists():
+        raise ModuleNotFoundError(
+            "hypergrad is not installed, and the project is not in the folder above this notebook. Upload the "
+            "project's folder or its wheel, then run: %pip install 'PATH[demo]', with its path for PATH."
+        )
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", SOURCE], check=True)
 
 # %%

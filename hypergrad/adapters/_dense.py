@@ -42,6 +42,8 @@ class Data(NamedTuple):
         train: weights of the rows in each fold's training loss, `[k + 1, n]`; the last are all rows.
         valid: weights in each fold's validation loss, `[k, n]`.
         assign: which hyperparameter is the penalty of which coefficient, integers `[d, c]`.
+        unit: logarithms in whose units hyperparameters are compared with one another, `[p]`.
+        pull: of a prior that draws them together, for each, `[p]`: what `log loss` gains by a squared distance of one.
     """
 
     x: Array
@@ -49,6 +51,8 @@ class Data(NamedTuple):
     train: Array
     valid: Array
     assign: Array
+    unit: Array
+    pull: Array
 
 
 class Fits(NamedTuple):
@@ -60,7 +64,7 @@ class Fits(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Where tuning ended: the best hyperparameters (logarithms), their models, and the path that led there."""
+    """Where tuning ended: the best hyperparameters (logarithms), their models and validation loss, and how it ended."""
 
     log: Array
     fits: Fits
@@ -264,15 +268,22 @@ MODELS = {"ridge": ridge, "elastic_net": elastic_net, "logistic": logistic, "ker
 
 
 def objective(model: Model, data: Data) -> Callable[[Array, Array], tuple[Array, Fits]]:
-    """`(log, coef) -> (validation loss, fits)`; `coef` is where the fits start."""
+    """`(log, coef) -> (validation loss times `surprise`, fits)`; `coef` is where the fits start."""
     prepared = jax.vmap(model.prepare, (None, None, 0))(data.x, data.y, data.train)
 
     def evaluate(log: Array, coef: Array) -> tuple[Array, Fits]:
         fits = Fits(*jax.vmap(model.solve, (None, 0, 0, None, 0))(log, coef, prepared, data, data.train))
         losses = jax.vmap(model.loss, (0, None, 0))(fits.outputs[:-1], data.y, data.valid)
-        return jnp.mean(losses), fits
+        return jnp.mean(losses) * surprise(log, data), fits
 
     return evaluate
+
+
+def surprise(log: Array, data: Data) -> Array:
+    """Factor of the loss by which the prior speaks: `exp(Σ pull (z − mean z)²)` of z = log − unit, 1 without one."""
+    z = log - data.unit
+    mean = jnp.sum(data.pull * z) / jnp.maximum(jnp.sum(data.pull), jnp.finfo(z.dtype).tiny)
+    return jnp.exp(jnp.sum(data.pull * (z - mean) ** 2))
 
 
 class _Carry(NamedTuple):
@@ -338,6 +349,7 @@ def program(kind: str, intercept: bool) -> Callable[[Data, Array, Array, Array],
         none = Tuned(start, nothing, jnp.full((), jnp.inf, start.dtype), jnp.int32(0), jnp.bool_(False))
         go_on = lambda c: (c.steps < max_iter) & ~c.best.converged
         begin = _Carry(start, control.init(start), nothing, none, jnp.int32(0), jnp.int32(0))
-        return jax.lax.while_loop(go_on, step, begin).best
+        best = jax.lax.while_loop(go_on, step, begin).best
+        return best._replace(value=best.value / surprise(best.log, data))
 
     return jax.jit(search)

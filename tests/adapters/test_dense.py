@@ -33,7 +33,10 @@ def problem(kind: str, seed: int = 0, n: int = 18, d: int = 3) -> tuple[_dense.D
     train = np.concatenate([weight - valid, weight[None]])
     assign = np.arange(d)[:, None] * np.ones((1, y.shape[1]), int)
     log = {"elastic_net": 2 * d, "kernel_ridge": d + 1}.get(kind, d)
-    return _dense.Data(x, y, train, valid, assign), rng.uniform(-2.0, 1.0, log) - 2.0 * (kind == "elastic_net")
+    start = rng.uniform(-2.0, 1.0, log) - 2.0 * (kind == "elastic_net")
+    # Where a prior is meant to speak it does, loudly, but not of the strength, which is the last.
+    pull = 0.3 * (np.arange(log) < d) * (kind == "kernel_ridge")
+    return _dense.Data(x, y, train, valid, assign, rng.normal(size=log), pull), start
 
 
 def coef(kind: str, data: _dense.Data) -> jnp.ndarray:
@@ -83,7 +86,7 @@ def test_rows_and_columns_of_zeros_change_nothing(kind):
     more = _dense.Data(
         *(
             np.pad(a, [(0, p) for p in pad])
-            for a, pad in zip(data, [(5, 2), (5, 0), (0, 5), (0, 5), (2, 0)], strict=True)
+            for a, pad in zip(data, [(5, 2), (5, 0), (0, 5), (0, 5), (2, 0), (0,), (0,)], strict=True)
         )
     )
     values = [
@@ -91,6 +94,16 @@ def test_rows_and_columns_of_zeros_change_nothing(kind):
         for d in (jax.tree.map(jnp.asarray, data), jax.tree.map(jnp.asarray, more))
     ]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-9)
+
+
+def test_a_prior_draws_together_in_its_units_and_is_silent_where_it_has_no_pull():
+    data, log = problem("kernel_ridge")
+    shifted = log + np.array([2.0, 2.0, 2.0, -7.0])  # all lengths by one factor, and the strength
+    z = (log - data.unit)[:3]
+    expected = np.exp(0.3 * np.sum((z - z.mean()) ** 2))
+    for at in (log, shifted):
+        np.testing.assert_allclose(_dense.surprise(jnp.asarray(at), data), expected, rtol=1e-12)
+    assert _dense.surprise(jnp.asarray(log), data._replace(pull=np.zeros(4))) == 1.0
 
 
 def test_the_search_ends_where_the_hypergradient_vanishes():

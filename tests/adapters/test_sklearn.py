@@ -115,6 +115,22 @@ def test_each_regression_is_scikit_learns_own_at_the_hyperparameters_that_were_f
     np.testing.assert_allclose(kernel.predict(X), own.predict(X / kernel.length_scale_) + mean, rtol=1e-6)
 
 
+def test_length_scales_of_noise_stay_together_and_the_validation_loss_is_that_of_the_folds():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40, 3)) * [1.0, 5.0, 0.2]
+    y = rng.normal(size=40)
+    found = HyperKernelRidge(cv=4).fit(X, y)
+    ratio = found.length_scale_ / X.std(0)
+    assert ratio.max() < 2.5 * ratio.min(), "3.8 without the prior"
+    loss = 0.0
+    for train, valid in KFold(4).split(X):
+        mean = y[train].mean()
+        own = KernelRidge(alpha=found.alpha_, kernel="rbf", gamma=0.5)
+        own.fit(X[train] / found.length_scale_, y[train] - mean)
+        loss += np.mean((own.predict(X[valid] / found.length_scale_) + mean - y[valid]) ** 2) / 4
+    np.testing.assert_allclose(found.validation_loss_, loss, rtol=1e-9)
+
+
 def test_groups_and_classes_have_a_penalty_each():
     X, y, w = regression(1)
     found = HyperRidge(per="group", groups=np.where(w == 0, "noise", "signal")).fit(X, y)

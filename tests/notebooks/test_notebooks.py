@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,28 @@ def test_the_install_cell_does_nothing_where_hypergrad_is(source):
     exec(code, {})
 
 
+@pytest.mark.parametrize(("where", "says"), [("beside the project", None), ("in Colab", "Upload the project's folder")])
+@each
+def test_the_install_cell_without_an_address_installs_the_folder_above_or_says_what_to_do(
+    source, where, says, tmp_path, monkeypatch
+):
+    code = next(cell for cell in MAKE["cells"](source) if cell["cell_type"] == "code")["source"]
+    find, ran = importlib.util.find_spec, []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find(name) if name != "hypergrad" else None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    if says:
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+        with pytest.raises(ModuleNotFoundError, match=says):
+            exec(code, {})
+        assert not ran, "there is nothing to install from"
+    else:
+        (tmp_path / "pyproject.toml").write_text("")
+        exec(code, {})
+        assert [command[-1] for command in ran] == [re.search(r'SOURCE = "(.+?)"', code)[1]]
+
+
 def test_an_address_goes_into_the_install_cell(tmp_path, monkeypatch):
     """Colab has no folder above: once the project has an address, the notebook installs from there."""
     home = tmp_path / "notebooks"
@@ -71,4 +97,12 @@ def test_an_address_goes_into_the_install_cell(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://example.org/a/b"\n')
     (home / "quickstart.py").write_text((FOLDER / "quickstart.py").read_text())
     cells = runpy.run_path(str(home / "make.py"))["cells"](home / "quickstart.py")
-    assert 'SOURCE = "hypergrad-jax[demo] @ git+https://example.org/a/b"' in cells[1]["source"]
+    address = "hypergrad-jax[demo] @ git+https://example.org/a/b"
+    assert f'SOURCE = "{address}"' in cells[1]["source"]
+    find, ran = importlib.util.find_spec, []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find(name) if name != "hypergrad" else None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.chdir(home.parent.parent)
+    exec(cells[1]["source"], {})
+    assert [command[1:] for command in ran] == [["-m", "pip", "install", "-q", address]]
