@@ -10,6 +10,12 @@
 
 gives `run.py --seed N [--smoke] [--json] [--keep]`. `--keep` writes the numbers of this seed into `results.json` beside
 the script, from which `experiments/report.py` makes the tables.
+
+An experiment that passes `draw=drawing` has its picture drawn from the kept numbers of all seeds, after `--keep` and by
+`run.py --draw`, which measures nothing:
+
+    def drawing(results):                    # {"0": numbers of seed 0, "1": …} -> a matplotlib figure
+        ...
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -35,6 +42,7 @@ def experiment(
     about: str | None,
     measure: Callable[[argparse.Namespace, dict[str, Any]], None],
     *,
+    draw: Callable[[dict[str, Any]], Any] | None = None,
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     kept: str = "results.json",
 ) -> dict[str, Any]:
@@ -47,6 +55,7 @@ def experiment(
             run has measured of them as `seconds_before`. It finds `seed`, `smoke`, `json`, `keep`
             and `out` (the folder of pictures: beside the script for seed 0, else one that is thrown away, unless
             `--out` names one) in its options.
+        draw: makes a figure from the kept numbers by seed: `figure.png`, drawn after `--keep` and by `--draw`.
         arguments: adds arguments of this experiment alone.
         kept: where `--keep` writes; another name keeps the numbers out of `experiments/report.py`.
 
@@ -68,8 +77,13 @@ def experiment(
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where pictures go (default: beside the script, with seed 0 alone)"
     )
+    if draw:
+        parser.add_argument("--draw", action="store_true", help=f"draw figure.png from {kept}; measure nothing")
     arguments(parser)
     options = parser.parse_args()
+    if draw and options.draw:
+        _draw(draw, here, kept)
+        return {}
     if options.keep and options.smoke:
         parser.error("argument --keep: the numbers of a smoke run mean nothing")
     if options.out is None and options.seed == 0 and not options.smoke:
@@ -97,6 +111,8 @@ def experiment(
         sys.exit(130)
     if options.keep:
         _write(here / kept, options.seed, found)
+        if draw:
+            _draw(draw, here, kept)
     return found
 
 
@@ -137,8 +153,19 @@ def _write(path: Path, seed: int, found: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     known[str(seed)] = found
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(dict(sorted(known.items(), key=lambda kv: int(kv[0]))), indent=1) + "\n")
+    fresh.write_text(_lists_on_one_line(json.dumps(dict(sorted(known.items(), key=lambda kv: int(kv[0]))), indent=1)))
     fresh.replace(path)
+
+
+def _lists_on_one_line(text: str) -> str:
+    """Indented JSON, with each list of numbers (a curve) on a line of its own instead of a line for each number."""
+    return re.sub(r"\[[^\[\]{}\"]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text) + "\n"
+
+
+def _draw(draw: Callable[[dict[str, Any]], Any], here: Path, kept: str) -> None:
+    from experiments import _figures  # matplotlib is needed for pictures alone
+
+    _figures.save(draw(json.loads((here / kept).read_text())), here, colours=128)
 
 
 def _keep_compiled_code() -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 # Okabe & Ito (2008), as in `hg.diagnostics.plots`.
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, INK = (
@@ -27,19 +29,81 @@ def figure(width: float = 12.5, height: float = 5.0) -> Any:
 
 
 def titled(axes: Any, title: str, **labels: Any) -> None:
-    """Title on the left, no box, a light grid; `labels` go to `axes.set`."""
-    axes.set_title(title, loc="left", color=INK, pad=9, fontsize=11.5, fontweight="bold")
+    """Title on the left, no box, a light grid, letters to be read at half the size; `labels` go to `axes.set`."""
+    axes.set_title(title, loc="left", color=INK, pad=9, fontsize=12.5, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E8E8E8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set(**labels)
+    axes.xaxis.label.set_size(11.5)
+    axes.yaxis.label.set_size(11.5)
+    axes.tick_params(labelsize=11)
+
+
+def legend(canvas: Any, *places: Any, columns: int = 4) -> None:
+    """One legend for `places`, below everything, where it covers nothing; each label once."""
+    shown: dict[str, Any] = {}
+    for place in places:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    canvas.legend(
+        list(shown.values()), list(shown), loc="outside lower center", ncols=columns, frameon=False, fontsize=11
+    )
+
+
+def over_seeds(axes: Any, rows: Mapping[str, tuple[Sequence[Any], str]], title: str, **labels: Any) -> None:
+    """A line for each row: a pale dot for each seed, their mean and its standard error, and the mean in digits.
+
+    Args:
+        axes: where.
+        rows: `(values by seed, colour)` by name; a value may be None, of a seed that has none.
+        title: of the axes.
+        labels: go to `axes.set`; `digits` (three) is the number of digits behind the point.
+    """
+    digits = labels.pop("digits", 3)
+    for i, (values, color) in enumerate(rows.values()):
+        found = np.array([v for v in values if v is not None], float)
+        axes.plot(found, np.full(len(found), i), "o", color=color, alpha=0.3, markersize=5, markeredgewidth=0)
+        mean, error = mean_and_error(found)
+        axes.errorbar(mean, i, xerr=error, fmt="o", color=color, markersize=7, elinewidth=2, capsize=4)
+        axes.annotate(f"{mean:.{digits}f}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=11)
+    titled(axes, title, **labels)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", color="#E8E8E8", linewidth=0.8)
+
+
+def curves(axes: Any, x: Any, by_seed: Any, color: str, label: str, **options: Any) -> None:
+    """A thin line for each seed [seeds, n], and their mean with a label; `options` go to the mean's `plot`."""
+    lines = np.asarray(by_seed, float)
+    for line in lines:
+        axes.plot(x, line, color=color, linewidth=0.8, alpha=0.35)
+    axes.plot(x, lines.mean(0), **({"color": color, "linewidth": 2.2, "label": label} | options))
+
+
+def mean_and_error(by_seed: Any) -> tuple[Any, Any]:
+    """Mean over the first axis, of seeds, and its standard error; an error of zero for one seed."""
+    values = np.asarray(by_seed, float)
+    error = np.std(values, axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1:])
+    return np.mean(values, axis=0), error
+
+
+def each(results: Mapping[str, Any], path: str) -> list[Any]:
+    """The number at a path such as `"arms.plain"` of every seed, None where a seed has none."""
+
+    def at(numbers: Any) -> Any:
+        for name in path.split("."):
+            numbers = numbers.get(name) if isinstance(numbers, Mapping) else None
+        return numbers
+
+    return [at(numbers) for numbers in results.values()]
 
 
 def bars(axes: Any, rows: Mapping[str, tuple[Any, str]], title: str, *, digits: int = 3, **labels: Any) -> None:
     """One bar below the other with its number behind it, by name: `(value, colour)`; `labels` go to `axes.set`."""
     values, colors = zip(*rows.values(), strict=True)
     axes.barh(list(rows), [float(value) for value in values], color=colors, height=0.6)
-    axes.bar_label(axes.containers[0], fmt=f"%.{digits}f", padding=3, fontsize=9)
+    axes.bar_label(axes.containers[0], fmt=f"%.{digits}f", padding=3, fontsize=11)
     axes.invert_yaxis()
     titled(axes, title, **labels)
 

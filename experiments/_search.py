@@ -7,8 +7,9 @@ time without compilation.
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +132,24 @@ def tpe(ranges: Ranges, count: int, seed: int, evaluate: Callable[[dict[str, flo
 def best(runs: Iterable[Run]) -> Run:
     """The run with the lowest validation loss."""
     return min(runs, key=lambda run: run.value)
+
+
+def expected_best(runs: Sequence[tuple[float, float]], count: int) -> float:
+    """What a search of `count` of these runs finds, on average over all of their subsets of that size, exactly.
+
+    Args:
+        runs: `(validation loss, test loss)` of each.
+        count: runs of a search, at most `len(runs)`.
+
+    Returns:
+        The mean test loss of the run with the lowest validation loss of a subset.
+
+    >>> expected_best([(1.0, 10.0), (2.0, 20.0), (3.0, 30.0)], 2)  # of three pairs two have the first
+    13.333333333333334
+    """
+    ordered = sorted(runs)
+    first = [math.comb(len(ordered) - 1 - i, count - 1) for i in range(len(ordered))]  # subsets whose best is run i
+    return sum(n * test for n, (_, test) in zip(first, ordered, strict=True)) / math.comb(len(ordered), count)
 
 
 class Clock:

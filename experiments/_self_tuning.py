@@ -1,4 +1,8 @@
-"""A self-tuned model against plain ones: without any augmentation, and at the best of random settings of equal cost."""
+"""A self-tuned model against plain ones: without any augmentation, and at the best of random settings of equal cost.
+
+The search may be one that a person would set up who knows the task: over a box of mild settings, with no augmentation
+at all and the setting where self-tuning starts thrown in free of charge.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import optax
 from flax import nnx
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments import _search
 
 PyTree = Any
@@ -33,6 +38,7 @@ class Task(NamedTuple):
         rate: learning rate of Adam.
         calls: outer steps.
         steps: training steps in each.
+        mild: ranges of a search by a person who knows the task; None leaves it out.
     """
 
     model: Callable[[nnx.Rngs, bool], nnx.Module]
@@ -47,6 +53,7 @@ class Task(NamedTuple):
     rate: float
     calls: int
     steps: int = 5
+    mild: _search.Ranges | None = None
 
 
 def compare(task: Task, seed: int, numbers: dict[str, Any]) -> hg.Result:
@@ -95,9 +102,35 @@ def compare(task: Task, seed: int, numbers: dict[str, Any]) -> hg.Result:
     chosen = _search.best(runs)
     numbers["validation_loss_random"], numbers["test_loss_random"] = chosen.value, test_loss(chosen)
     numbers["random_runs"], numbers["random_setting"] = len(runs), chosen.setting
+    if task.mild:
+        known_best(task, seed, numbers, evaluate, test_loss, free=[off, evaluate(task.start)])
+    every = max(task.calls // 50, 1)
+    numbers["curves"] = {name: result.history.hparams[name][::every] for name in task.ranges}
+    numbers["curves"]["validation loss"] = result.history.value[::every]
     numbers["better_than_plain"] = bool(numbers["test_loss_stn"] < numbers["test_loss_plain"])
     numbers["better_than_random"] = bool(numbers["test_loss_stn"] < numbers["test_loss_random"])
     return result
+
+
+def known_best(
+    task: Task, seed: int, numbers: dict[str, Any], evaluate: Any, test_loss: Any, free: list[_search.Run]
+) -> None:
+    """What a search over mild settings finds at the cost of the self-tuned run, and at four times that cost.
+
+    Means over all subsets of sixteen settings, in each of which the runs that are `free` may win as well.
+    """
+    assert task.mild is not None
+    runs = [evaluate(setting) for setting in _search.random(task.mild, 16 if task.calls > 10 else 2, seed)]
+    base = _search.best(free)
+    numbers["test_loss_start"] = test_loss(free[1])
+    pairs = [min((run.value, test_loss(run)), (base.value, test_loss(base))) for run in runs]
+    cost = numbers["seconds_stn"] / np.mean([run.seconds for run in runs])
+    once = min(max(round(float(cost)), 1), len(runs))
+    numbers["cost"], numbers["mild_runs"] = cost, once
+    numbers["test_loss_mild"] = _search.expected_best(pairs, once)
+    numbers["test_loss_mild_4"] = _search.expected_best(pairs, min(4 * once, len(runs)))
+    numbers["gain_over_mild"] = numbers["test_loss_mild"] - numbers["test_loss_stn"]
+    numbers["gain_over_mild_4"] = numbers["test_loss_mild_4"] - numbers["test_loss_stn"]
 
 
 def fixed(task: Task, seed: int) -> tuple[Callable[[dict[str, float]], _search.Run], Callable[[_search.Run], float]]:
@@ -126,26 +159,37 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
-def draw_schedules(result: hg.Result, ranges: _search.Ranges, title: str, path: Any) -> None:
-    """Each hyperparameter, as a share of its range, over the run; below, the validation loss."""
-    from matplotlib.figure import Figure
-
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-    figure = Figure(figsize=(7.2, 5.2), layout="constrained", facecolor="white")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
-    steps = np.arange(len(result.history.value))
-    for (name, (low, high, _)), color in zip(ranges.items(), colors, strict=False):
-        label = f"{name}, of {high:g}"
-        top.plot(steps, (result.history.hparams[name] - low) / (high - low), color=color, label=label, linewidth=1.6)
-    top.set(ylabel="share of its range", ylim=(-0.02, 1.02))
-    top.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    top.legend(frameon=False, fontsize=9, ncols=2)
-    bottom.plot(steps, result.history.value, color="#222222", linewidth=1.2)
-    bottom.plot([result.best.step], [result.best.value], "o", color=colors[1], label=f"best: {result.best.value:.3f}")
-    bottom.set(xlabel="outer step", ylabel="validation loss", yscale="log")
-    bottom.legend(frameon=False, fontsize=9)
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E8E8E8", linewidth=0.8)
-    top.axvline(result.best.step, color=colors[1], linewidth=0.8, linestyle=(0, (4, 3)))
-    figure.savefig(path, dpi=110)
+def drawing(results: dict[str, Any], ranges: _search.Ranges, title: str) -> Any:
+    """Test losses of the arms by seed; and each hyperparameter as a share of its range, where its curve was kept."""
+    arms = {
+        "plain, nothing": ("test_loss_plain", style.ORANGE),
+        "random search": ("test_loss_random", style.PINK),
+        "search of mild settings": ("test_loss_mild", style.PINK),
+        "… at 4 times the cost": ("test_loss_mild_4", style.PINK),
+        "self-tuned": ("test_loss_stn", style.BLUE),
+        "plain, retrained there": ("test_loss_retrained", style.SKY),
+    }
+    rows = {text: (style.each(results, path), color) for text, (path, color) in arms.items()}
+    rows = {text: row for text, row in rows.items() if None not in row[0]}
+    canvas = style.figure(12, 4.6)
+    left, right = canvas.subplots(1, 2, width_ratios=(1, 1.15))
+    style.over_seeds(left, rows, "Test loss, nats (mean, standard error)", xlabel="test loss, nats")
+    colors = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.YELLOW)
+    if all("curves" in numbers for numbers in results.values()):
+        for (name, (low, high, _)), color in zip(ranges.items(), colors, strict=False):
+            shares = (np.array([run["curves"][name] for run in results.values()]) - low) / (high - low)
+            at = np.linspace(0, 1, shares.shape[1])
+            style.curves(right, at, shares, color, f"{name}, of {high:g}")
+        style.titled(right, title, xlabel="share of the run", ylabel="share of its range")
+        style.legend(canvas, right, columns=5)
+    else:
+        rows = {}
+        for (name, (low, high, _)), color in zip(ranges.items(), colors, strict=False):
+            rows[f"{name}, of {high:g}"] = (
+                [(v - low) / (high - low) for v in style.each(results, f"tuned.{name}")],
+                color,
+            )
+        style.over_seeds(
+            right, rows, "What was learned, at the best step", xlabel="share of its range", xlim=(-0.03, 1.03)
+        )
+    return canvas

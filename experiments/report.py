@@ -2,6 +2,7 @@
 
     python experiments/report.py            # after `run.py --seed N --keep`
     python experiments/report.py --check    # exit 1 if a page is out of date
+    python experiments/report.py --figures  # draw every picture that is made from the kept numbers, too
 
 Each `experiments/<name>/results.json` holds the numbers by seed, as `run.py --keep` writes them. What is shown of them,
 `expected.json` says:
@@ -23,6 +24,7 @@ import math
 import operator
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ Each experiment puts a method to work on real data, with the public interface al
 would ask for. The first sentence of its page, repeated here, says what was found, whether that is a win or not. Every
 command takes `--seed N`, `--smoke` (its main paths in seconds; the numbers mean nothing), `--json` (the numbers as
 one JSON object on the last line) and `--keep` (into `results.json`, from which `python experiments/report.py` makes
-this page). Measured values are means over seeds; minutes are the processor time of one seed (the median), which two
-idle cores do not exceed.
+this page); many take `--draw` too (the picture of all kept seeds). Measured values are means over seeds; minutes are
+the processor time of one seed (the median), which two idle cores do not exceed.
 
 | experiment | found | command | minutes | measured |
 |---|---|---|---:|---|"""
@@ -53,7 +55,11 @@ def main(arguments: list[str] | None = None, folder: Path = HERE) -> int:
     """Write, or check, every page below `folder`; the exit code."""
     parser = argparse.ArgumentParser(prog="python experiments/report.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    parser.add_argument("--figures", action="store_true", help="draw the pictures that are made from results.json, too")
     options = parser.parse_args(arguments)
+    if options.figures and not options.check:
+        for script in drawn(folder):
+            subprocess.run([sys.executable, script, "--draw"], check=True)
     try:
         fresh = pages(folder)
     except ReportError as error:
@@ -65,6 +71,11 @@ def main(arguments: list[str] | None = None, folder: Path = HERE) -> int:
         if not options.check:
             path.write_text(fresh[path])
     return 1 if options.check and stale else 0
+
+
+def drawn(folder: Path) -> list[Path]:
+    """The scripts whose picture `run.py --draw` makes from the kept numbers of all seeds."""
+    return [path for path in sorted(folder.glob("*/run.py")) if "draw=drawing" in path.read_text()]
 
 
 def pages(folder: Path) -> dict[Path, str]:

@@ -220,5 +220,5 @@ print(f"self-tuned, a rate an example: {result.test:.3f}")
 # %% [markdown]
 # After 300 steps this small network does not need dropout: a rate of zero is best of the grid, and both runs moved
 # towards it in a single training, from 0.1. In the longer ones of [the
-# experiment](../experiments/self_tuning_digits/README.md) it does, and self-tuning is level with a dozen runs of search
-# there, and behind the best of a fine grid.
+# experiment](../experiments/self_tuning_digits/README.md) it does: there self-tuning is ahead of random search at the
+# cost of up to four runs, and level with it at twelve.

@@ -25,9 +25,9 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, progress
 from experiments._data import digits
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, figure, save, titled
 
 RATES = (0.0, 0.1, 0.25, 0.5)  # ξ of the toy
 HIDDEN, WIDTHS = 16, (4, 8, 16)
@@ -235,14 +235,13 @@ def accuracy(space: Space, params: Any, p: Any, batch: Any) -> Any:
     return jnp.mean(jnp.argmax(space.logits(params, p, batch[0]), 1) == batch[1])
 
 
-def toy(rates: tuple[float, ...], steps: int) -> tuple[dict[str, Any], dict[float, np.ndarray]]:
-    """L_valid = αw − 2α + 1, L_train = (w − α)²: where each order ends, from its known fixed point; paths by ξ."""
+def toy(rates: tuple[float, ...], steps: int) -> dict[str, Any]:
+    """L_valid = αw − 2α + 1, L_train = (w − α)²: where each order ends, and how far that is from its fixed point."""
     problem = hg.Problem(
         lambda w, alpha, _: (w - alpha) ** 2,
         lambda w, alpha, _: alpha * w - 2 * alpha + 1,
     )
     ends: dict[str, dict[str, float]] = {"first": {}, "second": {}, "difference": {}}
-    paths = {}
     for rate in rates:
         inner = hg.inner.gradient(optax.sgd(rate or 0.1), steps=1)  # first order leaves ξ out of the hypergradient
         for order in ("second", "difference") if rate else ("first",):
@@ -251,18 +250,17 @@ def toy(rates: tuple[float, ...], steps: int) -> tuple[dict[str, Any], dict[floa
                 warnings.filterwarnings("ignore", message=".*hypergradient is exactly zero")
                 result = hg.tune(solver, jnp.float32(-2), 2.0, outer=optax.sgd(0.1), steps=steps)
             ends[order][f"{rate:g}"] = float(result.hparams)
-            paths[rate] = np.asarray(result.history.hparams)
     errors = {
         f"{order}_error": max(abs(end - 2 / (1 + 2 * float(rate))) for rate, end in by_rate.items())
         for order, by_rate in ends.items()
     }
     implicit = hg.tune(hg.implicit(problem), jnp.float32(-2), 2.0, outer=optax.sgd(0.1), steps=steps)
-    return {"ends": ends["second"], "implicit": implicit.hparams, **errors}, paths
+    return {"ends": ends["second"], "implicit": implicit.hparams, **errors}
 
 
 def measure(options: Any, numbers: dict[str, Any]) -> None:
     steps, training = (2, 4) if options.smoke else (400, 200)
-    numbers["toy"], paths = toy((0.0, 0.5) if options.smoke else RATES, 200 if options.smoke else 400)
+    numbers["toy"] = toy((0.0, 0.5) if options.smoke else RATES, 200 if options.smoke else 400)
     train, valid, test = data = jax.tree.map(
         jnp.asarray, tuple((x, y % 2) for x, y in digits(options.seed, (300, 300)))
     )
@@ -273,28 +271,24 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     }
     if options.smoke:
         studies = {"cell": (cell(), {"second": CELL_ARMS["second"]})}
-    tables, marks = {}, {}
     for name, (space, arms) in studies.items():
         values, accuracies = train_all(space, data, training, options.seed)
-        table = tables[name] = accuracies.mean(1)
+        table = accuracies.mean(1)
         about = numbers[name] = in_general(space, values, accuracies, np.random.default_rng(options.seed))
         for arm_name, arm in progress(arms.items(), f"search, {name}"):
             result = search(space, arm, train, valid, steps, options.seed)
             row = found(space, result.hparams)
             online = accuracy(space, result.params, arm.mixture(result.hparams), test)
             about[arm_name] = standing(table, row) | {"online": online, "skipped": int(np.sum(~result.history.usable))}
-            marks[name, arm_name] = row
+            if arm_name in ("second", "dass"):
+                about[arm_name]["architecture"] = described(space, row)
             if (name, arm_name) == ("cell", "second"):
-                weights = np.asarray(jax.vmap(softmax)(jnp.asarray(result.history.hparams)))
+                dense = row
         if name == "cell":
-            dense = marks["cell", "second"]
-            about["second"]["architecture"] = described(space, dense)
             all_relu = onehot((np.full(3, 3),), (len(OPERATIONS),))
             about["plain"] = standing(table, int(np.argmax((np.asarray(space.table) == all_relu).all((1, 2)))))
         if name == "sparse":
             about["dense_found"] = standing(table, dense)
-            about["dass"]["architecture"] = described(space, marks["sparse", "dass"])
-    picture(paths, tables, marks, weights, options.out)
 
 
 def described(space: Space, row: int) -> str:
@@ -321,31 +315,44 @@ def in_general(space: Space, values: np.ndarray, accuracies: np.ndarray, rng: np
     }
 
 
-def picture(paths: Any, tables: Any, marks: Any, weights: np.ndarray, folder: Path) -> None:
-    canvas = figure(12.5, 4.2)
-    left, middle, right = canvas.subplots(1, 3)
-    for (rate, path), color in zip(paths.items(), (INK, ORANGE, GREEN, BLUE), strict=False):
-        left.plot(path, color=color, label=f"ξ = {rate:g}" if rate else "first order")
-        left.axhline(2 / (1 + 2 * rate), color=color, linestyle=DASHED, linewidth=0.9)
-    left.legend(frameon=False, fontsize=9, title="ends at 2 / (1 + 2ξ)", title_fontsize=9)
-    titled(left, "The toy: known fixed points", xlabel="outer step", ylabel="α")
-    texts = {"cell": ("cell, dense", BLUE), "sparse": ("cell, 10 % of the weights", ORANGE), "cuboid": ("grid", GREEN)}
-    for name, values in tables.items():
-        table, (text, color) = np.sort(values)[::-1], texts[name]
-        middle.plot(np.arange(1, len(table) + 1), table, color=color, label=text)
-    symbols = {"first": "v", "second": "o", "difference": "x", "power": "^", "max_w": "s", "dass": "o", "softmax": "v"}
-    for (name, arm), row in marks.items():
-        place = standing(tables[name], row)
-        middle.plot(place["rank"], place["test"], symbols[arm], color=texts[name][1], markersize=7)
-    middle.set_ylim(0.87, 0.97)
-    middle.legend(frameon=False, fontsize=9, loc="lower left")
-    titled(middle, "Every architecture, and what was found", xlabel="rank", ylabel="test accuracy, fresh training")
-    for i, color in enumerate(("#BBBBBB", INK, GREEN, ORANGE, BLUE)):
-        right.plot(weights[:, 0, i], color=color, label=OPERATIONS[i])
-    right.legend(frameon=False, fontsize=9)
-    titled(right, f"Weights of edge {EDGES[0]}, second order", xlabel="outer step")
-    save(canvas, folder)
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(13, 5.2)
+    left, middle, right = canvas.subplots(1, 3, width_ratios=(0.8, 1, 1))
+    at = np.linspace(0, 0.55, 50)
+    left.plot(
+        at, 2 / (1 + 2 * at), color=style.INK, linewidth=1.2, linestyle=style.DASHED, label="theory: 2 / (1 + 2ξ)"
+    )
+    for numbers in results.values():
+        ends = {float(rate): end for rate, end in numbers["toy"]["ends"].items()}
+        left.plot(list(ends), list(ends.values()), "o", color=style.BLUE, markersize=8)
+    left.legend(frameon=False, fontsize=11)
+    style.titled(left, "Toy: where α ends", xlabel="ξ, rate of the inner step", ylabel="α")
+    left.set_ylim(0.8, 2.2)
+    rows = lambda arms: {text: (style.each(results, f"{path}.test"), color) for text, path, color in arms}
+    cell = (
+        ("first order", "cell.first", style.BLUE),
+        ("second order", "cell.second", style.BLUE),
+        ("difference", "cell.difference", style.BLUE),
+        ("power annealing", "cell.power", style.BLUE),
+        ("Max-W", "cell.max_w", style.BLUE),
+        ("random search", "cell.random", style.ORANGE),
+        ("ReLU everywhere", "cell.plain", style.GREEN),
+        ("best of all, by validation", "cell.exhaustive", style.INK),
+    )
+    others = (
+        ("sparse: DASS", "sparse.dass", style.BLUE),
+        ("dense second order's", "sparse.dense_found", style.SKY),
+        ("sparse: random search", "sparse.random", style.ORANGE),
+        ("sparse: best of all", "sparse.exhaustive", style.INK),
+        ("grid: softmax", "cuboid.softmax", style.BLUE),
+        ("grid: Max-W", "cuboid.max_w", style.BLUE),
+        ("grid: random search", "cuboid.random", style.ORANGE),
+        ("grid: best of all", "cuboid.exhaustive", style.INK),
+    )
+    for axes, arms, title in ((middle, cell, "Cell of 125 architectures"), (right, others, "Sparse cell, and grid")):
+        style.over_seeds(axes, rows(arms), title, xlabel="test accuracy, fresh training")
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

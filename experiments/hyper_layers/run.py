@@ -20,8 +20,8 @@ import timing
 from flax import nnx
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment
-from experiments._figures import BLUE, DASHED, INK, ORANGE, SKY, figure, save, titled
 
 HPARAMS = 5
 BAR = 2.2
@@ -78,7 +78,6 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             each, _ = timing.compiled(matrix_for_each(size, offset), inputs)
             times = timing.interleaved({"plain": fast, "each": each}, samples=samples)
             numbers["time_matrix_for_each"] = times.ratio("each", "plain")
-    draw(numbers, options.out)
 
 
 def matrix_for_each(size: int, offset: jax.Array) -> Any:
@@ -97,26 +96,21 @@ def matrix_for_each(size: int, offset: jax.Array) -> Any:
     return lambda inputs: jax.grad(loss, argnums=(0, 1))(params, inputs)
 
 
-def draw(numbers: dict[str, Any], folder: Path) -> None:
-    canvas = figure(7.5, 3.0)
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(9, 3.8)
     axes = canvas.subplots()
-    rows = [("dense, a matrix for each example: time", numbers["time_matrix_for_each"], ORANGE)]
-    for name in ("lstm", "conv", "dense"):
-        rows += [
-            (f"{name}: parameters", numbers[f"parameters_{name}"], SKY),
-            (f"{name}: time", numbers[f"time_{name}"], BLUE),
-        ]
-    labels, values, colors = zip(*rows, strict=True)
-    axes.barh(labels, values, color=colors, height=0.62)
-    axes.bar_label(axes.containers[0], fmt="%.2f", label_type="center", color="white", fontsize=9)
-    axes.axvline(BAR, color=INK, linewidth=1, linestyle=DASHED)
-    titled(axes, f"Responding over plain layers (dashed: {BAR})", xlabel="ratio (log scale)", xscale="log")
-    axes.set_xlim(1, 1.5 * max(values))
+    rows = {}
+    for name, text in (("dense", "dense"), ("conv", "convolution"), ("lstm", "LSTM")):
+        rows[f"{text}: time"] = style.each(results, f"time_{name}"), style.BLUE
+        rows[f"{text}: parameters"] = style.each(results, f"parameters_{name}"), style.SKY
+    rows["a matrix for each example: time"] = style.each(results, "time_matrix_for_each"), style.ORANGE
+    style.over_seeds(axes, rows, "Responding over plain layers", digits=2, xlabel="ratio (log scale)", xscale="log")
+    axes.axvline(BAR, color=style.INK, linewidth=1, linestyle=style.DASHED, label=f"bar: {BAR}")
+    axes.set_xlim(1, 300)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
-    axes.grid(visible=False)
-    save(canvas, folder)
+    style.legend(canvas, axes)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

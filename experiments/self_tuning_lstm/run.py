@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 import hypergrad as hg
+from experiments import _self_tuning
 from experiments._common import experiment
 from experiments._data import stretches
-from experiments._self_tuning import Task, compare, cross_entropy, draw_schedules
+from experiments._self_tuning import Task, compare, cross_entropy
 
 RANGES = dict.fromkeys(("input", "hidden", "output"), (0.0, 0.9, "real"))
 START = dict.fromkeys(RANGES, 0.05)
@@ -71,10 +72,12 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     parts, alphabet = stretches(options.seed, rows, LENGTH)
     model = lambda rngs, responding: Net(alphabet, width, rngs, responding)
     task = Task(model, predict, cross_entropy, RANGES, START, *parts, batch=rows[0] // 8, rate=3e-3, calls=calls)
-    result = compare(task, options.seed, numbers)
-    if not options.smoke:
-        draw_schedules(result, RANGES, "Dropout learned while training", options.out / "schedules.png")
+    compare(task, options.seed, numbers)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    return _self_tuning.drawing(results, RANGES, "Dropout learned while training")
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

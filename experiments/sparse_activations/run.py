@@ -24,9 +24,9 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, progress
 from experiments._data import digits
-from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, YELLOW, bars, figure, save, titled
 from experiments.sparse_activations import tasks
 from experiments.sparse_activations.networks import (
     NETWORKS,
@@ -232,50 +232,41 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
         study = Study(network, data, sizes, jax.random.key(options.seed))
         numbers[name] = {}
         compare(study, numbers[name], np.random.default_rng(options.seed), whole=whole)
-    curves = {}
     families = {
         "interpolation": lambda: tasks.interpolation(options.seed, *((20, 60) if whole else (2, 3))),
         "graph": lambda: tasks.graph(options.seed, 20),
     }
     for name in families if whole else ("interpolation",):
-        found, *curves[name] = tasks.study(families[name](), *((25, 15) if whole else (2, 2)))
-        numbers[name] = found
-    if whole:
-        picture(numbers, curves, options.out)
+        numbers[name], grid, losses = tasks.study(families[name](), *((25, 15) if whole else (2, 2)))
+        numbers[name] |= {"grid": grid, "losses": losses}
 
 
-def picture(numbers: dict[str, Any], curves: dict[str, Any], folder: Path) -> None:
-    canvas = figure(13.5, 7.2)
-    places = canvas.subplots(2, 3, width_ratios=(1, 1.05, 1))
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 8.4)
+    places = canvas.subplots(2, 2, width_ratios=(1.15, 1))
     texts = {
-        "relu_default": ("ReLU, training as before", INK),
-        "relu_tuned": ("ReLU, training tuned", ORANGE),
-        "relu_searched": ("ReLU, training searched", YELLOW),
-        "learned_default": ("learned, training as before", SKY),
-        "tuned": ("learned, training tuned", BLUE),
-        "searched": ("all of it searched", GREEN),
-        "dense": ("ReLU, not pruned", PINK),
+        "relu_default": ("ReLU, trained as before", style.INK),
+        "relu_tuned": ("ReLU, training tuned", style.ORANGE),
+        "relu_searched": ("ReLU, training searched", style.YELLOW),
+        "learned_default": ("learned, trained as before", style.SKY),
+        "tuned": ("learned, training tuned", style.BLUE),
+        "searched": ("all of it searched", style.GREEN),
+        "dense": ("ReLU, not pruned", style.PINK),
     }
     reach = np.linspace(-3, 3, 121)
-    titles = {"mlp": "Multilayer perceptron, 5 % of weights", "lenet": "LeNet-like, 5 % of weights"}
-    for row, (name, title) in zip(places, titles.items(), strict=True):
-        rows = {text: (numbers[name][arm], color) for arm, (text, color) in texts.items()}
-        bars(row[0], rows, title, xlabel="test accuracy, fresh networks", xlim=(0.4, 1.05))
-        activate = mixture(jax.tree.map(np.asarray, numbers[name]["activation"]))
-        for i, color in zip(range(NETWORKS[name].hidden), (BLUE, ORANGE, GREEN), strict=False):
-            row[1].plot(reach, activate(i, reach), color=color, label=f"layer {i + 1}")
-        row[1].plot(reach, np.maximum(reach, 0), color="#999999", linewidth=1, label="ReLU")
-        row[1].legend(frameon=False, fontsize=9)
-        titled(row[1], "What was learned", xlabel="h", ylabel="activation")
-    titles = {"interpolation": "θ tanh(h) + (1 − θ) h²", "graph": "Width θ of a graph's kernel"}
-    for axes, (name, title) in zip(places[:, 2], titles.items(), strict=True):
-        grid, curve = curves[name]
-        axes.plot(grid, curve, "o-", color=INK, markersize=3, linewidth=1, label="grid")
-        axes.plot(numbers[name]["theta"], numbers[name]["loss"], "o", color=BLUE, markersize=9, label="learned")
-        axes.legend(frameon=False, fontsize=9)
-        titled(axes, title, xlabel="θ", ylabel="validation loss, fresh tasks")
-    save(canvas, folder, colours=64)
+    titles = {"mlp": "Perceptron, 5 % of weights", "lenet": "LeNet-like, 5 % of weights"}
+    for (left, right), (name, title) in zip(places, titles.items(), strict=True):
+        rows = {text: (style.each(results, f"{name}.{arm}"), color) for arm, (text, color) in texts.items()}
+        style.over_seeds(left, rows, title, xlabel="test accuracy, fresh networks", xlim=(0.5, 1))
+        right.plot(reach, np.maximum(reach, 0), color="#999999", linewidth=1.5, linestyle=style.DASHED, label="ReLU")
+        for i, color in zip(range(NETWORKS[name].hidden), (style.BLUE, style.ORANGE, style.GREEN), strict=False):
+            activation = lambda run: {k: np.asarray(v, np.float32) for k, v in run[name]["activation"].items()}  # noqa: B023
+            by_seed = [mixture(activation(run))(i, reach) for run in results.values()]
+            style.curves(right, reach, by_seed, color, f"layer {i + 1}")
+        style.titled(right, "What was learned", xlabel="h", ylabel="activation")
+    style.legend(canvas, places[1, 1], columns=4)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, progress
-from experiments._figures import BLUE, GREEN, ORANGE, PINK, figure, save, titled
 
 LAYERS = 16
 NAMES = ("threshold", "momentum", "support")
@@ -212,6 +212,7 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     points = np.exp(rng.uniform(np.log(LOW), top, (8 if options.smoke else 2000, 3)))
     random, _, numbers["random_draws"] = search(points, numbers["seconds_tuned"], "random search")
     numbers["grid"], numbers["random"] = score(grid, test), score(random, test)
+    numbers["over_random"] = numbers["random"] - numbers["tuned"]
     first = numbers["seconds_to_60"]
     numbers["time_ratio"] = None if first is None else numbers["seconds_grid"] / first
 
@@ -229,32 +230,36 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     numbers["new_dictionary"] = {
         name: score(c, data, other) for name, c in (("tuned", tuned), ("grid", grid), ("random", random))
     }
-    lines = {
-        "tuned by gradient": (curve(tuned, d, *test), BLUE),
-        f"best of a grid of {np.prod(sides)}": (curve(grid, d, *test), ORANGE),
-        "where tuning starts": (curve(named(LOW), d, *test), PINK),
-        "FISTA, best strength": (fista(best, rate, d, *test), GREEN),
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 5.6)
+    left, right = canvas.subplots(1, 2, width_ratios=(1, 1.25))
+    arms = {
+        "where tuning starts": ("untuned", style.INK),
+        "FISTA, best strength": ("fista", style.INK),
+        "tuned from the other corner": ("other_start", style.SKY),
+        "best of a grid of 252": ("grid", style.ORANGE),
+        "tuned by gradient": ("tuned", style.BLUE),
+        "… a step for two of the three": ("gradient_alone", style.SKY),
+        "random search, equal time": ("random", style.PINK),
     }
-    picture(lines, result, options.out)
-
-
-def picture(lines: dict[str, Any], result: hg.Result, folder: Path) -> None:
-    canvas = figure(12.5, 4.2)
-    left, middle, right = canvas.subplots(1, 3)
-    for text, (values, color) in lines.items():
-        left.plot(np.arange(1, LAYERS + 1), values, "o-", color=color, label=text, markersize=4)
-    left.legend(frameon=False, fontsize=9)
-    titled(left, "Sixteen layers, three numbers", xlabel="layer", ylabel="error on new signals (dB)")
-    middle.plot(result.history.value, color=BLUE)
-    titled(middle, "The error falls as they are tuned", xlabel="outer step", ylabel="error in training (dB)")
-    for name, color in zip(NAMES, (BLUE, GREEN, ORANGE), strict=True):
-        text = f"{name}, by difference" if name == "support" else name
-        right.plot(result.history.hparams[name], color=color, label=text)
-    right.set_yscale("log")
-    right.legend(frameon=False, fontsize=9)
-    titled(right, "The three hyperparameters", xlabel="outer step")
-    save(canvas, folder)
+    rows = {text: (style.each(results, path), color) for text, (path, color) in arms.items()}
+    style.over_seeds(left, rows, "Sixteen layers, three numbers", digits=0, xlabel="error on new signals, dB")
+    changes = {
+        "scale_2": "twice as large",
+        "new_dictionary": "new dictionary",
+        "density_15": "15 % nonzero",
+        "snr_40": "40 dB of noise",
+        "snr_20": "20 dB of noise",
+    }
+    rows = {}
+    for place, text in changes.items():
+        for arm, color in (("random", style.PINK), ("tuned", style.BLUE)):
+            rows[f"{text}: {arm}"] = style.each(results, f"{place}.{arm}"), color
+    style.over_seeds(right, rows, "Carried over to other signals", digits=0, xlabel="error, dB (lower is better)")
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

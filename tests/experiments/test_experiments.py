@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
 import os
@@ -10,9 +12,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import _common, report
+from experiments import _common, _figures, _search, report
 from tests._scripts import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +69,51 @@ def test_page_holds_what_a_reader_needs(home):
         "a key of the smoke ranges that the real run has not"
     )
     assert set(expected.get("bars", {})) <= set(expected["table"]), "a bar on a key that is not shown"
+
+
+DRAWN = [script.parent for script in report.drawn(FOLDER)]
+
+
+@pytest.mark.parametrize("home", DRAWN, ids=lambda home: home.name)
+def test_picture_is_made_from_the_committed_numbers_and_nothing_is_cut_off(home, tmp_path):
+    run = importlib.import_module(f"experiments.{home.name}.run")
+    canvas = run.drawing(json.loads((home / "results.json").read_text()))
+    _figures.save(canvas, tmp_path, colours=128)
+    assert 0 < (tmp_path / "figure.png").stat().st_size < 150_000
+    assert _faults_of(canvas) == []
+
+
+def _faults_of(canvas) -> list[str]:
+    """What of a figure is cut off, covered by another part of it, or too small to be read at half the size."""
+    width, height = canvas.get_size_inches()
+    box, faults = canvas.get_tightbbox(), []
+    if box.x0 < -0.01 or box.y0 < -0.01 or box.x1 > width + 0.01 or box.y1 > height + 0.01:
+        faults.append(f"something reaches to {box.extents}, out of {width} × {height} inches")
+    parts = [*canvas.axes, *canvas.legends]
+    boxes = [part.get_tightbbox().padded(-1.0) for part in parts]
+    for i, j in itertools.combinations(range(len(parts)), 2):
+        if boxes[i].overlaps(boxes[j]):
+            faults.append(f"part {i} covers part {j}")
+    for axes in canvas.axes:
+        letters = [axes.xaxis.label, axes.yaxis.label, axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()]
+        faults += [
+            f"{text.get_text()!r} is small" for text in letters if text.get_text() and text.get_fontsize() < 10.5
+        ]
+    return faults
+
+
+def test_faults_of_a_figure_are_seen():
+    canvas = _figures.figure(6, 3)
+    left, right = canvas.subplots(1, 2)
+    for axes in (left, right):
+        _figures.titled(axes, "Title", xlabel="x", ylabel="y")
+    canvas.draw_without_rendering()
+    assert _faults_of(canvas) == []
+    right.tick_params(labelsize=7)
+    left.annotate("covers what is beside it", (1.0, 0.5), xycoords="axes fraction")
+    left.text(-3, 0.5, "is outside", transform=left.transAxes)
+    canvas.set_layout_engine("none")
+    assert len({fault.split()[-1] for fault in _faults_of(canvas)}) == 3
 
 
 def test_pages_are_what_the_numbers_say(capsys):
@@ -131,6 +179,14 @@ def test_numbers_are_shown_as_a_person_reads_them(value, text):
     assert report.shown(value) == text
 
 
+def test_expected_best_is_the_mean_over_all_subsets():
+    rng = np.random.default_rng(0)
+    runs = list(zip(rng.normal(size=6).tolist(), rng.normal(size=6).tolist(), strict=True))
+    for count in (1, 2, 4, 6):
+        means = [min(subset)[1] for subset in itertools.combinations(runs, count)]
+        assert _search.expected_best(runs, count) == pytest.approx(np.mean(means), abs=1e-12)
+
+
 def _run(monkeypatch, tmp_path, measure, *arguments):
     monkeypatch.setattr(_common, "_keep_compiled_code", lambda: "")
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
@@ -172,6 +228,31 @@ def test_keep_adds_the_numbers_of_a_seed_to_those_of_others(monkeypatch, tmp_pat
     assert list(kept) == ["0", "3"]
     assert kept["3"]["value"] == 3.333 and kept["3"]["bad"] is None
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == kept["0"]
+
+
+def test_a_kept_run_draws_from_the_numbers_of_all_seeds_and_draw_measures_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(_common, "_keep_compiled_code", lambda: "")
+    home, seen = tmp_path / "made_up", []
+    home.mkdir()
+
+    def drawing(results):
+        seen.append(list(results))
+        return _figures.figure(2, 1)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        measure = lambda options, numbers: numbers.update(curve=[1, 2], value=options.seed)
+        return _common.experiment(str(home / "run.py"), "About.", measure, draw=drawing)
+
+    run("--seed", "3", "--keep")
+    run("--seed", "0", "--keep")
+    kept = (home / "results.json").read_text()
+    assert '"curve": [1, 2]' in kept, "a curve takes a line"
+    run("--seed", "5")
+    (home / "figure.png").unlink()
+    assert run("--draw") == {}
+    assert seen == [["3"], ["0", "3"], ["0", "3"]]
+    assert (home / "figure.png").exists() and (home / "results.json").read_text() == kept
 
 
 def test_interrupted_experiment_prints_what_it_had(monkeypatch, tmp_path, capsys):
