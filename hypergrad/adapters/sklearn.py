@@ -85,7 +85,8 @@ class _Dense(Hyper):
         the loss gains 2 / n of what the prior says.
         """
         train, valid = self._shares(masks, weight)
-        unit, precision = prior or (np.zeros(grid.shape[1]), np.zeros(grid.shape[1]))
+        none = np.zeros(grid.shape[1])
+        unit, precision = prior or (none, none)
         count = valid.sum() ** 2 / (valid**2).sum()  # rows that validate, by Kish's count where weights differ
         rows, columns = bucket(len(X)), bucket(X.shape[1])
         data = _dense.Data(
@@ -94,7 +95,7 @@ class _Dense(Hyper):
             pad(train, 1, rows),
             pad(valid, 1, rows),
             pad(assign, 0, columns),
-            unit,
+            pad(unit, 0, len(unit)),
             precision / count,
         )
         with jax.enable_x64(True):
