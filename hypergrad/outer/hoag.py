@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._options import Number, options
-from hypergrad._solver import Hypergradient, InputError
+from hypergrad._solver import Hypergradient, InputError, InputTypeError
 from hypergrad._tree import PyTree
 from hypergrad.outer.controllers import Controller, set_options
 
@@ -85,6 +85,7 @@ def hoag(
     Raises:
         InputError: for an unknown schedule, one whose values are not positive numbers or have no finite sum, or an
             option out of range; in `hg.tune`, for a solver without these tolerances.
+        InputTypeError: for a schedule that does not return one number for a step.
 
     >>> import hypergrad as hg, jax.numpy as jnp
     >>> problem = hg.Problem(inner_loss=lambda w, l2, batch: jnp.sum((w - 2.0)**2) + l2 * jnp.sum(w**2),
@@ -139,13 +140,28 @@ def _checked(schedule: Any) -> Callable[[Any], Any]:
             f"found {schedule!r}."
         )
     share: Callable[[Any], Any] = schedule
-    values = np.asarray([float(share(k)) for k in (0, 10**3, 10**6)])
+    values = np.asarray([_number(share, k) for k in (0, 10**3, 10**6)])
     if not (np.all(np.isfinite(values)) and np.all(values >= 0)):
-        raise InputError(f"hoag: schedule gave {values.tolist()} at steps 0, 1e3 and 1e6: it must be at least 0.")
+        raise InputError(
+            f"hoag: schedule gave {values.tolist()} at steps 0, 1e3 and 1e6: it must be at least 0 and fall, as "
+            "lambda k: 0.9**k does."
+        )
     # If k ε_k does not fall over three decades, the sum behaves like that of 1/k, or worse.
     if values[2] * 10**6 > 0.5 * values[1] * 10**3:
         raise InputError(
-            f"hoag: schedule has no finite sum: it gave {values[1]:.3g} at step 1e3 and {values[2]:.3g} at step 1e6; "
-            "let it fall faster than 1/k, as lambda k: 0.9**k does."
+            f"hoag: schedule has no finite sum, or hardly one: it gave {values[1]:.3g} at step 1e3 and {values[2]:.3g} "
+            "at step 1e6; let it fall faster than 1/k, as lambda k: 0.9**k does."
         )
     return schedule
+
+
+def _number(schedule: Callable[[Any], Any], step: int) -> float:
+    try:
+        return float(schedule(step))
+    except OverflowError:  # Python's numbers, where an array's would be infinite
+        return float("inf")
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(
+            f"hoag: schedule must be a function of the step number that returns one number, as lambda k: 0.9**k does; "
+            f"at step {step}: {error}"
+        ) from error

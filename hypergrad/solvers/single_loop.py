@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from hypergrad import _tree
@@ -70,6 +71,22 @@ class _Rates(NamedTuple):
     def check(self, function: str, name: str, value: Any) -> None:
         if not callable(value):
             Number(above=0, advice="write 0.1, or a schedule of optax").check(function, name, value)
+            return
+        for call in (0, 1000):
+            try:
+                found = jnp.asarray(value(jnp.int32(call)))
+            except (TypeError, ValueError) as error:
+                raise InputTypeError(
+                    f"{function}: {name} must be a number or a function of the number of calls so far, such as a "
+                    f"schedule of optax; at call {call}: {error}"
+                ) from error
+            if isinstance(found, Tracer):
+                return
+            if found.ndim or not (jnp.isfinite(found) and found >= 0):
+                raise InputError(
+                    f"{function}: {name} gave {np.asarray(found).tolist()} at call {call}: a schedule returns one "
+                    "number, at least 0, such as optax.constant_schedule(0.1) does."
+                )
 
 
 class SingleLoopState(NamedTuple):
@@ -161,10 +178,11 @@ def single_loop(
         convergence. `evaluate` takes the same step of the parameters and leaves the adjoint unchanged.
 
     Raises:
-        InputError: for an unknown method, an option that is out of range or that the method does not take, `rows` that
-            are missing or differ from those of the data, blocks larger than the data, or a table larger than `memory`;
-            from `hypergrad`, for a missing key, and for data that are not arrays of rows.
-        InputTypeError: for an option of the wrong type.
+        InputError: for an unknown method, an option that is out of range or that the method does not take, a schedule
+            that is not a number of at least 0 at calls 0 and 1000, `rows` that are missing or differ from those of the
+            data, blocks larger than the data, or a table larger than `memory`; from `hypergrad`, for a missing key, and
+            for data that are not arrays of rows.
+        InputTypeError: for an option of the wrong type, or a schedule that is no function of the number of calls.
 
     >>> import hypergrad as hg, jax, jax.numpy as jnp, optax
     >>> problem = hg.Problem(lambda w, l2, x: jnp.mean((w - x)**2) + l2 * w**2, lambda w, l2, x: jnp.mean((w - x)**2))

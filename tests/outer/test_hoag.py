@@ -123,6 +123,11 @@ def test_mistakes_are_named():
         hg.outer.hoag(schedule=lambda k: 0.1)
     with pytest.raises(hg.InputError, match="it must be at least 0"):
         hg.outer.hoag(schedule=lambda k: -(0.9**k))
+    with pytest.raises(hg.InputError, match=r"inf\] at steps .*must be at least 0 and fall"):
+        hg.outer.hoag(schedule=lambda k: 1.1**k)
+    for schedule in (lambda: 0.1, lambda k: jnp.ones(2), lambda k: None):
+        with pytest.raises(hg.InputTypeError, match="schedule must be a function of the step number"):
+            hg.outer.hoag(schedule=schedule)
     with pytest.raises(hg.InputError, match="tol must be"):
         hg.outer.hoag(tol=2.0)
     problem = hg.Problem(lambda w, h, b: jnp.sum((w - h) ** 2), lambda w, h, b: jnp.sum(w**2))

@@ -430,6 +430,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "perturbation of another": ({"method": "soba", "perturbation": 0.1}, "perturbation .*leave it out"),
     "step of zero": ({"step_size": 0.0}, "step_size must be greater than 0, found 0.0"),
     "an optimizer as a step": ({"step_size": optax.sgd(0.1)}, "step_size must be a number.*a schedule of optax"),
+    "a schedule below zero": ({"step_size": lambda t: -0.1}, r"step_size gave -0\.1.* at call 0.*at least 0"),
+    "a schedule that grows": ({"step_size": lambda t: 8.0**t}, "step_size gave inf at call 1000"),
+    "a schedule of vectors": ({"adjoint_step_size": lambda t: jnp.ones(2)}, "adjoint_step_size gave .*one number"),
+    "a schedule of nothing": ({"step_size": lambda: 0.1}, "step_size must be a number or a function of the number"),
     "step of text": ({"adjoint_step_size": "0.1"}, "adjoint_step_size must be a number, found '0.1'"),
 }
 
