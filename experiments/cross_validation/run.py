@@ -31,6 +31,7 @@ from experiments._data import stratified  # noqa: E402
 
 FOLDS = 5
 FLOOR = 0.01  # of the squares in an elastic net, without which correlated features take a thousand steps
+LOGISTIC_FLOOR = 0.001  # the same in units of the log-loss, whose curvature is a quarter at most
 PER = ("all", "group", "feature")
 
 
@@ -147,15 +148,19 @@ def smooth(loss: Callable[[Any, Any], Any]) -> Callable[[Any], hg.Solver]:
     return make
 
 
-def elastic(assign: Any) -> hg.Solver:
-    """½ mean squared error + Σ λ₁_j |w_j| + ½ Σ (λ₂_j + FLOOR) w_j², of strengths of the mean, as in scikit-learn."""
+def elastic(loss: Callable[[Any, Any], Any], share: float, floor: float) -> Callable[[Any], hg.Solver]:
+    """`share` of a loss + Σ λ₁_j |w_j| + ½ Σ (λ₂_j + floor) w_j², of strengths of the mean, as in scikit-learn."""
 
-    def prox(w: Any, h: Any, step: Any) -> Any:
-        l1, l2 = (jnp.exp(h[name][assign]) for name in ("l1", "l2"))
-        return w | {"coef": hg.prox.elastic_net(w["coef"], step * l1, step * (l2 + FLOOR))}
+    def make(assign: Any) -> hg.Solver:
+        def prox(w: Any, h: Any, step: Any) -> Any:
+            shape = (-1,) + (1,) * (w["coef"].ndim - 1)  # the same strength for all classes
+            l1, l2 = (jnp.exp(h[name][assign]).reshape(shape) for name in ("l1", "l2"))
+            return w | {"coef": hg.prox.elastic_net(w["coef"], step * l1, step * (l2 + floor))}
 
-    problem = hg.Problem(lambda w, h, batch: 0.5 * squared(w, batch), lambda w, h, batch: squared(w, batch))
-    return hg.implicit(problem, inner=hg.inner.proximal(prox, tol=1e-5), linear=hg.linear.dense(), polish=0)
+        problem = hg.Problem(lambda w, h, batch: share * loss(w, batch), lambda w, h, batch: loss(w, batch))
+        return hg.implicit(problem, inner=hg.inner.proximal(prox, tol=1e-8), linear=hg.linear.dense(), polish=0)
+
+    return make
 
 
 class Model(NamedTuple):
@@ -170,11 +175,15 @@ plain = lambda features: {"coef": jnp.zeros(features), "intercept": jnp.zeros(()
 classes = lambda features: {"coef": jnp.zeros((features, 3)), "intercept": jnp.zeros(2)}
 RIDGE = Model(smooth(squared), plain, {"l2": np.log(20.0)})
 LOGISTIC = Model(smooth(cross_entropy), classes, {"l2": 0.0})
-ELASTIC = Model(elastic, plain, {"l1": np.log(0.03), "l2": np.log(0.03)})
+ELASTIC = Model(elastic(squared, 0.5, FLOOR), plain, {"l1": np.log(0.03), "l2": np.log(0.03)})
+SPARSE = Model(elastic(cross_entropy, 1.0, LOGISTIC_FLOOR), classes, {"l1": np.log(0.01), "l2": np.log(0.01)})
 PROBLEMS: dict[str, tuple[Callable[[], Data], Model]] = {
     "ridge_diabetes": (diabetes, RIDGE),
     "ridge_squares": (squares, RIDGE),
     "elastic_diabetes": (diabetes, ELASTIC),
+    "elastic_squares": (squares, ELASTIC),
+    "elastic_cancer": (breast_cancer, SPARSE),
+    "elastic_wine": (wine, SPARSE),
     "logistic_cancer": (breast_cancer, LOGISTIC),
     "logistic_wine": (wine, LOGISTIC),
 }
@@ -243,6 +252,12 @@ def rivals(name: str, data: Data) -> dict[str, Callable[[Any], Any]]:
         make = lambda cv: LogisticRegressionCV(
             Cs=1 / strengths[::2], cv=cv, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0.0,),
             use_legacy_attributes=False,
+        )  # fmt: skip
+        return {"LogisticRegressionCV": make}
+    if name in ("elastic_cancer", "elastic_wine"):
+        make = lambda cv: LogisticRegressionCV(
+            Cs=np.logspace(-2, 2, 9), cv=cv, scoring="neg_log_loss", max_iter=1000, tol=1e-3, l1_ratios=(0.1, 0.5, 0.9),
+            solver="saga", use_legacy_attributes=False,
         )  # fmt: skip
         return {"LogisticRegressionCV": make}
     if name.startswith("elastic"):
@@ -344,8 +359,8 @@ def draw(folder: Path, paths: dict[str, dict[str, Found]]) -> None:
     from experiments import _figures as style
 
     colors = dict(zip(PER, (style.INK, style.BLUE, style.ORANGE), strict=True))
-    figure = style.figure(12.5, 6.4)
-    places = figure.subplots(2, 3).ravel()
+    figure = style.figure(12.5, 9.3)
+    places = figure.subplots(3, 3).ravel()
     for axes, name in zip(places, PROBLEMS, strict=False):
         for per, path in paths[name].items():
             seen = np.where(path.usable, path.folds, np.inf)
@@ -360,7 +375,7 @@ def draw(folder: Path, paths: dict[str, dict[str, Found]]) -> None:
     places[-1].plot([], [], color=style.INK, label="loss of the test rows")
     places[-1].legend(frameon=False, loc="center left")
     places[-1].set_axis_off()
-    style.save(figure, folder)
+    style.save(figure, folder, colours=64)
 
 
 if __name__ == "__main__":
