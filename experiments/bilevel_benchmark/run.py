@@ -42,6 +42,17 @@ class Path_(NamedTuple):
 
     seconds: np.ndarray
     score: np.ndarray
+    calls: np.ndarray  # of a gradient of a block of rows or a product with its second derivatives; NaN: not counted
+
+    def kept(self) -> dict[str, Any]:
+        """What goes into the file."""
+        at = [np.flatnonzero(self.score <= target)[:1] for target in TARGETS]
+        return {
+            "curve": self.listed(),
+            "end": float(np.min(self.score)),
+            "until": [self.until(target) for target in TARGETS],
+            "calls": [float(self.calls[i[0]]) if len(i) else np.inf for i in at],
+        }
 
     def listed(self) -> list[list[float]]:
         """For a file: four digits are enough for a picture."""
@@ -52,12 +63,29 @@ class Path_(NamedTuple):
         return float(self.seconds[reached[0]]) if len(reached) else np.inf
 
 
-def scored(task: Task, seconds: np.ndarray, hparams: np.ndarray) -> Path_:
+def score(task: Task, hparams: Any) -> float:
+    """‖∇F‖², or infinity where a run has left all bounds."""
+    h = np.asarray(hparams, np.float64)
+    if not (np.all(np.isfinite(h)) and np.max(np.abs(h)) < 50):
+        return np.inf
+    with np.errstate(all="ignore"):
+        found = task.score(h)
+    return found if np.isfinite(found) else np.inf
+
+
+def scored(task: Task, seconds: np.ndarray, hparams: np.ndarray, calls: np.ndarray | None = None) -> Path_:
     """At about 25 steps, evenly spread over the logarithm of the step."""
     last = len(seconds) - 1
     at = np.unique(np.round(np.geomspace(1, last + 1, 25)).astype(int) - 1)
-    score = [task.score(np.asarray(hparams[i], np.float64)) for i in at]
-    return Path_(seconds[at], np.where(np.isfinite(score), score, np.inf))
+    counted = np.full(last + 1, np.nan) if calls is None else calls
+    return Path_(seconds[at], np.asarray([score(task, hparams[i]) for i in at]), counted[at])
+
+
+def calls_a_step(task: Task, method: str) -> float:
+    """Gradients of a block and products with its second derivatives, as the formulation counts them."""
+    k, (n, m) = STEPS[method], (len(rows[0]) // BLOCK for rows in (task.train, task.valid))
+    passes = (4 * n + 2 * m) / (n + m)  # of SRBA: a gradient and a product of all rows every (n + m)/2 steps
+    return {"soba": 3, "saba": 3, "amigo": 3 * k + 2, "srba": 6 + passes, "f2sa": 4 * (k + 1)}[method]
 
 
 def decayed(rate: Any, method: str) -> Callable[[Any], Any]:
@@ -96,10 +124,8 @@ def best_rates(task: Task, method: str, steps: int, key: Any) -> tuple[float, fl
 
         return jax.vmap(run)(pairs)
 
-    ends = np.asarray(last(jnp.asarray(pairs, dtype), task.train, task.valid), np.float64)
-    with np.errstate(all="ignore"):
-        scores = [task.score(end) if np.all(np.isfinite(end)) and np.max(np.abs(end)) < 50 else np.inf for end in ends]
-    rate, outer_rate = pairs[int(np.argmin(scores))]
+    ends = last(jnp.asarray(pairs, dtype), task.train, task.valid)
+    rate, outer_rate = pairs[int(np.argmin([score(task, end) for end in np.asarray(ends)]))]
     return float(rate), float(outer_rate)
 
 
@@ -157,12 +183,13 @@ def compare(task: Task, method: str, rates: tuple[float, float], calls: int, key
     apart = np.max(np.abs(at - np.asarray(ends[: calls - 1])))
     ours, theirs = np.asarray(turns.ours[1:]), np.asarray(turns.theirs[1:])
     times = lambda each: np.arange(1, calls) * float(np.median(each))
+    oracles = np.arange(1, calls) * chunk * calls_a_step(task, method)
     return {
         "speed": float(np.median(theirs / ours)),
         "apart": float(apart),
         "ours": chunk / float(np.median(ours)),
         "plain": chunk / float(np.median(theirs)),
-        "path": scored(task, times(ours), at),
+        "path": scored(task, times(ours), at, oracles),
         "path_plain": scored(task, times(theirs), np.asarray(ends[: calls - 1])),
         "rates": rates,
     }
@@ -189,24 +216,38 @@ def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, ro
     spent = np.diff(np.asarray(clock.at)[::call])
     each = np.concatenate([[np.median(spent)], spent]) if len(spent) else np.asarray([0.0])
     seconds = np.cumsum(each)
-    path, accepted = np.asarray(result.history.hparams, np.float64), result.history.accepted
-    last = np.maximum.accumulate(np.where(accepted, np.arange(len(accepted)), 0))  # where the run is, not its trials
-    return scored(task, seconds, path[last][::call][: len(seconds)])
+    history = result.history
+    n, m = (1, 1) if rows else (len(part[0]) // BLOCK for part in (task.train, task.valid))
+    calls = np.cumsum(n * (history.inner_steps + history.linear_steps + 1) + m)
+    last = np.maximum.accumulate(np.where(history.accepted, np.arange(steps), 0))  # where the run is, not its trials
+    at = [np.asarray(x)[::call][: len(seconds)] for x in (np.asarray(history.hparams, np.float64)[last], calls)]
+    return scored(task, seconds, *at)
 
 
-def jaxopt_path(task: Task, implicit: bool, rate: float, outer_rate: float, steps: int) -> Path_ | None:
+def curvature(task: Task) -> float:
+    """The largest eigenvalue of the inner loss's second derivatives at the start, from 50 products."""
+    slope = lambda w: jax.grad(task.problem.inner_loss)(w, task.hparams, task.train)
+
+    def turn(carry: Any, _: None) -> Any:
+        product = jax.jvp(slope, (task.params,), (carry,))[1]
+        size = jnp.linalg.norm(product)
+        return product / size, size
+
+    begin = jnp.ones_like(task.params) / task.params.size**0.5
+    return float(jax.lax.scan(turn, begin, None, length=50)[1][-1])
+
+
+def jaxopt_run(task: Task, implicit: bool) -> Callable[[float, int], Path_]:
     """jaxopt's gradient descent, ten steps on all rows from where it was, differentiated by either of its ways."""
-    try:
-        import jaxopt
-    except ImportError:
-        return None
+    import jaxopt
+
     inner = jaxopt.GradientDescent(
-        task.problem.inner_loss, maxiter=10, stepsize=rate, implicit_diff=implicit, acceleration=False, tol=0.0,
-        unroll=not implicit, jit=True,
+        task.problem.inner_loss, maxiter=10, stepsize=1 / curvature(task), implicit_diff=implicit, acceleration=False,
+        tol=0.0, unroll=not implicit, jit=True,
     )  # fmt: skip
 
     @jax.jit
-    def step(w: Any, h: Any, train: Any, valid: Any) -> Any:
+    def step(w: Any, h: Any, outer_rate: Any, train: Any, valid: Any) -> Any:
         def outer(h: Any) -> Any:
             found = inner.run(w, h, train).params
             return task.problem.outer_loss(found, h, valid), found
@@ -214,41 +255,54 @@ def jaxopt_path(task: Task, implicit: bool, rate: float, outer_rate: float, step
         grad, w = jax.grad(outer, has_aux=True)(h)
         return w, h - outer_rate * grad
 
-    w, h = task.params, task.hparams
-    jax.block_until_ready(step(w, h, task.train, task.valid))
-    seconds, hparams, spent = [], [], 0.0
-    for _ in range(steps):
-        began = time.process_time()
-        w, h = jax.block_until_ready(step(w, h, task.train, task.valid))
-        spent += time.process_time() - began
-        seconds.append(spent)
-        hparams.append(np.asarray(h))
-    return scored(task, np.asarray(seconds), np.asarray(hparams))
+    def run(outer_rate: float, steps: int) -> Path_:
+        w, h = task.params, task.hparams
+        rate = jnp.asarray(outer_rate, h.dtype)
+        jax.block_until_ready(step(w, h, rate, task.train, task.valid))
+        seconds, hparams, spent = [], [], 0.0
+        for _ in range(steps):
+            began = time.process_time()
+            w, h = jax.block_until_ready(step(w, h, rate, task.train, task.valid))
+            spent += time.process_time() - began
+            seconds.append(spent)
+            hparams.append(np.asarray(h))
+        return scored(task, np.asarray(seconds), np.asarray(hparams))
+
+    return run
 
 
-def others(task: Task, rates: tuple[float, float], scale: float, key: Any) -> dict[str, Path_]:
-    """Solvers that solve: on all rows, on minibatches, by unrolling, and jaxopt's two."""
+OTHERS = (
+    "implicit, all rows",
+    "implicit, minibatches",
+    "unrolled, minibatches",
+    "jaxopt, implicit",
+    "jaxopt, unrolled",
+)
+
+
+def other(task: Task, name: str, rates: tuple[float, float], scale: float, key: Any) -> Path_ | None:
+    """A solver that solves, at the best outer step of a grid by a third of its run; None: jaxopt is not installed."""
     rate, outer_rate = rates
-    full = 1.0 / float(np.max([np.sum(np.asarray(task.train[0], float) ** 2) / len(task.train[0]), 1e-9]))
     steps = lambda n: max(4, int(n * scale))
-    sgd = lambda k: hg.inner.gradient(optax.sgd(rate), steps=k)
-    paths: dict[str, Path_ | None] = {
-        "implicit, all rows": timed(
-            task, hg.implicit(task.problem), hg.outer.lbfgs(), steps(40), key, rows=False
-        ),
-        "implicit, minibatches": timed(
-            task,
-            hg.implicit(task.problem, inner=sgd(10), linear=hg.linear.neumann(10, step_size=rate)),
-            optax.sgd(3 * outer_rate), steps(3000), key, rows=True,
-        ),
-        "unrolled, minibatches": timed(
-            task, hg.unrolled(task.problem, inner=sgd(10), warm_start=True, mode="reverse"), optax.sgd(3 * outer_rate),
-            steps(3000), key, rows=True,
-        ),
-        "jaxopt, implicit": jaxopt_path(task, True, 4 * full, 30 * outer_rate, steps(60)),
-        "jaxopt, unrolled": jaxopt_path(task, False, 4 * full, 30 * outer_rate, steps(60)),
-    }  # fmt: skip
-    return {name: path for name, path in paths.items() if path is not None}
+    if name == "implicit, all rows":
+        return timed(task, hg.implicit(task.problem), hg.outer.lbfgs(), steps(40), key, rows=False)
+    if name.startswith("jaxopt"):
+        try:
+            run, most, grid = jaxopt_run(task, name.endswith("implicit")), steps(60), (1, 3, 10, 30, 100)
+        except ImportError:
+            print(f"{name}: jaxopt is not installed, skipped", flush=True)
+            return None
+    else:
+        inner = hg.inner.gradient(optax.sgd(rate), steps=10)
+        if name.startswith("implicit"):
+            solver = hg.implicit(task.problem, inner=inner, linear=hg.linear.neumann(10, step_size=rate))
+        else:
+            solver = hg.unrolled(task.problem, inner=inner, warm_start=True, mode="reverse")
+        descent = optax.inject_hyperparams(optax.sgd)
+        run = lambda at, steps: timed(task, solver, descent(learning_rate=at), steps, key, rows=True)
+        most, grid = steps(3000), (1, 3, 10)
+    short = {factor * outer_rate: run(factor * outer_rate, most // 3).score[-1] for factor in grid}
+    return run(min(short, key=lambda at: short[at]), most)
 
 
 def floor_ratio(task: Task, rates: tuple[float, float], steps: int, key: Any) -> float:
@@ -302,40 +356,35 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     if options.smoke:
         MODE["chunk"] = 20
         tasks = [simulated(256, 5, options.seed)]
-        methods, calls, tried = ["saba"], lambda method: 3, lambda method: 40
+        methods, calls, tried = ["saba", "implicit, all rows"], lambda method: 3, lambda method: 40
     else:
         quadratics = [functools.partial(simulated, n, 100) for n in (1024, 8192, 32768)]
         made = [quadratics[0], functools.partial(ijcnn1, (49990, 91701)), *quadratics[1:]]
         made += [functools.partial(covtype, (16384, 8192)), functools.partial(hyper_cleaning, (960, 960))]
         tasks = [make(options.seed) for make in (made if options.problem is None else [made[options.problem]])]
-        methods = list(METHODS)
+        methods = options.methods or [*METHODS, *OTHERS]
         calls = lambda method: 31 if method in ("soba", "saba") else 9
         tried = lambda method: 8000 if method in ("soba", "saba") else 1000
     numbers |= measured_before(__file__, options, kept="measured.json")
     for task in progress(tasks, "problems"):
-        numbers[label(task)] = here = {}
-        few = task.name in ("simulated 8,192", "simulated 32,768")
-        for method in ("soba", "saba") if few else methods:
+        here = numbers.setdefault(label(task), {})
+        for method in [method for method in methods if method in METHODS]:
             rates = best_rates(task, method, tried(method), key)
             found = compare(task, method, rates, calls(method), key)
             ours, plain = found.pop("path"), found.pop("path_plain")
+            found |= ours.kept()
             here[method] = found | {
-                "curve": ours.listed(),
-                "curve_plain": plain.listed(),
-                "end": float(np.min(ours.score)),
-                "until": [ours.until(target) for target in TARGETS],
-                "until_plain": [plain.until(target) for target in TARGETS],
-            }
+                "curve_plain": plain.listed(), "until_plain": [plain.until(target) for target in TARGETS]
+            }  # fmt: skip
             print(task.name, method, here[method], flush=True)
         rates = here["saba"]["rates"]
-        if task.name.endswith((" 1,024", " 256")):
-            numbers["soba_floor_ratio"] = floor_ratio(task, rates, 400 if options.smoke else 40_000, key)
-        if task.name.startswith("ijcnn1"):
-            for other, path in others(task, rates, 1.0, key).items():
-                here[other] = {
-                    "curve": path.listed(), "end": float(np.min(path.score)), "until": [path.until(t) for t in TARGETS]
-                }  # fmt: skip
-                print(task.name, other, here[other], flush=True)
+        if task.name.endswith((" 1,024", " 256")) and "soba" in methods:
+            numbers["soba_floor_ratio"] = floor_ratio(task, rates, 40_000, key)
+        for method in [method for method in methods if method in OTHERS]:
+            path = other(task, method, rates, 0.1 if options.smoke else 1.0, key)
+            if path is not None:
+                here[method] = path.kept()
+                print(task.name, method, here[method], flush=True)
         numbers |= summary(numbers)
     if options.out:
         draw(options.out, numbers)
@@ -386,6 +435,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=range(6),
         help="one alone: 1,024 rows, ijcnn1, 8,192, 32,768, covtype, hyper-cleaning",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *OTHERS], help="these alone; others stay as they were kept"
     )
 
 

@@ -274,7 +274,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for name, rows in judging.items():
         rival = min(SCHEDULES, key=lambda schedule, rows=rows: rows[schedule]["curve"].min())
         here: dict[str, Any] = {"adam": float(rows[rival]["test"].mean()), "schedule": rival}
-        here |= {f"{key}_multiple": rows[key]["multiple"] for key in ("learned", rival)}
+        here |= {"learned_multiple": rows["learned"]["multiple"], "adam_multiple": rows[rival]["multiple"]}
         for key in rules:
             off = rows[key]["test"] - rows[rival]["test"]  # of the same initial parameters and batches
             here |= {
@@ -307,4 +307,4 @@ def draw(folder: Path, episodes: np.ndarray, judging: dict[str, dict[str, dict[s
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, kept="measured.json")
+    experiment(__file__, __doc__, measure)
