@@ -24,9 +24,9 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment
 from experiments._data import Split, digits, faces
-from experiments._figures import BLUE, INK, ORANGE, PINK, SKY, bars, figure, image, save
 
 Augment = Callable[[Any, Any, Any], Any]  # (strengths, images [n, side, side], key) -> images
 
@@ -316,13 +316,14 @@ def compare(study: Study, options: argparse.Namespace, numbers: dict[str, Any]) 
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    studies = {name: Study(name, options) for name in (("digits",) if options.smoke else ROUNDS)}
-    nets = {}
-    for name, study in studies.items():
+    drawn = {}
+    for name in ("digits",) if options.smoke else ROUNDS:
+        study = Study(name, options)
         numbers[name] = {}
-        nets[name] = compare(study, options, numbers[name])
+        net = compare(study, options, numbers[name])
+        drawn[name] = before_and_after(study, net)
     if not options.smoke:
-        picture(numbers, studies, nets, options.out)
+        tiles(drawn, options.out)
 
 
 def before_and_after(study: Study, net: Any, columns: int = 5, draws: int = 4) -> np.ndarray:
@@ -334,33 +335,35 @@ def before_and_after(study: Study, net: Any, columns: int = 5, draws: int = 4) -
     return np.concatenate([np.concatenate(list(row), 1) for row in padded], 0)
 
 
-def picture(numbers: dict[str, Any], studies: dict[str, Study], nets: dict[str, Any], folder: Path) -> None:
-    canvas = figure(13.5, 4.4)
-    axes = canvas.subplots(1, 4, width_ratios=(1.25, 1.25, 1, 1))
-    for place, (name, net) in zip(axes[:2], nets.items(), strict=True):
-        colours = {"cmap": "gray_r"} if name == "digits" else {"cmap": "gray"}
-        tiles = before_and_after(studies[name], net)
-        image(place, tiles, vmin=-0.3, vmax=1.3, **colours)
-        place.set_title(name.capitalize(), loc="left", color=INK, pad=9, fontsize=11.5, fontweight="bold")
-        side = len(tiles) / 5
-        texts = ["image", *(f"draw {i}" for i in range(1, 5))]
-        place.set_yticks(side * (np.arange(5) + 0.5) - 0.5, texts, fontsize=9)
-        place.tick_params(length=0)
-    for place, name, limits in zip(axes[2:], nets, ((0.8, 0.96), (0.9, 1.02)), strict=True):
-        found = numbers[name]
-        rows = {
-            "none": (found["none"]["accuracy"], ORANGE),
-            "set by hand": (found["hand"]["accuracy"], PINK),
-            "searched": (found["searched"]["accuracy"], PINK),
-            "random U-Net": (found["random"]["accuracy"], INK),
-            "learned U-Net": (found["learned"]["accuracy"], BLUE),
-            "… averaged": (found["averaged"]["accuracy"], SKY),
-        }
-        if "one_round" in found:
-            rows["… no restarts"] = (found["one_round"]["accuracy"], SKY)
-        bars(place, rows, f"{name.capitalize()}, fresh training", xlabel="test accuracy", xlim=limits)
-    save(canvas, folder)
+def tiles(drawn: dict[str, np.ndarray], folder: Path) -> None:
+    """What the U-Nets of one seed draw; the numbers of all seeds are in the other picture."""
+    canvas = style.figure(9.5, 4.6)
+    for axes, (name, shown) in zip(canvas.subplots(1, 2), drawn.items(), strict=True):
+        axes.imshow(shown, cmap="gray_r" if name == "digits" else "gray", vmin=-0.3, vmax=1.3, interpolation="nearest")
+        axes.set_title(name.capitalize(), loc="left", fontsize=12.5, fontweight="bold", pad=9)
+        axes.set_yticks(len(shown) / 5 * (np.arange(5) + 0.5) - 0.5, ["image", *(f"draw {i}" for i in range(1, 5))])
+        axes.set_xticks([])
+        axes.tick_params(length=0, labelsize=11)
+        axes.spines[:].set_visible(False)
+    style.save(canvas, folder, "drawn.png", colours=64)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 6.4)
+    arms = {
+        "none": ("none", style.ORANGE),
+        "set by hand": ("hand", style.PINK),
+        "searched": ("searched", style.PINK),
+        "random U-Net": ("random", style.INK),
+        "learned U-Net": ("learned", style.BLUE),
+        "… averaged": ("averaged", style.SKY),
+    }
+    for row, name in zip(canvas.subplots(2, 2), ROUNDS, strict=True):
+        for axes, kind, unit in zip(row, ("accuracy", "loss"), ("test accuracy", "test loss, nats"), strict=True):
+            rows = {text: (style.each(results, f"{name}.{arm}.{kind}"), color) for text, (arm, color) in arms.items()}
+            style.over_seeds(axes, rows, f"{name.capitalize()}, fresh training", xlabel=unit)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -23,6 +23,7 @@ import optax
 sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
 
 import hypergrad as hg  # noqa: E402
+from experiments import _figures as style  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 from experiments._data import digits  # noqa: E402
 
@@ -143,30 +144,26 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for name, losses in curves.items():
         below = losses <= numbers["target"]
         numbers[f"steps_{name}"] = int(np.argmax(below)) * steps if below.any() else None
-    draw(options.out, numbers, curves, sizes, steps)
 
 
-def draw(folder: Path, numbers: dict[str, Any], curves: dict, sizes: dict, steps: int) -> None:
-    from experiments import _figures as style
-
-    labels = {"raw": "γ itself", "base": "γ and base", "encoding": "encoding", "mip": "encoding and base (MIP)"}
-    colors = dict(zip(ARMS, (style.ORANGE, style.PINK, style.SKY, style.BLUE), strict=True))
-    figure = style.figure(12.5, 4.8)
-    left, right = figure.subplots(1, 2, width_ratios=(0.8, 1.3))
-    for name in curves:
-        left.plot((0.1, 0.5, 1.0), sizes[name], "o-", color=colors[name], label=labels[name])
-        right.plot(np.arange(len(curves[name])) * steps, curves[name], color=colors[name], label=labels[name])
-    left.set_ylim(bottom=0)
-    style.titled(
-        left, "Spread of new parameters", xlabel="γ, the hyperparameter in its range", ylabel="standard deviation"
-    )
-    right.axhline(numbers["target"], color=style.INK, linewidth=0.9, linestyle=style.DASHED)
-    right.text(0, numbers["target"], " target", va="bottom", fontsize=9, color=style.INK)
-    right.set_yscale("log")
-    right.legend(frameon=False)
-    style.titled(right, "Training over the whole range of λ", xlabel="training step", ylabel="held-out training loss")
-    style.save(figure, folder)
+def drawing(results: dict[str, Any]) -> Any:
+    labels = {"raw": "γ itself", "base": "γ and base", "encoding": "encoding", "mip": "both (MIP)"}
+    colors = dict(zip(ARMS, (style.ORANGE, style.PINK, style.GREEN, style.BLUE), strict=True))
+    canvas = style.figure(12.5, 3.4)
+    panels = {
+        "std_ratio": ("Spread over γ", 2, {"xlabel": "largest over smallest (log scale)", "xscale": "log"}),
+        "steps": ("Steps to the target", 0, {"xlabel": "training steps"}),
+        "final": ("Loss at the end", 4, {"xlabel": "held-out training loss"}),
+    }
+    for axes, (name, (title, behind, more)) in zip(canvas.subplots(1, 3), panels.items(), strict=True):
+        rows = {labels[arm]: (style.each(results, f"{name}_{arm}"), colors[arm]) for arm in ARMS}
+        style.over_seeds(axes, rows, title, digits=behind, **more)
+        if name == "std_ratio":
+            axes.set(xlim=(0.9, 12), xticks=[1, 2, 5, 10])
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
