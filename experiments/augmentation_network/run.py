@@ -321,8 +321,9 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         study = Study(name, options)
         numbers[name] = {}
         net = compare(study, options, numbers[name])
-        drawn[name] = before_and_after(study, net)
-    if not options.smoke:
+        if not options.smoke:
+            drawn[name] = before_and_after(study, net)
+    if drawn:
         tiles(drawn, options.out)
 
 
