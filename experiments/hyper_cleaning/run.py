@@ -24,12 +24,13 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, progress
 from experiments._data import digits
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, figure, save, titled
 
 SHARES = (0.3, 0.5, 0.7)
 DECAY, RATE, TRAINING, RETRAINING = 3e-4, 2.0, 200, 1000
+BINS = np.linspace(0, 1, 26)
 THRESHOLD = 0.5  # weights below it say "this label is wrong"
 GROUPS = 100  # examples that share a weight, in the study of forward mode
 
@@ -43,7 +44,6 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     if not options.smoke:
         methods["truncated"] = hg.unrolled(problem, inner=inner, mode="reverse", truncate=training // 10)
         methods["implicit"] = hg.implicit(problem, inner=hg.inner.lbfgs(tol=1e-4), linear=hg.linear.cg(tol=1e-3))
-    shown = {}
     for share in progress(shares, "share of wrong labels"):
         train, valid, test, wrong = corrupted(options.seed, share)
         found = baselines(train, valid, test, wrong, {} if options.smoke else ROBUST)
@@ -69,14 +69,18 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
                 "online": accuracy(result.best.params, test),
                 "seconds": time.perf_counter() - began,
             }
-            shown[name, share] = np.asarray(weights)
+            if name == "unrolled" and share == 0.5:
+                parts = {"right": np.asarray(weights)[~wrong], "wrong": np.asarray(weights)[wrong]}
+                numbers["histogram"] = {kind: np.histogram(part, BINS)[0] for kind, part in parts.items()}
         numbers[f"{share:g}"] = found
         if share == 0.5:
             gains = {kind: found["unrolled"][kind] - found["plain"][kind] for kind in ("retrain", "with_valid")}
             numbers |= {"gain": gains["retrain"], "gain_with_valid": gains["with_valid"]}
+            ours, rival = found["unrolled"], found["self_filter"]
+            numbers["over_filter"] = {kind: ours[kind] - rival[kind] for kind in ("f1", "retrain", "with_valid")}
+            numbers["over_clean"] = ours["with_valid"] - found["valid_only"]
     train, valid, _, wrong = corrupted(options.seed, 0.5)
     numbers["forward"] = forward(train, valid, wrong, 10 if options.smoke else training)
-    draw(shown, corrupted(options.seed, 0.5)[3], numbers, options.out)
 
 
 def corrupted(seed: int, share: float) -> tuple[Any, Any, Any, np.ndarray]:
@@ -170,7 +174,8 @@ def baselines(train: Any, valid: Any, test: Any, wrong: np.ndarray, robust: dict
     # The model of the clean examples says which labels it finds unlikely: threshold at one half, no tuning.
     doubts = jnp.exp(-losses(fit(np.ones(len(valid[1])), valid), train))
     found["self_filter"] = detection(doubts, wrong) | {
-        "with_valid": accuracy(beside(np.asarray(doubts >= THRESHOLD), train, valid), test)
+        "retrain": accuracy(fit(np.asarray(doubts >= THRESHOLD), train), test),
+        "with_valid": accuracy(beside(np.asarray(doubts >= THRESHOLD), train, valid), test),
     }
     return found
 
@@ -197,36 +202,48 @@ def forward(train: Any, valid: Any, wrong: np.ndarray, training: int) -> dict[st
     return {"hyperparameters": len(start), "gap": gap, "time_ratio": seconds["forward"] / seconds["reverse"]}
 
 
-def draw(shown: dict[Any, np.ndarray], wrong: np.ndarray, numbers: dict[str, Any], folder: Path) -> None:
-    picture = figure(12.5, 4.6)
-    left, right = picture.subplots(1, 2)
-    weights = shown["unrolled", 0.5]
-    for values, color, label in ((weights[~wrong], BLUE, "right labels"), (weights[wrong], ORANGE, "wrong labels")):
-        left.hist(values, np.linspace(0, 1, 26), color=color, alpha=0.7, edgecolor="white", label=label)
-    left.axvline(THRESHOLD, color=INK, lw=0.9, linestyle=DASHED)
-    left.legend(frameon=False, loc="upper center")
-    titled(left, "Half the labels wrong: learned weights", xlabel="weight", ylabel="training examples")
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 4.8)
+    left, middle, right = canvas.subplots(1, 3)
+    middles = (BINS[1:] + BINS[:-1]) / 2
+    for kind, color in (("right", style.BLUE), ("wrong", style.ORANGE)):
+        counts = np.array(style.each(results, f"histogram.{kind}"))
+        left.bar(middles, counts.mean(0), BINS[1], color=color, alpha=0.6, label=f"{kind} labels")
+        for line in counts:
+            left.plot(middles, line, color=color, linewidth=0.8, alpha=0.5)
+    left.axvline(THRESHOLD, color=style.INK, lw=0.9, linestyle=style.DASHED)
+    left.legend(frameon=False, loc="upper center", fontsize=11)
+    style.titled(left, "Learned weights, half wrong", xlabel="weight", ylabel="training examples")
     lines = {
-        "oracle": ("wrong labels left out (oracle)", GREEN, DASHED),
-        "unrolled": ("tuned weights", BLUE, "-"),
-        "generalized": ("generalized cross entropy", PINK, "-"),
-        "valid_only": ("clean examples alone", INK, DASHED),
-        "plain": ("every label believed", ORANGE, "-"),
+        "oracle": ("right labels alone (oracle)", style.GREEN),
+        "self_filter": ("filter without tuning", style.PINK),
+        "unrolled": ("tuned weights", style.BLUE),
+        "plain": ("every label believed", style.ORANGE),
     }
-    shares = [s for s in SHARES if f"{s:g}" in numbers]
-    for name, (label, color, style) in lines.items():
-        if name not in numbers["0.5"]:
-            continue
-        found = [numbers[f"{s:g}"][name] for s in shares]
-        values = [v if isinstance(v, float) else v["with_valid"] for v in found]
-        right.plot(shares, values, linestyle=style, marker="o", color=color, label=label, lw=2)
-    right.legend(frameon=False, fontsize=9, loc="lower left")
-    titled(
-        right, "Fresh retrain on training and clean examples", xlabel="share of wrong labels", ylabel="test accuracy"
-    )
-    right.set_xticks(shares)
-    save(picture, folder)
+    for axes, kind in ((middle, "retrain"), (right, "with_valid")):
+        for name, (label, color) in lines.items():
+            found = [style.each({s: run[f"{share:g}"] for s, run in results.items()}, f"{name}.{kind}")
+                     for share in SHARES]  # fmt: skip
+            axes.errorbar(
+                SHARES,
+                *style.mean_and_error(np.transpose(found)),
+                marker="o",
+                color=color,
+                label=label,
+                lw=2,
+                capsize=4,
+            )
+        axes.set_xticks(SHARES)
+    clean = np.mean([run["0.5"]["valid_only"] for run in results.values()])
+    for axes in (middle, right):
+        axes.axhline(clean, color=style.INK, linestyle=style.DASHED, lw=1.2, label="clean examples alone")
+        axes.set_ylim(0.42, 1.0)
+    right.set_ylim(0.8, 1.0)
+    style.titled(middle, "Fresh training on the noisy set", xlabel="share of wrong labels", ylabel="test accuracy")
+    style.titled(right, "… and the clean examples", xlabel="share of wrong labels", ylabel="test accuracy")
+    style.legend(canvas, middle, right, columns=5)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
