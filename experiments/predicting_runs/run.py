@@ -22,6 +22,7 @@ import optax
 sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
 
 import hypergrad as hg  # noqa: E402
+from experiments import _figures as style  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 from experiments._data import digits  # noqa: E402
 
@@ -252,40 +253,37 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             part["ranks_gain"] = part["with"]["ranks"] - part["without"]["ranks"]
             part["choice_gain"] = part["with"]["ranks_choice"] - part["without"]["ranks_choice"]
             numbers[f"{name}_{size}"] = part
-    if not options.smoke:
-        draw(options.out, numbers)
 
 
-def draw(folder: Path, numbers: dict[str, Any]) -> None:
-    from experiments import _figures as style
-
-    canvas = style.figure(12.5, 4.6)
-    left, middle, right = canvas.subplots(1, 3, width_ratios=(1, 1, 1.05))
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(13, 5.2)
+    left, middle, right = canvas.subplots(1, 3, width_ratios=(1, 1, 0.85))
     colors = {"without": style.ORANGE, "placebo": style.INK, "with": style.BLUE}
     labels = {"without": "without g", "placebo": "with g of another run", "with": "with g · Δλ"}
     for axes, key in ((left, "error"), (middle, "ranks_choice")):
-        for name, dash in (("ridge", "-"), ("process", style.DASHED)):
-            for kind in KINDS:
-                values = [float(numbers[f"{name}_{size}"][kind][key]) for size in FIT]
+        for i, (name, dash) in enumerate((("ridge", "-"), ("process", style.DASHED))):
+            for j, kind in enumerate(KINDS):
+                found = np.transpose([style.each(results, f"{name}_{size}.{kind}.{key}") for size in FIT])
+                at = np.array(FIT) + 0.08 * (3 * i + j - 2.5)  # apart, so that the error bars are
                 label = f"{name}, {labels[kind]}"
-                axes.plot(FIT, values, "o", linestyle=dash, color=colors[kind], markersize=4, label=label)
+                mean, error = style.mean_and_error(found)
+                axes.errorbar(at, mean, error, fmt="o", ls=dash, color=colors[kind], ms=4, capsize=3, label=label)
         axes.set_xticks(FIT)
-    left.axhline(float(numbers["persistence"]["error"]), color=style.PINK, linewidth=1, label="persistence")
-    left.axhline(float(numbers["extrapolation"]["error"]), color=style.GREEN, linewidth=1, label="extrapolation")
+    for name, color in (("persistence", style.PINK), ("extrapolation", style.GREEN)):
+        left.axhline(np.mean(style.each(results, f"{name}.error")), color=color, linewidth=1.5, label=name)
+    alone = np.mean(style.each(results, "slope_alone.ranks_choice"))
+    middle.axhline(alone, color=style.SKY, linewidth=1.5, label="g · Δλ alone")
     style.titled(left, "Error of log L, two epochs on", xlabel="runs learned from", ylabel="root mean square")
-    left.set_ylim(0, 1.75 * left.get_ylim()[1])  # above the lines there is room for the legend
-    left.legend(frameon=False, fontsize=8, loc="upper right")
-    alone = float(numbers["slope_alone"]["ranks_choice"])
-    middle.axhline(alone, color=style.SKY, linewidth=1)
-    middle.text(FIT[-1], alone, "g · Δλ alone", fontsize=8, ha="right", va="bottom", color=style.SKY)
     style.titled(middle, "Ranking eight changes of λ", xlabel="runs learned from", ylabel="rank correlation")
-    rows = {"g · Δλ alone": (numbers["slope_alone"]["gained"], style.SKY)}
+    rows = {"g · Δλ alone": (style.each(results, "slope_alone.gained"), style.SKY)}
     for name in ("process", "ridge"):
-        part = numbers[f"{name}_{FIT[-1]}"]
-        rows |= {f"{name}, {labels[kind]}": (part[kind]["gained"], colors[kind]) for kind in reversed(KINDS)}
-    style.bars(right, rows, "Choosing one of the eight", digits=2, xlabel="share of the best one's gain", xlim=(0, 1))
-    style.save(canvas, folder)
+        for kind in reversed(KINDS):
+            found = style.each(results, f"{name}_{FIT[-1]}.{kind}.gained")
+            rows[f"{name}, {labels[kind].replace('with g of another run', 'placebo')}"] = found, colors[kind]
+    style.over_seeds(right, rows, "Choosing one of the eight", digits=2, xlabel="share of the best one's gain")
+    style.legend(canvas, left, middle, columns=5)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
