@@ -49,7 +49,8 @@ class SolveFn(Protocol):
     """`solve(matvec, rhs, *, start, precondition, options, key) -> LinearResult`.
 
     `rhs` has unit norm. `start` is zero or a direction of unit norm, whose best length `fit` finds. `options` are
-    scalar arrays, with the default in place of a `tol` of None.
+    scalar arrays, with the default in place of a `tol` of None. Among them may be `noise`: A is known so badly that
+    curvature below this share of the largest cannot be told from zero.
     """
 
     def __call__(

@@ -38,6 +38,7 @@ from hypergrad.linear.precondition import jacobi
 _MAX_STEPS = 1000
 _ROUNDING = 4  # units of rounding below which a residual by recursion means nothing
 _FLAT = 8  # a Rayleigh quotient this many units of rounding below the largest cannot be told from zero
+_ALMOST, _DRIFT = 32, 4  # a direction is nearly flat up to this many times that; and the growth of a residual there
 
 
 class _Ritz(NamedTuple):
@@ -58,6 +59,7 @@ class _Carry(NamedTuple):
     ritz: _Ritz
     high: Array  # largest absolute value of the same
     residual: Array
+    least: Array  # smallest residual so far
     steps: Array
     status: Array
 
@@ -120,7 +122,9 @@ def _solve(
     del key
     apply = precondition or (lambda v: v)
     dtype, eps = _tree.dtype(rhs), _tree.eps(rhs)
-    asked = options["tol"]
+    asked, known = options["tol"], _FLAT * eps
+    if "noise" in options:
+        known = jnp.maximum(known, options["noise"])
     tol = jnp.maximum(asked, _ROUNDING * eps)  # below rounding level the recursion would become 0/0
     max_steps = options["max_steps"]
 
@@ -142,7 +146,7 @@ def _solve(
     rz, residual = squares(r, z)
     inf = jnp.asarray(jnp.inf, dtype)
     zero = jnp.zeros((), dtype)
-    first = _Carry(x, r, z, rz, rz, inf, _Ritz(zero, zero, zero), zero, residual, used, jnp.int32(Status.OK))
+    first = _Carry(x, r, z, rz, rz, inf, _Ritz(zero, zero, zero), zero, residual, residual, used, jnp.int32(Status.OK))
 
     def proceed(c: _Carry) -> Array:
         return (c.steps < max_steps) & (c.residual > tol) & (c.status == int(Status.OK))
@@ -152,7 +156,7 @@ def _solve(
         pap = _tree.vdot(c.p, ap).astype(dtype)
         rayleigh = pap / c.pmp
         high = jnp.maximum(c.high, jnp.abs(rayleigh))
-        ok = (rayleigh > _FLAT * eps * high) & (c.rz > 0)
+        ok = (rayleigh > known * high) & (c.rz > 0)
         status = jnp.where(
             ok,
             int(Status.OK),
@@ -166,6 +170,10 @@ def _solve(
         x, r = _tree.axpy(alpha, c.p, c.x), _tree.axpy(-alpha, ap, c.r)
         z = apply(r)
         rz, residual = squares(r, z)
+        # A small residual that a nearly flat direction makes larger again was all that there is to solve.
+        drift = (c.least <= eps**0.5) & (residual > _DRIFT * c.least) & (rayleigh <= _ALMOST * known * high)
+        status = jnp.where(ok & drift, int(Status.PRECISION_LIMITED), status)
+        ok = ok & ~drift
         beta = _tree.safe_divide(rz, c.rz, where=ok)
         p = _tree.axpy(beta, c.p, z)
         return _Carry(
@@ -178,6 +186,7 @@ def _solve(
             _tree.where(ok, _extended(c.ritz, alpha, beta), c.ritz),
             jnp.where(jnp.isfinite(high), high, c.high),
             jnp.where(ok, residual, c.residual),
+            jnp.where(ok, jnp.minimum(c.least, residual), c.least),
             c.steps + 1,
             status.astype(jnp.int32),
         )
@@ -185,7 +194,7 @@ def _solve(
     c = jax.lax.while_loop(proceed, step, first)
     stepped = jnp.isfinite(c.low)
     low = jnp.where(stepped, jnp.maximum(1 / c.ritz.square, eps * c.high), fallback)
-    status = _verdict(c, apply, asked, eps)
+    status = _verdict(c, apply, asked, eps, known)
     result = LinearResult(
         c.x,
         c.residual,
@@ -234,16 +243,18 @@ def _extended(ritz: _Ritz, alpha: Array, beta: Array) -> _Ritz:
     return _Ritz(square, (c - s * jnp.sqrt(ritz.edge) * ritz.last) * jnp.sqrt(alpha), beta / alpha)
 
 
-def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float) -> Array:
-    """Why the loop stopped: a direction that A maps to zero spans a null space, and pᵀAp ≈ 0 alone is a saddle."""
+def _verdict(c: _Carry, apply: Matvec, asked: Array, eps: float, known: ArrayLike) -> Array:
+    """Why the loop stopped: a direction that A maps to zero spans a null space, and pᵀAp ≈ 0 alone is a saddle.
+    Curvature below the share `known` of the largest cannot be told from zero.
+    """
     image = c.r  # A p, where the loop stopped for p
     gain = jnp.sqrt(jnp.abs(_tree.vdot(image, apply(image))) / c.pmp)  # ‖A p‖ / ‖p‖ in the geometry of M
     curvature = _tree.vdot(c.p, image) / c.pmp
-    noise = c.low <= _FLAT * eps * c.high  # a step was taken along what later turned out to be rounding
-    null = (jnp.abs(curvature) <= _FLAT * eps * c.high) & (gain <= 8 * eps**0.5 * c.high)
+    noise = c.low <= known * c.high  # a step was taken along what later turned out to be rounding
+    null = (jnp.abs(curvature) <= known * c.high) & (gain <= 3 * jnp.sqrt(known) * c.high)
     null = null | (noise & (curvature > -(eps**0.5) * c.high))
     # The part of b in the null space may be rounding, or a property of the problem.
-    flat = jnp.where(c.residual <= eps**0.5, int(Status.PRECISION_LIMITED), int(Status.SINGULAR))
+    flat = jnp.where(c.least <= eps**0.5, int(Status.PRECISION_LIMITED), int(Status.SINGULAR))
     stopped = jnp.where((c.status == int(Status.NEG_CURVATURE)) & null, flat, c.status)
 
     met = jnp.where(noise & (asked > 0), int(Status.PRECISION_LIMITED), int(Status.OK))

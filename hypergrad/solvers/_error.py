@@ -2,13 +2,15 @@ r"""How wrong a hypergradient at an optimum may be, judged by the residuals of t
 
     δ = H⁻¹F,   w⁺ = ŵ − 4δ,   r = ∂_w f(w⁺) − H(w⁺)v̂ + 3(∂_w f(ŵ) − Hv̂),   ε = H⁻¹r
 
-    a = ‖ĝ(ŵ, v̂) − ĝ(w⁺, v̂) + (∂²_{λw} h)ᵀε‖ / 4s + (‖δ‖/‖w‖ + ‖ε‖/40‖v̂‖ + eps·κ/20) ‖(∂²_{λw} h)ᵀv̂‖ / s
+    a = ‖ĝ(ŵ, v̂) − ĝ(w⁺, v̂) + (∂²_{λw} h)ᵀε‖ / 4s + (‖δ‖/‖w‖ + ‖ε‖/40‖v̂‖ + ρ) ‖(∂²_{λw} h)ᵀv̂‖ / s
 
-    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖))
+    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖)),     ρ = min(1, 8k) k/20
 
 A step of four times the distance to the optimum replaces a derivative, because it detects what a derivative misses:
 kinks, and folds, at which the Hessian changes by as much as its own size. H is the true Hessian even where the adjoint
-system used another operator, so that ∂_w f − Hv̂ contains the bias of damping and of Gauss-Newton products as well.
+system used another operator, so that ∂_w f − Hv̂ contains the bias of damping and of Gauss-Newton products as well. The
+rounding errors of F and Hv̂ are in δ and ε; ρ, with k = eps·κ, stands for those that both points share. It counts in
+full from k = 1/8 on, since below that the measured ones are the larger part.
 
 H⁻¹ is first approximated by M⁻¹/μ, where M is the preconditioner and μ the smallest eigenvalue of M⁻¹H: this is never
 too small, but κ times too large along stiff directions. Where the resulting estimate is not small, a few steps of
@@ -55,6 +57,7 @@ _SETTLED = 0.5  # the largest relative error at which the smallest Ritz value co
 _RISE = 1.25  # how much μ may grow from one call to the next
 _AGE = 32  # calls after which Lanczos's process runs again
 _ASIDE = 1e-3  # share of the length of w by which w is moved along a flat direction
+_SHARED = 8.0  # inverse of the k from which the error of rounding is counted in full
 _LOST = 0.05  # condition number times rounding; the Ritz values from which it comes are too far inside by up to three
 _HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F instead of zeros; and a limit on that size
 _NEAR = 1e-2  # relative inner residual above which no estimate would be finite
@@ -84,6 +87,13 @@ def unknown_spectrum(like: PyTree) -> Spectrum:
 def lost_to_rounding(adjoint: LinearResult, like: PyTree) -> Array:
     """Whether the condition number leaves less than a digit of a solution, a boolean scalar."""
     return _tree.eps(like) * jnp.asarray(adjoint.high) > _LOST * jnp.asarray(adjoint.low)
+
+
+def hidden_curvature(optimum: Optimum) -> Array:
+    """Share of the largest curvature that a flat direction may show away from the optimum, where F is not zero: along a
+    symmetry, Hu = TᵀF, where the matrix T generates it (dimensionless).
+    """
+    return jnp.minimum(_HIDDEN * optimum.residual, _SMALL)
 
 
 class Point(NamedTuple):
@@ -135,20 +145,20 @@ def estimate(
     low, high = (adjoint.low, adjoint.high) if exact else (jnp.inf, 0.0)
     plausible = optimum.residual <= _NEAR
     if inner.symmetric:
-        spectrum, flat = _look(
+        spectrum, flat, vague = _look(
             carried,
             optimum.system.matvec,
             optimum.precondition,
             optimum.system.residual,
             call.probe_key,
             plausible=plausible,
-            noise=_FLAT * _tree.eps(point.params) + jnp.minimum(_HIDDEN * optimum.residual, _SMALL),
+            noise=_FLAT * _tree.eps(point.params) + hidden_curvature(optimum),
             solved=solved,
             low=low,
             high=high,
         )
     else:
-        spectrum, flat = _seen(carried, low, high, solved), _tree.zeros_like(point.params)
+        spectrum, flat, vague = _seen(carried, low, high, solved), _tree.zeros_like(point.params), jnp.asarray(False)
     error = _relative_error(
         point,
         optimum.system,
@@ -167,6 +177,10 @@ def estimate(
     error = jnp.where(undecided, inf, error)
     spectrum = spectrum._replace(low=jnp.where(undecided & (spectrum.low > 0), 0, spectrum.low))
     large = jnp.isfinite(error) & (error > 1)
+    # A curvature that has not settled may be that of a symmetry: an error that follows from it is no reason to refuse.
+    lost = large & vague
+    error, large = jnp.where(lost, inf, error), large & ~lost
+    spectrum = spectrum._replace(low=jnp.where(lost, 0, spectrum.low))
     if not (inner.claims and linear.claims):  # a direction may be good where a length is not
         return jnp.where(large, inf, error), jnp.int32(Status.OK), spectrum
     falling = (spectrum.low < 0) & (linear.symmetric and exact)
@@ -185,7 +199,7 @@ def _look(
     solved: Array | bool,
     low: ArrayLike,
     high: ArrayLike,
-) -> tuple[Spectrum, PyTree]:
+) -> tuple[Spectrum, PyTree, Array]:
     """Update what is known: by Lanczos's process if it is due, otherwise by the Ritz values of this call.
 
     Args:
@@ -201,8 +215,8 @@ def _look(
         high: the largest Ritz value; 0 if there is none.
 
     Returns:
-        The spectrum, and a vector along which H is flat to rounding, of unit length in the geometry of M; zero if there
-        is none, or if none was looked for.
+        The spectrum; a vector along which H is flat to rounding, of unit length in the geometry of M, or zero if there
+        is none, or if none was looked for; whether the spectrum comes from a Ritz value that has not settled.
     """
     dtype, eps = carried.low.dtype, _tree.eps(residual)
     low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
@@ -251,7 +265,7 @@ def _look(
         jnp.maximum(jnp.where(due, found.high, carried.high), high).astype(dtype),
         age,
     )
-    return spectrum, c.flat
+    return spectrum, c.flat, due & ~found.settled & (found.low < low)
 
 
 def _seen(carried: Spectrum, low: ArrayLike, high: ArrayLike, solved: Array | bool) -> Spectrum:
@@ -396,6 +410,7 @@ def _relative_error(
     known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
     low = jnp.where(known, spectrum.low, 1)
     wide = spectrum.high / low * _tree.eps(params)
+    wide = jnp.minimum(1, _SHARED * wide) * wide / 20
     norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units instead of a pass for each norm
     long, tall = _tree.max_abs(params), _tree.max_abs(v)
     through = norm(point.indirect, unit)
@@ -449,7 +464,7 @@ def _relative_error(
         first = norm(change, unit) / (_SAFETY * _tree.positive(size))
         first = jnp.where(aside, first / _ASIDE, first)
         loose = norm(step, long) / _tree.positive(length)
-        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + wide / 20
+        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + wide
         a = first + loose * through / _tree.positive(size)
         return turn + 1, jnp.where(bent | jnp.isnan(a), jnp.inf, a)
 

@@ -66,7 +66,7 @@ from hypergrad.solvers._call import (
     option_names,
     report,
 )
-from hypergrad.solvers._error import Point, Spectrum, estimate, unknown_spectrum
+from hypergrad.solvers._error import Point, Spectrum, estimate, hidden_curvature, unknown_spectrum
 from hypergrad.solvers.regularity import KnownRegularity, cross_size, error_bound, known_at
 
 
@@ -269,7 +269,7 @@ def implicit(
             rhs,
             start=state.adjoint if warm_start else None,
             precondition=optimum.precondition,
-            options=_aim(method, state.options["linear"]),
+            options=_aim(method, state.options["linear"], optimum),
             key=call.probe_key,
         )
         measured = method.claims or known is not None  # one additional product, which shows how far the adjoint is off
@@ -357,9 +357,13 @@ def _operator(curvature: str, damping: Array | None, call: Call, optimum: Optimu
     return system, damped(system.matvec, shift), shift
 
 
-def _aim(method: Linear, options: Mapping[str, Array]) -> dict[str, Array]:
-    """Half the tolerance: recursions lose some accuracy to rounding, and the true residual must meet the full one."""
-    return {**options, "tol": options["tol"] / 2} if method.claims else dict(options)
+def _aim(method: Linear, options: Mapping[str, Array], optimum: Optimum) -> dict[str, Array]:
+    """Half the tolerance: recursions lose some accuracy to rounding, and the true residual must meet the full one.
+    Where the inner residual is not zero, nor is the curvature along a symmetry, in which there is nothing to solve.
+    """
+    if not method.claims:
+        return dict(options)
+    return {**options, "tol": options["tol"] / 2, "noise": hidden_curvature(optimum)}
 
 
 def _residual(method: Linear, shift: Array, rhs: PyTree, product: PyTree, adjoint: LinearResult) -> Array:

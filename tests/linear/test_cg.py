@@ -10,7 +10,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.linear._linear import solve
 from tests._helpers import tol
-from tests.linear._systems import EPS, N, error, rotation, run, singular, spd, vector
+from tests.linear._systems import EPS, SOLVERS, N, error, rotation, run, singular, spd, vector
 
 
 def krylov(matrix, rhs, count):
@@ -113,6 +113,22 @@ def test_singular_and_consistent_gives_the_shortest_solution(seed):
     out = run("cg", matrix, rhs)
     assert out.status == hg.Status.OK
     assert error(out.x, np.linalg.pinv(matrix, rcond=1e-6) @ rhs) <= tol(1e-8, 1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_curvature_below_the_noise_of_the_operator_is_no_saddle(seed):
+    """Away from its optimum a loss has a little curvature of either sign along its symmetries."""
+    rng = np.random.default_rng(seed)
+    small, q = tol(1e-10, 1e-7), rotation(seed)
+    values = 10 ** rng.uniform(-2, 0, N)
+    values[:4] = small * rng.uniform(-1, 1, 4)
+    values[0] = -small
+    rhs = q @ np.concatenate([tol(1e-9, 1e-5) * rng.normal(size=4), rng.normal(size=N - 4)])
+    matrix = jnp.asarray((q * values) @ q.T)
+    out = solve(SOLVERS["cg"], lambda v: matrix @ v, jnp.asarray(rhs), options={"noise": jnp.asarray(tol(1e-8, 1e-6))})
+    assert hg.Status(int(out.status)).usable
+    exact = q[:, 4:] @ ((q[:, 4:].T @ rhs) / values[4:])
+    assert error(q[:, 4:].T @ np.asarray(out.solution), q[:, 4:].T @ exact) <= tol(1e-6, 1e-2)
 
 
 @pytest.mark.parametrize("seed", range(5))

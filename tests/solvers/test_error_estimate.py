@@ -297,6 +297,27 @@ def test_directions_that_a_symmetry_makes_flat_leave_the_estimate_finite():
     assert float(out.info.error_estimate) <= tol(1e-3, np.inf)  # in float32 nothing need be known
 
 
+def test_layers_that_can_be_turned_against_each_other_are_no_saddle():
+    """A linear network of three layers has flat directions, which are curved a little wherever F is not zero."""
+    draws, rng = 60, np.random.default_rng(3)
+    x = rng.normal(size=(draws, 2, 30, 3))
+    y = np.einsum("dsni,di->dsn", x, rng.normal(size=(draws, 3))) + 0.3 * rng.normal(size=(draws, 2, 30))
+    starts, h = 0.5 * rng.normal(size=(draws, 21)), rng.uniform(-6, -2, draws)
+
+    def fit(w, batch):
+        return 0.5 * jnp.mean((batch[0] @ w[:9].reshape(3, 3) @ w[9:18].reshape(3, 3) @ w[18:] - batch[1]) ** 2)
+
+    solver = hg.implicit(
+        hg.Problem(lambda w, h, b: fit(w, b) + 0.5 * jnp.exp(h) * jnp.sum(w**2), lambda w, h, b: fit(w, b))
+    )
+    run = jax.vmap(lambda w, h, t, v: solver.hypergrad(solver.init(w, h), h, t, v)[0].info.status)
+    status = np.asarray(
+        jax.jit(run)(*(jnp.asarray(a) for a in (starts, h)), (x[:, 0], y[:, 0]), (x[:, 1], y[:, 1]))
+    )
+    refused = [hg.Status(int(code)).name for code in status if not hg.Status(int(code)).usable]
+    assert len(refused) <= tol(0, 6), refused  # in float32 no solve goes below the curvature that is to be told from zero
+
+
 def test_a_map_that_moves_less_than_rounding_is_not_believed():
     out, _ = _points()["slow"]
     error = np.linalg.norm(np.asarray(out.grad, np.float64) - 2 * (np.array([0.3, 0.7]) - 1)) / 2
