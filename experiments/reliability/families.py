@@ -1,5 +1,9 @@
 r"""P17 and P18: what `error_estimate` is worth, family by family.
 
+    python experiments/reliability/families.py --only ridge --solver default --precision float32   # a row of the table
+    python experiments/reliability/families.py --keep          # all rows that are missing, into families.jsonl
+    python experiments/reliability/families.py --page          # the table on the page from families.jsonl
+
     error = ‖ĝ − g‖ / max(‖g‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h) v‖)),    silent: usable, estimate < .05, error > .1
 
 The truth is a dense float64 solution: Newton's method from where the solver ended, to rounding, then one solve with the
@@ -12,16 +16,27 @@ family run in one program, under `jax.vmap`.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
+import os
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import hypergrad as hg
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+import hypergrad as hg  # noqa: E402
 
 Rng = np.random.Generator
 
@@ -593,26 +608,27 @@ def judge(name: str, solver: str, precision: str, found: dict[str, np.ndarray]) 
     )
 
 
-def rows(
-    seed: int, draws: int, only: tuple[str, ...] = (), show: Callable[[Row], None] = lambda row: None
-) -> list[Row]:
-    """The whole table, or the families whose names are given."""
-    table = []
+def cases() -> Iterator[tuple[str, str, str]]:
+    """Family, solver and precision of every row."""
     for name, family in FAMILIES.items():
-        if only and name not in only:
-            continue
         for solver in family.solvers:
             for precision in family.dtypes:
-                table.append(judge(name, solver, precision, sample(family, name, solver, precision, draws, seed)))
-                show(table[-1])
-    return table
+                yield name, solver, precision
+
+
+def row(name: str, solver: str, precision: str, seed: int, draws: int) -> Row:
+    return judge(name, solver, precision, sample(FAMILIES[name], name, solver, precision, draws, seed))
 
 
 @functools.cache
 def measured(seed: int, smoke: bool) -> tuple[Row, ...]:
     """The whole table; of a smoke run, three families in small."""
-    names = ("Poisson", "saddle", "slow map") if smoke else ()
-    return tuple(rows(seed, 8 if smoke else 200, names, show=lambda row: print(f"     {line(row)}", flush=True)))
+    table = []
+    for case in cases():
+        if not smoke or case[0] in ("Poisson", "saddle", "slow map"):
+            table.append(row(*case, seed, 8 if smoke else DRAWS))
+            print(f"     {line(table[-1])}", flush=True)
+    return tuple(table)
 
 
 def line(row: Row) -> str:
@@ -634,6 +650,16 @@ def p17(seed: int, smoke: bool, table: list[str] | None = None) -> tuple[str, st
     found = measured(seed, smoke)
     if table is not None:
         table += [*HEAD, *map(line, found)]
+    return honest(found)
+
+
+def p18(seed: int, smoke: bool) -> tuple[str, str, bool]:
+    """What is right to 1e-6 is not refused."""
+    return fair(measured(seed, smoke))
+
+
+def honest(found: tuple[Row, ...]) -> tuple[str, str, bool]:
+    """What a table says of P17."""
     draws, silent = sum(r.judged for r in found), sum(r.silent for r in found)
     below = sum(r.violations for r in found)
     worst = max(found, key=lambda r: r.violations / max(r.judged, 1))
@@ -647,9 +673,70 @@ def p17(seed: int, smoke: bool, table: list[str] | None = None) -> tuple[str, st
     return figure, "0 silent; <= 1 in 1000 of each below; over-estimate <= 30", bool(met)
 
 
-def p18(seed: int, smoke: bool) -> tuple[str, str, bool]:
-    """What is right to 1e-6 is not refused."""
-    found = measured(seed, smoke)
+def fair(found: tuple[Row, ...]) -> tuple[str, str, bool]:
+    """What a table says of P18."""
     refused, right = sum(r.refused for r in found), sum(r.right for r in found)
     draws = sum(r.judged for r in found)
     return f"{refused} of {right} right, of {draws} draws", "<= 2 % of the draws", refused <= 0.02 * draws
+
+
+# The table on the page ------------------------------------------------------------------------------------------------
+
+DRAWS, SEED = 200, 5
+KEPT, PAGE = (Path(__file__).with_name(name) for name in ("families.jsonl", "README.md"))
+
+
+def kept() -> dict[tuple[str, str, str], Row]:
+    """The rows of `families.jsonl`, in the order of `FAMILIES`; a later line takes the place of an earlier one."""
+    lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+    known = {(r.family, r.solver, r.precision): r for r in (Row(**json.loads(text)) for text in lines)}
+    return {case: known[case] for case in cases() if case in known}
+
+
+def write_page() -> None:
+    """The table, and what it says of both promises, between the marks on the page."""
+    rows = kept()
+    found, left = tuple(rows.values()), [case for case in cases() if case not in rows]
+    names = sorted({case[0] for case in left})
+    missing = f"; {len(left)} rows are not measured yet: {', '.join(names)}" if left else ""
+    text = [
+        f"{len(found)} of {len(found) + len(left)} rows, {sum(r.judged for r in found)} draws{missing}.",
+        f"P17: {honest(found)[0]}. P18: {fair(found)[0]}.",
+        "",
+        *HEAD,
+        *map(line, found),
+    ]
+    head, rest = PAGE.read_text().split("<!-- families -->\n")
+    PAGE.write_text(
+        f"{head}<!-- families -->\n" + "\n".join(text) + "\n<!-- /families -->" + rest.split("<!-- /families -->")[1]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(FAMILIES), help="a family (again for more)")
+    parser.add_argument("--solver")
+    parser.add_argument("--precision")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--keep", action="store_true", help="append the rows that families.jsonl lacks to it")
+    parser.add_argument("--page", action="store_true", help="write the table on the page, and measure nothing")
+    options = parser.parse_args()
+    known = kept() if options.keep else {}
+    print(*HEAD, sep="\n")
+    for case in cases():
+        name, solver, precision = case
+        chosen = (not options.only or name in options.only) and options.solver in (None, solver)
+        if options.page or not chosen or options.precision not in (None, precision) or case in known:
+            continue
+        found = row(*case, options.seed, options.draws)
+        print(line(found), flush=True)
+        if options.keep:
+            with KEPT.open("a") as file:
+                file.write(json.dumps(found._asdict()) + "\n")
+    if options.page or options.keep:
+        write_page()
+
+
+if __name__ == "__main__":
+    main()

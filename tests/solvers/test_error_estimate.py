@@ -311,11 +311,11 @@ def test_layers_that_can_be_turned_against_each_other_are_no_saddle():
         hg.Problem(lambda w, h, b: fit(w, b) + 0.5 * jnp.exp(h) * jnp.sum(w**2), lambda w, h, b: fit(w, b))
     )
     run = jax.vmap(lambda w, h, t, v: solver.hypergrad(solver.init(w, h), h, t, v)[0].info.status)
-    status = np.asarray(
-        jax.jit(run)(*(jnp.asarray(a) for a in (starts, h)), (x[:, 0], y[:, 0]), (x[:, 1], y[:, 1]))
-    )
+    status = np.asarray(jax.jit(run)(*(jnp.asarray(a) for a in (starts, h)), (x[:, 0], y[:, 0]), (x[:, 1], y[:, 1])))
     refused = [hg.Status(int(code)).name for code in status if not hg.Status(int(code)).usable]
-    assert len(refused) <= tol(0, 6), refused  # in float32 no solve goes below the curvature that is to be told from zero
+    assert len(refused) <= tol(0, 6), (
+        refused
+    )  # in float32 no solve goes below the curvature that is to be told from zero
 
 
 def test_a_map_that_moves_less_than_rounding_is_not_believed():
