@@ -22,6 +22,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
 
 import hypergrad as hg  # noqa: E402
+from experiments import _figures as style  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 from experiments._data import shipped  # noqa: E402
 from experiments._lanes import side_by_side  # noqa: E402
@@ -201,7 +202,6 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     steps, points, repeats = (12, 25, 2) if options.smoke else (150, 1201, 20)
     names = ("breast_cancer",) if options.smoke else ("breast_cancer", "randhie")
     schedules = ("exact", "exponential") if options.smoke else SCHEDULES
-    drawn = {}
     for name in progress(names, "data"):
         rows = data(name, options.seed)
         exact = curve(rows, points)
@@ -227,30 +227,22 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         if name == "breast_cancer":
             here["revert_exact"] = int(revert_is_exact(rows))
         numbers[name] = here
-        drawn[name] = (exact, runs)
-    if options.out:
-        draw(options.out, drawn, numbers)
 
 
-def draw(folder: Path, drawn: dict[str, Any], numbers: dict[str, Any]) -> None:
-    from experiments import _figures as style
-
-    figure = style.figure(12.5, 4.6)
-    axes = figure.subplots(1, 3, width_ratios=(1, 1.2, 1.2))
-    exact, runs = drawn["breast_cancer"]
-    axes[0].semilogy(exact.at, exact.loss, color=style.INK, linewidth=1.5)
-    for run, color in zip(runs["exponential", 1.0], (style.BLUE, style.GREEN, style.ORANGE), strict=True):
-        inside = run.path[(run.path > LOW) & (run.path < HIGH)]
-        axes[0].semilogy(inside, np.interp(inside, exact.at, exact.loss), "o", color=color, markersize=3.5)
-    style.titled(axes[0], "breast_cancer", xlabel="λ, log of the penalty", ylabel="validation loss")
-    for ax, name in zip(axes[1:], drawn, strict=False):
-        names = [f"calls_{s}" for s in SCHEDULES if f"calls_{s}" in numbers[name]]
-        names += ["calls_grid", "calls_random", "calls_tpe"]
-        rows = {key[6:]: (numbers[name][key], style.BLUE if key[6:] in SCHEDULES else style.ORANGE) for key in names}
-        style.bars(ax, rows, f"{name}: evaluations to .1 %", digits=0, xlabel="gradients and products with the Hessian")
-        ax.margins(x=0.15)  # for the numbers behind the bars
-    style.save(figure, folder)
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 4.2)
+    names = [*SCHEDULES, "grid", "random", "tpe"]
+    texts = {name: f"tolerances: {name}" for name in SCHEDULES}
+    texts |= {"exact": "exact solves", "grid": "grid", "random": "random search", "tpe": "Optuna's TPE"}
+    for axes, data_name in zip(canvas.subplots(1, 2), ("breast_cancer", "randhie"), strict=True):
+        found = {name: style.each(results, f"{data_name}.calls_{name}") for name in names}
+        color = lambda name: style.BLUE if name in SCHEDULES else style.ORANGE
+        rows = {texts[name]: (values, color(name)) for name, values in found.items()}
+        label = "gradients and products with the Hessian"
+        style.over_seeds(axes, rows, f"{data_name}: evaluations to .1 %", digits=0, xlabel=label)
+        axes.set_xlim(left=0)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
