@@ -171,6 +171,8 @@ def drawing(results: dict[str, Any], ranges: _search.Ranges, title: str) -> Any:
     }
     rows = {text: (style.each(results, path), color) for text, (path, color) in arms.items()}
     rows = {text: row for text, row in rows.items() if None not in row[0]}
+    if "search of mild settings" in rows:  # no rival over the whole ranges, and off the scale of the others
+        del rows["random search"]
     canvas = style.figure(12, 4.6)
     left, right = canvas.subplots(1, 2, width_ratios=(1, 1.15))
     style.over_seeds(left, rows, "Test loss, nats (mean, standard error)", xlabel="test loss, nats")

@@ -83,3 +83,12 @@ def test_every_slow_test_exists():
         file, _, name = line.split("[")[0].partition("::")
         assert (ROOT / file).exists(), line
         assert not name or f"def {name.split('::')[-1]}(" in (ROOT / file).read_text(), line
+
+
+def test_the_count_of_wins_ties_and_losses_is_that_of_the_experiments_that_are_named():
+    text = (ROOT / "README.md").read_text()
+    counts = re.search(r"it wins (\d+) times, ties (\d+) times and loses (\d+) times", text)
+    assert counts
+    for row, count in zip(("wins", "ties", "loses"), counts.groups(), strict=True):
+        named = re.search(rf"^\| {row} \| (.+) \|$", text, re.MULTILINE)
+        assert named and len(re.findall(r"\]\(experiments/\w+/README\.md\)", named[1])) == int(count), row
