@@ -25,9 +25,9 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment
 from experiments._data import Split, digits
-from experiments._figures import BLUE, GREEN, INK, ORANGE, PINK, SKY, YELLOW, bars, figure, save, titled
 
 Hparams = dict[str, Any]
 
@@ -331,35 +331,43 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         numbers["at_the_edge"] = survived(method, last, data, key, tests, outer // 2)
         numbers["beyond"] = survived(method, float(EDGE[-1]), data, key, tests, outer // 2)
         numbers["metasmoothness"] = metasmoothness(method, kinds, data, key)
-    picture(numbers, result.hparams, {name: families[name](*found[name], steps) for name in families}, options.out)
+    factor = np.prod([np.asarray(result.hparams["layer"][name]) for name in LAYERS]) ** (1 / len(LAYERS))
+    learned = {"rate": factor * result.hparams["rate"], "momentum": result.hparams["momentum"]}
+    numbers["learned"] = {name: learned[name][:: max(steps // 40, 1)] for name in learned}
 
 
-def picture(numbers: dict[str, Any], learned: Hparams, shapes: dict[str, Hparams], folder: Path) -> None:
-    factor = np.prod([np.asarray(learned["layer"][name]) for name in LAYERS]) ** (1 / len(LAYERS))
-    own = learned | {"rate": factor * learned["rate"]}
-    canvas = figure(10.5, 5.4)
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 8.4)
     (rates, momenta), (ends, edges) = canvas.subplots(2, 2)
-    colors = {"cosine": PINK, "one_cycle": GREEN, "power": YELLOW, "constant": SKY}
+    colors = {"cosine": style.PINK, "one_cycle": style.GREEN, "power": style.YELLOW, "constant": style.SKY}
     for axes, name in ((rates, "rate"), (momenta, "momentum")):
-        for family, shape in shapes.items():
-            axes.plot(shape[name], color=colors[family], label=family.replace("_", "-"))
-        axes.plot(own[name], color=BLUE, linewidth=2, label="learned")
-        axes.axhline(CONSTANT[name], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="start of tuning")
-    rates.set(yscale="log", ylim=(1e-3, 5))
-    rates.legend(frameon=False, fontsize=9, ncols=2, loc="lower left")
-    titled(rates, "Learning rate", xlabel="training step", ylabel="rate (mean of layers)")
-    titled(momenta, "Momentum", xlabel="training step", ylabel="momentum")
-    values = sorted((numbers["equal"] | numbers["free"]).items(), key=lambda pair: pair[1])
-    shown = lambda name: BLUE if name == "learned" else ORANGE if name in numbers["free"] else PINK
-    rows = {name.replace("_", "-"): (value, shown(name)) for name, value in values}
-    bars(ends, rows, "At equal steps, new starts and batches", xlabel="test loss")
-    usable = np.asarray(numbers["edge"]["usable"])
-    for which, color, text in ((usable, BLUE, "usable"), (~usable, ORANGE, "exploded, said so")):
-        edges.loglog(EDGE[which], np.asarray(numbers["edge"]["growth"])[which], "o", color=color, label=text)
-    edges.legend(frameon=False, fontsize=9)
-    titled(edges, "The edge of stability, seen from inside", xlabel="constant rate", ylabel="growth of the adjoint")
-    save(canvas, folder)
+        for family, color in colors.items():
+            best = [run["searched"][family] for run in results.values()]
+            shapes = [FAMILIES[family](*(found[k] for k in ("peak", "momentum", "shape")), STEPS) for found in best]
+            mean = np.mean([shape[name] for shape in shapes], 0)
+            axes.plot(np.arange(STEPS), mean, color=color, label=family.replace("_", "-"))
+        learned = style.each(results, f"learned.{name}")
+        style.curves(axes, np.linspace(0, STEPS, len(learned[0]), endpoint=False), learned, style.BLUE, "learned")
+        axes.axhline(CONSTANT[name], color=style.INK, lw=0.9, linestyle=style.DASHED, label="start of tuning")
+    rates.set(yscale="log", ylim=(3e-3, 5))
+    style.titled(rates, "Learning rate", xlabel="training step", ylabel="rate (mean of layers)")
+    style.titled(momenta, "Momentum", xlabel="training step", ylabel="momentum")
+    names = {f"equal.{name}": style.PINK for name in ("constant", "cosine", "one_cycle", "power")}
+    names |= {f"free.{name}": style.ORANGE for name in ("schedule_free", "cocob", "prodigy", "dadapt_adamw")}
+    names["equal.learned"] = style.BLUE
+    rows = {path.split(".")[1].replace("_", "-"): (style.each(results, path), color) for path, color in names.items()}
+    rows = dict(sorted(rows.items(), key=lambda row: np.mean(row[1][0])))
+    style.over_seeds(ends, rows, "At equal steps, new starts and batches", xlabel="test loss, nats")
+    for run in results.values():
+        usable, growth = (np.asarray(run["edge"][name]) for name in ("usable", "growth"))
+        for which, color, text in ((usable, style.BLUE, "usable"), (~usable, style.ORANGE, "exploded, and said so")):
+            edges.loglog(EDGE[which], growth[which].astype(float), "o", color=color, label=text, alpha=0.6)
+    style.titled(edges, "The edge of stability, from inside", xlabel="constant rate", ylabel="growth of the adjoint")
+    handles, labels = edges.get_legend_handles_labels()
+    edges.legend(handles[:2], labels[:2], frameon=False, fontsize=11)
+    style.legend(canvas, rates, columns=6)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
