@@ -212,7 +212,6 @@ def measure(options: Any, numbers: dict[str, Any]) -> None:
     points = np.exp(rng.uniform(np.log(LOW), top, (8 if options.smoke else 2000, 3)))
     random, _, numbers["random_draws"] = search(points, numbers["seconds_tuned"], "random search")
     numbers["grid"], numbers["random"] = score(grid, test), score(random, test)
-    numbers["over_random"] = numbers["random"] - numbers["tuned"]
     first = numbers["seconds_to_60"]
     numbers["time_ratio"] = None if first is None else numbers["seconds_grid"] / first
 
