@@ -181,7 +181,11 @@ def _minimise(
         finite = jnp.isfinite(value) & jnp.isfinite(residual)
         noise = eps * jnp.abs(c.value)
         lower = value <= c.value + _DECREASE * step * c.slope
-        level = (value <= c.value + _NOISE * noise) & (slope <= (2 * _DECREASE - 1) * c.slope)
+        # Values that come out of cancelling terms lose more than their own rounding: where the decrease to expect is
+        # this faint, the slopes decide.
+        doubtful = max(eps**0.75, _NOISE * eps) * jnp.abs(c.value)
+        room = jnp.where(-step * c.slope <= doubtful, doubtful, _NOISE * noise)
+        level = (value <= c.value + room) & (slope <= (2 * _DECREASE - 1) * c.slope)
         down = finite & (lower | level)
         accept = finite & (first | (down & ((slope >= _CURVATURE * c.slope) | last)))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import hypergrad as hg
 from hypergrad._problem import bind_inner
@@ -42,3 +43,19 @@ def solve(
 
 def status(result):
     return hg.Status(int(result.status)).name
+
+
+def told_apart(problems: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Softmax regression on rows that can be told apart, `[problems]`: `(loss, start, data)`.
+
+    Its values are small differences of large logits, which lose more digits than their own size tells.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(problems, 40, 10))
+    y = np.eye(3)[np.argmax(x @ rng.normal(size=(problems, 10, 3)), -1)]
+
+    def loss(w: Any, decay: Any, batch: Any) -> Any:
+        x, y = batch
+        return decay * jnp.sum(w**2) - jnp.mean(jnp.sum(y * jax.nn.log_softmax(x @ w), 1))
+
+    return loss, jnp.zeros((10, 3)), (jnp.asarray(x), jnp.asarray(y))

@@ -13,7 +13,7 @@ import hypergrad as hg
 from hypergrad._problem import bind_inner
 from hypergrad.inner.lbfgs import _learn
 from tests._helpers import assert_trees_equal, relative_error, shard_rows, tol
-from tests.inner._solve import problem, solve, status
+from tests.inner._solve import problem, solve, status, told_apart
 
 EIGENVALUES = np.geomspace(1.0, 300.0, 12)
 AIM = np.linspace(-1.0, 2.0, 12)
@@ -446,3 +446,11 @@ wrong: Any = hg.inner  # to be called as its types forbid
 def test_mistakes_are_named(make, message):
     with pytest.raises((hg.InputError, hg.InputTypeError), match=message):
         make()
+
+
+def test_gradients_decide_where_values_lose_digits():
+    loss, start, data = told_apart(8)
+    decay = tol(1e-7, 1e-3)  # smaller ones, float32's gradients do not resolve
+    result = jax.jit(jax.vmap(lambda batch: solve(hg.inner.lbfgs(), loss, start, decay, batch)))(data)
+    assert max(result.status) <= tol(hg.Status.OK, hg.Status.PRECISION_LIMITED)
+    assert max(result.steps) < 400  # each of them once stalled

@@ -9,7 +9,7 @@ import pytest
 
 import hypergrad as hg
 from tests._helpers import relative_error, tol
-from tests.inner._solve import solve, status
+from tests.inner._solve import solve, status, told_apart
 
 RNG = np.random.default_rng(0)
 ROOT = RNG.normal(size=(5, 5))
@@ -81,3 +81,11 @@ def test_mistakes_name_the_option():
         hg.inner.newton(tol=-1.0)
     with pytest.raises(TypeError, match=r"newton: unknown option 'max_step', did you mean 'max_steps'"):
         hg.inner.newton(max_step=3)
+
+
+def test_gradients_decide_where_values_lose_digits():
+    loss, start, data = told_apart(8)
+    decay = tol(1e-7, 1e-3)  # smaller ones, float32's gradients do not resolve
+    result = jax.jit(jax.vmap(lambda batch: solve(hg.inner.newton(), loss, start, decay, batch)))(data)
+    assert max(result.status) <= tol(hg.Status.OK, hg.Status.PRECISION_LIMITED)
+    assert max(result.steps) < 30  # once fifty, or stalled
