@@ -73,10 +73,12 @@ def score(task: Task, hparams: Any) -> float:
     return found if np.isfinite(found) else np.inf
 
 
-def scored(task: Task, seconds: np.ndarray, hparams: np.ndarray, calls: np.ndarray | None = None) -> Path_:
-    """At about 25 steps, evenly spread over the logarithm of the step."""
+def scored(
+    task: Task, seconds: np.ndarray, hparams: np.ndarray, calls: np.ndarray | None = None, points: int = 25
+) -> Path_:
+    """At about so many steps, evenly spread over the logarithm of the step; the last among them."""
     last = len(seconds) - 1
-    at = np.unique(np.round(np.geomspace(1, last + 1, 25)).astype(int) - 1)
+    at = np.unique(np.round(np.geomspace(last + 1, 1, points)).astype(int) - 1)
     counted = np.full(last + 1, np.nan) if calls is None else calls
     return Path_(seconds[at], np.asarray([score(task, hparams[i]) for i in at]), counted[at])
 
@@ -205,7 +207,7 @@ class Clock:
         self.at.append(time.process_time())
 
 
-def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, rows: bool) -> Path_:
+def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, rows: bool, points: int = 25) -> Path_:
     """A run of `hg.tune` of any other solver; the first call, which compiles, counts as long as the median one."""
     data = [hg.minibatches(d, BLOCK) if rows else d for d in (task.train, task.valid)]
     clock, call = Clock(), max(1, min(100, steps // 10)) if rows else 1
@@ -221,7 +223,7 @@ def timed(task: Task, solver: hg.Solver, outer: Any, steps: int, key: Any, *, ro
     calls = np.cumsum(n * (history.inner_steps + history.linear_steps + 1) + m)
     last = np.maximum.accumulate(np.where(history.accepted, np.arange(steps), 0))  # where the run is, not its trials
     at = [np.asarray(x)[::call][: len(seconds)] for x in (np.asarray(history.hparams, np.float64)[last], calls)]
-    return scored(task, seconds, *at)
+    return scored(task, seconds, *at, points)
 
 
 def curvature(task: Task) -> float:
@@ -237,7 +239,7 @@ def curvature(task: Task) -> float:
     return float(jax.lax.scan(turn, begin, None, length=50)[1][-1])
 
 
-def jaxopt_run(task: Task, implicit: bool) -> Callable[[float, int], Path_]:
+def jaxopt_run(task: Task, implicit: bool) -> Callable[[float, int, int], Path_]:
     """jaxopt's gradient descent, ten steps on all rows from where it was, differentiated by either of its ways."""
     import jaxopt
 
@@ -255,7 +257,7 @@ def jaxopt_run(task: Task, implicit: bool) -> Callable[[float, int], Path_]:
         grad, w = jax.grad(outer, has_aux=True)(h)
         return w, h - outer_rate * grad
 
-    def run(outer_rate: float, steps: int) -> Path_:
+    def run(outer_rate: float, steps: int, points: int) -> Path_:
         w, h = task.params, task.hparams
         rate = jnp.asarray(outer_rate, h.dtype)
         jax.block_until_ready(step(w, h, rate, task.train, task.valid))
@@ -266,7 +268,7 @@ def jaxopt_run(task: Task, implicit: bool) -> Callable[[float, int], Path_]:
             spent += time.process_time() - began
             seconds.append(spent)
             hparams.append(np.asarray(h))
-        return scored(task, np.asarray(seconds), np.asarray(hparams))
+        return scored(task, np.asarray(seconds), np.asarray(hparams), points=points)
 
     return run
 
@@ -299,10 +301,12 @@ def other(task: Task, name: str, rates: tuple[float, float], scale: float, key: 
         else:
             solver = hg.unrolled(task.problem, inner=inner, warm_start=True, mode="reverse")
         descent = optax.inject_hyperparams(optax.sgd)
-        run = lambda at, steps: timed(task, solver, descent(learning_rate=at), steps, key, rows=True)
+        run = lambda at, steps, points: timed(
+            task, solver, descent(learning_rate=at), steps, key, rows=True, points=points
+        )
         most, grid = steps(3000), (1, 3, 10)
-    short = {factor * outer_rate: run(factor * outer_rate, most // 3).score[-1] for factor in grid}
-    return run(min(short, key=lambda at: short[at]), most)
+    short = {factor * outer_rate: run(factor * outer_rate, most // 3, 1).score[-1] for factor in grid}
+    return run(min(short, key=lambda at: short[at]), most, 25)
 
 
 def floor_ratio(task: Task, rates: tuple[float, float], steps: int, key: Any) -> float:

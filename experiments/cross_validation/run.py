@@ -26,7 +26,7 @@ import optax
 sys.path[:0] = [str(Path(__file__).parents[2])]  # a bare clone works as well as an installation
 
 import hypergrad as hg  # noqa: E402
-from experiments._common import experiment, progress  # noqa: E402
+from experiments._common import experiment, measured_before, progress  # noqa: E402
 from experiments._data import stratified  # noqa: E402
 
 FOLDS = 5
@@ -318,6 +318,40 @@ def cost(model: Model, data: Data, splits: Split, repeats: int) -> dict[str, flo
     return {"ratio": float(ratio), "steps_ratio": FOLDS * max(steps) / sum(steps), "off": off}
 
 
+def cost_of_starts(model: Model, data: Data, splits: Split, starts: int, steps: int) -> dict[str, float]:
+    """Runs from several strengths by `hg.multistart`, and by one call of `hg.tune` after the other; processor time.
+
+    What is compiled is kept from a run before; tracing counts.
+    """
+    solver = model.solver(jnp.zeros(data.x.shape[1], int))
+    train, valid = (jax.tree.map(lambda x: x[0], part) for part in (splits.train, splits.valid))
+    train, valid = (fold._replace(weight=fold.weight[0]) for fold in (train, valid))
+    begin = model.begin(data.x.shape[1])
+    h = {name: log + jnp.linspace(-2, 2, starts)[:, None] for name, log in model.strengths.items()}
+    options: dict[str, Any] = {"outer": optax.adam(0.1), "steps": steps, "steps_per_call": 10}
+    each = lambda: [
+        hg.tune(
+            solver, begin, jax.tree.map(lambda x, i=i: x[i], h), train, valid, progress=False, **options
+        ).history.value[-1]
+        for i in range(starts)
+    ]
+    whole = lambda: [one.history.value[-1] for one in hg.multistart(solver, begin, h, train, valid, **options).results]
+    times: dict[str, list[float]] = {"each": [], "whole": []}
+    for repeat in range(3):
+        ends = {}
+        for name, call in (("each", each), ("whole", whole)):
+            began = time.process_time()
+            ends[name] = call()
+            if repeat:
+                times[name].append(time.process_time() - began)
+    off = float(np.max(np.abs(np.asarray(ends["each"]) - np.asarray(ends["whole"]))))
+    return {"starts_ratio": float(np.median(times["whole"]) / np.median(times["each"])), "starts_off": off}
+
+
+def costs(data: Data, splits: Split) -> dict[str, float]:
+    return cost(LOGISTIC, data, splits, repeats=30) | cost_of_starts(LOGISTIC, data, splits, starts=8, steps=50)
+
+
 def error(values: np.ndarray) -> float:
     """Standard error of the mean."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5)
@@ -327,6 +361,11 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     count, steps = (2, 4) if options.smoke else (10, 30)
+    if options.costs:
+        data = wine()
+        numbers |= measured_before(__file__, options)
+        numbers["cost"] = costs(data, outer_splits(data, options.seed, 1))
+        return
     names = ("ridge_diabetes",) if options.smoke else tuple(PROBLEMS)
     problems = {name: (data := PROBLEMS[name][0](), outer_splits(data, options.seed, count)) for name in names}
     paths: dict[str, dict[str, Found]] = {}
@@ -351,7 +390,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             )  # fmt: skip
         numbers[name] = here
     if not options.smoke:
-        numbers["cost"] = cost(LOGISTIC, *problems["logistic_wine"], repeats=30)
+        numbers["cost"] = costs(*problems["logistic_wine"])
         draw(options.out, paths)
 
 
@@ -378,5 +417,9 @@ def draw(folder: Path, paths: dict[str, dict[str, Found]]) -> None:
     style.save(figure, folder, colours=64)
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--costs", action="store_true", help="the costs alone; the losses stay as they were kept")
+
+
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, arguments=arguments)
