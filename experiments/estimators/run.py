@@ -26,6 +26,7 @@ from sklearn.model_selection import GridSearchCV, HalvingRandomSearchCV  # noqa:
 from sklearn.neural_network import MLPRegressor  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 
+from experiments import _figures as style  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 from hypergrad.adapters import sklearn as ours  # noqa: E402
 
@@ -99,6 +100,7 @@ PROBLEMS: dict[str, tuple[Callable[[np.random.Generator], Split], dict[str, Call
         friedman,
         {
             "HyperKernelRidge": ours.HyperKernelRidge,
+            "HyperKernelRidge_all": lambda: ours.HyperKernelRidge(per="all"),
             "GridSearchCV": lambda: GridSearchCV(kernel(), KERNEL, cv=5),
             "HalvingRandomSearchCV": lambda: halving(kernel(), KERNEL),
         },
@@ -117,7 +119,9 @@ PROBLEMS: dict[str, tuple[Callable[[np.random.Generator], Split], dict[str, Call
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     splits = 2 if options.smoke else 4
     warnings.simplefilter("ignore")
-    chosen = {name: PROBLEMS[name] for name in (("diabetes",) if options.smoke else PROBLEMS)}
+    chosen = PROBLEMS
+    if options.smoke:
+        chosen = {"diabetes": (diabetes, {name: LINEAR[name] for name in ("HyperRidge", "RidgeCV")})}
     for problem, (draw_split, models) in progress(chosen.items(), "problems"):
         found: dict[str, Any] = {name: {"test": [], "seconds": []} for name in models}
         for split in range(splits):
@@ -134,35 +138,44 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
                     error = np.mean((model.predict(u) - v) ** 2) / np.var(v)
                 found[name]["test"].append(float(error))
         first, *_ = found
-        numbers[problem] = {
-            name: {
+        numbers[problem] = {}
+        for name, of in found.items():
+            behind = np.array(of["test"]) - np.array(found[first]["test"])
+            numbers[problem][name] = {
                 "test": float(np.mean(of["test"])),
                 "cold": of["seconds"][0],
                 "warm": float(np.median(of["seconds"][1:])),
-                "wins": int(np.sum(np.array(found[first]["test"]) < np.array(of["test"]))),
+                "behind": float(behind.mean()),
+                "behind_error": float(behind.std(ddof=1) / np.sqrt(splits)),
+                "worse": int(np.sum(behind > 0)),
             }
-            for name, of in found.items()
-        }
-    if options.out:
-        draw(options.out, numbers)
 
 
-def draw(folder: Path, numbers: dict[str, Any]) -> None:
-    from experiments import _figures as style
-
-    figure = style.figure(12.5, 6.2)
-    places = figure.subplots(2, 3).ravel()
-    for axes, problem in zip(places, PROBLEMS, strict=False):
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = style.figure(12.5, 7.6)
+    places = canvas.subplots(3, 2).ravel()
+    titles = {
+        "sparse": "60 features, five matter",
+        "diabetes": "Diabetes",
+        "cancer": "Breast cancer",
+        "friedman": "Friedman, 15 of 20 are noise",
+        "waves": "A wave and a slope, 10 of 12 are noise",
+    }
+    short = {"LogisticRegressionCV": "LogisticCV", "HalvingRandomSearchCV": "HalvingSearchCV"}
+    short |= {"HyperLogisticRegression": "HyperLogistic", "HyperKernelRidge_all": "… one scale for all"}
+    for axes, (problem, title) in zip(places, titles.items(), strict=False):
         rows = {
-            name: (row["test"], style.BLUE if name.startswith("Hyper") else style.ORANGE)
-            for name, row in numbers[problem].items()
+            short.get(name, name): (
+                style.each(results, f"{problem}.{name}.test"),
+                style.BLUE if name.startswith("Hyper") else style.ORANGE,
+            )
+            for name in PROBLEMS[problem][1]
         }
         label = "test log-loss, nats" if problem == "cancer" else "test error / variance"
-        style.bars(axes, rows, problem, xlabel=label, ylabel="")
-        axes.margins(x=0.2)  # for the numbers behind the bars
-    places[-1].set_visible(False)
-    style.save(figure, folder)
+        style.over_seeds(axes, rows, title, xlabel=label)
+    places[-1].remove()
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
