@@ -361,12 +361,10 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     count, steps = (2, 4) if options.smoke else (10, 30)
-    if options.costs:
-        data = wine()
+    if options.only:
         numbers |= measured_before(__file__, options)
-        numbers["cost"] = costs(data, outer_splits(data, options.seed, 1))
-        return
-    names = ("ridge_diabetes",) if options.smoke else tuple(PROBLEMS)
+    every = ("ridge_diabetes",) if options.smoke else tuple(PROBLEMS)
+    names = tuple(name for name in every if not options.only or name in options.only)
     problems = {name: (data := PROBLEMS[name][0](), outer_splits(data, options.seed, count)) for name in names}
     paths: dict[str, dict[str, Found]] = {}
     for model in progress({id(PROBLEMS[name][1]): PROBLEMS[name][1] for name in names}.values(), "models"):
@@ -389,8 +387,10 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
                 over_all=float(np.mean(off)), over_all_error=error(off),
             )  # fmt: skip
         numbers[name] = here
-    if not options.smoke:
-        numbers["cost"] = costs(*problems["logistic_wine"])
+    if "cost" in options.only or not (options.only or options.smoke):
+        data = wine()
+        numbers["cost"] = costs(data, outer_splits(data, options.seed, 1))
+    if not (options.only or options.smoke):
         draw(options.out, paths)
 
 
@@ -418,7 +418,8 @@ def draw(folder: Path, paths: dict[str, dict[str, Found]]) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--costs", action="store_true", help="the costs alone; the losses stay as they were kept")
+    parts = [*PROBLEMS, "cost"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=[], help="these alone; the others stay as kept")
 
 
 if __name__ == "__main__":
