@@ -4,13 +4,13 @@ r"""How wrong a hypergradient at an optimum may be, judged by the residuals of t
 
     a = ‖ĝ(ŵ, v̂) − ĝ(w⁺, v̂) + (∂²_{λw} h)ᵀε‖ / 4s + (‖δ‖/‖w‖ + ‖ε‖/40‖v̂‖ + ρ) ‖(∂²_{λw} h)ᵀv̂‖ / s
 
-    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖)),     ρ = min(1, 8k) k/20
+    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖)),     20ρ = max(min(k, 10⁻³), min(k, 8k²))
 
 A step of four times the distance to the optimum replaces a derivative, because it detects what a derivative misses:
 kinks, and folds, at which the Hessian changes by as much as its own size. H is the true Hessian even where the adjoint
 system used another operator, so that ∂_w f − Hv̂ contains the bias of damping and of Gauss-Newton products as well. The
 rounding errors of F and Hv̂ are in δ and ε; ρ, with k = eps·κ, stands for those that both points share. It counts in
-full from k = 1/8 on, since below that the measured ones are the larger part.
+full from k = 1/8 on; below that they are seldom as large as κ allows, and ρ is at most 5e-5 as long as k < .01.
 
 H⁻¹ is first approximated by M⁻¹/μ, where M is the preconditioner and μ the smallest eigenvalue of M⁻¹H: this is never
 too small, but κ times too large along stiff directions. Where the resulting estimate is not small, a few steps of
@@ -57,7 +57,7 @@ _SETTLED = 0.5  # the largest relative error at which the smallest Ritz value co
 _RISE = 1.25  # how much μ may grow from one call to the next
 _AGE = 32  # calls after which Lanczos's process runs again
 _ASIDE = 1e-3  # share of the length of w by which w is moved along a flat direction
-_SHARED = 8.0  # inverse of the k from which the error of rounding is counted in full
+_SHARED, _COMMON = 8.0, 1e-3  # inverse of the k from which shared rounding counts in full; and its usual limit
 _LOST = 0.05  # condition number times rounding; the Ritz values from which it comes are too far inside by up to three
 _HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F instead of zeros; and a limit on that size
 _NEAR = 1e-2  # relative inner residual above which no estimate would be finite
@@ -410,7 +410,7 @@ def _relative_error(
     known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
     low = jnp.where(known, spectrum.low, 1)
     wide = spectrum.high / low * _tree.eps(params)
-    wide = jnp.minimum(1, _SHARED * wide) * wide / 20
+    shared = jnp.maximum(jnp.minimum(wide, _COMMON), jnp.minimum(1, _SHARED * wide) * wide) / 20
     norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units instead of a pass for each norm
     long, tall = _tree.max_abs(params), _tree.max_abs(v)
     through = norm(point.indirect, unit)
@@ -464,7 +464,7 @@ def _relative_error(
         first = norm(change, unit) / (_SAFETY * _tree.positive(size))
         first = jnp.where(aside, first / _ASIDE, first)
         loose = norm(step, long) / _tree.positive(length)
-        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + wide
+        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + shared
         a = first + loose * through / _tree.positive(size)
         return turn + 1, jnp.where(bent | jnp.isnan(a), jnp.inf, a)
 
