@@ -4,13 +4,15 @@ r"""How wrong a hypergradient at an optimum may be, judged by the residuals of t
 
     a = ‖ĝ(ŵ, v̂) − ĝ(w⁺, v̂) + (∂²_{λw} h)ᵀε‖ / 4s + (‖δ‖/‖w‖ + ‖ε‖/40‖v̂‖ + ρ) ‖(∂²_{λw} h)ᵀv̂‖ / s
 
-    error_estimate = 4a / (1 − a) + eps,     s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖)),     20ρ = max(min(k, 10⁻³), min(k, 8k²))
+    error_estimate = 4a / (1 − a) + eps
+
+    s = max(‖ĝ‖, 10⁻³ (‖∂_λ f‖ + ‖(∂²_{λw} h)ᵀv̂‖)),     20ρ = max(min(k, 10⁻³), min(k, 8k²)),     k = eps·κ
 
 A step of four times the distance to the optimum replaces a derivative, because it detects what a derivative misses:
 kinks, and folds, at which the Hessian changes by as much as its own size. H is the true Hessian even where the adjoint
 system used another operator, so that ∂_w f − Hv̂ contains the bias of damping and of Gauss-Newton products as well. The
-rounding errors of F and Hv̂ are in δ and ε; ρ, with k = eps·κ, stands for those that both points share. It counts in
-full from k = 1/8 on; below that they are seldom as large as κ allows, and ρ is at most 5e-5 as long as k < .01.
+rounding errors of F and Hv̂ are in δ and ε; ρ stands for those that both points share. They count in full from k = 1/8
+on; below that they are seldom as large as κ allows, and ρ is at most 5e-5 as long as k < .01.
 
 H⁻¹ is first approximated by M⁻¹/μ, where M is the preconditioner and μ the smallest eigenvalue of M⁻¹H: this is never
 too small, but κ times too large along stiff directions. Where the resulting estimate is not small, a few steps of
