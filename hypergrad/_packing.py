@@ -42,14 +42,23 @@ AS_IT_IS = Packing(lambda x: x, lambda x: x)
 def packing(like: PyTree) -> Packing:
     """One vector for parameters of many small leaves of one dtype on one device; everything else stays as it is."""
     leaves, treedef = jax.tree.flatten(like)
-    small = len(leaves) > _LEAVES and _tree.size(like) <= _ENTRIES
+    small = len(leaves) > _LEAVES and 0 < _tree.size(like) <= _ENTRIES
     if not small or len({jnp.result_type(leaf) for leaf in leaves}) > 1 or jax.device_count() > 1:
         return AS_IT_IS
-    shapes = [jnp.shape(leaf) for leaf in leaves]
-    sizes = [int(np.prod(shape)) for shape in shapes]
+    shapes, dtype = [jnp.shape(leaf) for leaf in leaves], jnp.result_type(leaves[0])
+    full = [i for i, shape in enumerate(shapes) if 0 not in shape]
+    sizes = [int(np.prod(shapes[i])) for i in full]
+
+    def pack(tree: PyTree) -> Array:
+        parts = jax.tree.leaves(tree)
+        return jnp.concatenate([parts[i].ravel() for i in full])
 
     def unpack(vector: Array) -> PyTree:
-        parts = jax.lax.split(vector, sizes)
-        return treedef.unflatten([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
+        # Empty leaves are made anew. Where one is split off, jaxlib 0.10 and 0.12 cannot compile a call of LAPACK on a
+        # machine with one processor.
+        parts = [jnp.zeros(shape, dtype) for shape in shapes]
+        for i, part in zip(full, jax.lax.split(vector, sizes), strict=True):
+            parts[i] = part.reshape(shapes[i])
+        return treedef.unflatten(parts)
 
-    return Packing(lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]), unpack)
+    return Packing(pack, unpack)
