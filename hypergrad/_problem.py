@@ -130,8 +130,8 @@ class Objective(NamedTuple):
     def of(self, change: Callable[[PyTree], PyTree]) -> Objective:
         """The same problem over other parameters x: its functions take x and evaluate at `change(x)`."""
         stochastic, fixed, outputs, loss = self.stochastic, self.fixed, self.outputs, self.loss_of_outputs
-        # Under a `jit` of its own a loss of many leaves is traced and differentiated once, where JAX would do so at each
-        # of the dozen places that use it.
+        # Under a `jit` of its own a loss of many leaves is traced and differentiated once, where JAX would do so at
+        # each of the dozen places that use it.
         return self._replace(
             stochastic=lambda x, *rest: stochastic(change(x), *rest),
             fixed=jax.jit(lambda x, hparams: fixed(change(x), hparams)),
