@@ -319,9 +319,9 @@ def picture(numbers: dict[str, Any], folder: Path) -> None:
     panels = canvas.subplots(1, 3, sharey=True)
     names = [name for name in METHODS if name in numbers["methods"]]
     titles = {
-        "usable": "Usable steps, from initialisation",
-        "valid": "Validation loss / untuned, after 30 steps",
-        "cosine": "Cosine with what it claims, early",
+        "usable": "Usable steps",
+        "valid": "Validation loss / untuned",
+        "cosine": "Cosine, early in training",
     }
     for axes, (what, title) in zip(panels, titles.items(), strict=True):
         for y, name in enumerate(names):
@@ -353,4 +353,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, kept="measured.json")
