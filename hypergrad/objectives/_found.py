@@ -1,5 +1,5 @@
-"""What the objectives ask of their data: a mistake in values that are known raises, one in traced values becomes NaN,
-which every solver reports as a status.
+"""Checks of the data that objectives are given. A mistake in values that are known raises; a mistake in traced values
+becomes NaN, which every solver reports as a status.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypergrad._solver import InputError, InputTypeError
 
 
 def positive(where: str, value: Any, advice: str, *, zero: bool = False) -> Array:
-    """`value`; NaN where a traced entry is not greater than 0 (or is below 0, where zero is allowed).
+    """Return `value`, with NaN where a traced entry is not greater than 0 (or is below 0, where zero is allowed).
 
     Raises:
         InputError: for such an entry of a value that is known.
@@ -33,7 +33,7 @@ def positive(where: str, value: Any, advice: str, *, zero: bool = False) -> Arra
 
 
 def one_hot(where: str, labels: Any, shape: tuple[int | None, int | None] = (None, None)) -> Array:
-    """`labels` `[n, c]` as floats; NaN in a traced row that is not one-hot.
+    """Return `labels` `[n, c]` as floats, with NaN in a traced row that is not one-hot.
 
     Raises:
         InputError: for another shape, and for a row that is not one-hot of labels that are known.
@@ -59,7 +59,7 @@ def one_hot(where: str, labels: Any, shape: tuple[int | None, int | None] = (Non
 
 
 def table(where: str, x: Any, columns: int | None = None) -> Array:
-    """`x` `[n, d]`, with at least one row.
+    """Return `x` `[n, d]`, which has at least one row.
 
     Raises:
         InputError: for another shape.

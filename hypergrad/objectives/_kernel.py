@@ -57,10 +57,10 @@ def weighted_rows(
 
 
 def form_log_determinant(form: str, rows: PyTree) -> Array:
-    """One of `FORMS`, of rows `[m, *shape]`.
+    """Return the log-determinant in one of `FORMS`, of rows `[m, *shape]`.
 
     Args:
-        form: which.
+        form: the name of the form.
         rows: A, a pytree like the parameters with a leading axis of rows.
     """
     flat = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(rows)]
@@ -143,7 +143,7 @@ def _gram(rows: Array) -> Array:
 
 
 def _above_identity(gram: Any) -> Array:
-    """Log det(I + G) by Cholesky, which is NaN where there is none."""
+    """Return log det(I + G) by Cholesky's factorization; NaN where that does not exist."""
     factor = jnp.linalg.cholesky(gram + jnp.eye(gram.shape[0], dtype=gram.dtype))
     return 2 * jnp.sum(jnp.log(jnp.diagonal(factor)))
 
@@ -163,7 +163,10 @@ def _kronecker(rows: Array) -> Array:
 
 @jax.custom_jvp
 def _eigenvalues(matrix: Array) -> Array:
-    """Of a symmetric matrix; with a derivative where they coincide, since only symmetric functions of them are used."""
+    """Return the eigenvalues of a symmetric matrix, with a derivative also where they coincide.
+
+    Only symmetric functions of them are used, and those are smooth there.
+    """
     return jnp.linalg.eigvalsh(matrix)
 
 

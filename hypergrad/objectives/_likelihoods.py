@@ -34,7 +34,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Positive(NamedTuple):
-    """An option that is positive numbers, or a function from the hyperparameters to them.
+    """An option whose value is positive numbers, or a function from the hyperparameters to them.
 
     Attributes:
         words: strings that stand for a value of their own.
@@ -43,7 +43,7 @@ class Positive(NamedTuple):
     words: tuple[str, ...] = ()
 
     def check(self, function: str, name: str, value: Any) -> None:
-        """Raise for numbers that are not positive, and for what is neither a number nor a function."""
+        """Raise for numbers that are not positive, and for anything that is neither a number nor a function."""
         if callable(value) or (isinstance(value, str) and value in self.words):
             return
         written = f", one of {', '.join(map(repr, self.words))}" if self.words else ""
@@ -59,7 +59,7 @@ class Positive(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How outputs explain targets.
+    """How the outputs of a model explain its targets.
 
     Attributes:
         nll: `(outputs [n, c], targets, hparams) -> [n]`, −log p(y | f) in nats.
@@ -94,10 +94,10 @@ def setting(function: str, name: str, value: Any) -> Callable[[PyTree], PyTree]:
 
 
 def likelihood(function: str, name: str, noise: Any) -> Likelihood:
-    """The likelihood of that name.
+    """Return the likelihood of that name.
 
     Args:
-        function: who asks.
+        function: name of the caller, for messages.
         name: one of `LIKELIHOOD`.
         noise: standard deviation of the Gaussian, or a function from the hyperparameters to it; None for the others.
 
@@ -239,7 +239,7 @@ def _binary(function: str, outputs: Array, labels: Array) -> Array:
 
 
 def _check_classes(function: str, labels: Array, classes: int) -> None:
-    """Concrete labels; those that are traced are looked at by `hg.tune` and `hg.check`."""
+    """Check labels that are concrete; `hg.tune` and `hg.check` check those that are traced."""
     if isinstance(labels, Tracer):
         return
     found = np.asarray(labels)

@@ -1,4 +1,4 @@
-"""What the objectives of a Gaussian process share: their covariance and noise, checked, as one matrix."""
+"""The covariance and noise of a Gaussian process, checked, as one matrix; shared by its objectives."""
 
 from __future__ import annotations
 

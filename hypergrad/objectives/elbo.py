@@ -3,9 +3,9 @@ r"""Data-emphasized ELBO: a variational bound whose hyperparameters can be learn
     −(1/n) E_q log p(y | w)  +  KL(q ‖ p) / (κ n),     q = N(μ, σ²),   p = Π_g N(center_g, τ_g),   D = number of weights
     KL at the best variances   ½ Σ_g D_g log τ*_g − ½ Σ log σ²,     τ*_g = (‖μ_g − center_g‖² + Σ_g σ²) / D_g
 
-κ = 1 is the evidence lower bound. With D ≫ n its KL term drowns the data, and what maximises it under-fits: noise and
-prior explain everything. κ = D/n weighs both alike, "data-emphasized": the loss is −(1/n) E_q log p + KL/D. The prior
-variances are at their optimum in closed form, so that by the envelope theorem a derivative through them is none.
+κ = 1 is the evidence lower bound. With D ≫ n its KL term drowns the data, and its maximum under-fits: noise and prior
+explain everything. κ = D/n weighs both alike, "data-emphasized": the loss is −(1/n) E_q log p + KL/D. The prior
+variances are at their optimum in closed form, so that by the envelope theorem no derivative goes through them.
 
 Source: Harvey, Petrov & Hughes 2025, "Learning hyperparameters via a data-emphasized variational objective",
 arXiv:2502.01861. Differs: the standard deviation may be one for all, for each layer or each
@@ -135,11 +135,11 @@ def elbo(
 
         −(1/n) E_q log p(y | w, λ) + [½ Σ_g D_g log τ*_g − ½ Σ log σ²] / (κ n),    w = μ + σ ε
 
-    In nats per example. The parameters of the problem are `hg.objectives.posterior(weights)`, its inner loss is this
-    one, and so is its outer loss: hyperparameters (noise, length scales, whatever `model` reads) follow their plain
-    gradient, which is what `hg.direct` gives, and which is exact where the inner loss is at its minimum. To move both
-    at every step, as the paper does, write `hg.direct(problem, inner=hg.inner.gradient(optimizer, steps=1))`; prior
-    variances need no hyperparameters at all. Give the training data twice, as `train` and as `valid`, whole or as
+    The loss is in nats per example. The parameters of the problem are `hg.objectives.posterior(weights)`, its inner
+    loss is this one, and so is its outer loss: hyperparameters (noise, length scales, whatever `model` reads) follow
+    their plain gradient, which is what `hg.direct` gives, and which is exact where the inner loss is at its minimum. To
+    move both at every step, as the paper does, write `hg.direct(problem, inner=hg.inner.gradient(optimizer, steps=1))`;
+    prior variances need no hyperparameters at all. Give the training data twice, as `train` and as `valid`, whole or as
     `hg.minibatches`.
 
     Args:

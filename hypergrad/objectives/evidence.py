@@ -6,8 +6,9 @@ with J the Jacobian of the model's outputs, Λ the Hessian of −log p in the ou
 the evidence of the model linearized at θ* (exact for a linear model with Gaussian noise). Blocks K_bb of the kernel
 K = Λ^½ J P⁻¹ Jᵀ Λ^½ have Σ_b log det(I + K_bb) ≥ log det(I + K) (Fischer), and so does n/m times that of m random rows
 on average (Han, Shearer): **lower bounds** of the evidence, one block of which is an unbiased estimate of the bound.
-Which blocks is a choice: examples at random or grouped by class, all outputs together, each by itself, or one drawn. No
-order holds between these families, but within one the bound is tighter the larger the block, on average over all.
+Blocks are a choice: they hold examples at random or grouped by class, and all outputs together, each by itself, or one
+drawn. No order holds between these families, but within one the bound is tighter the larger the block, on average over
+all.
 
 Source: Immer, van der Ouderaa, van der Wilk, Rätsch & Schölkopf 2023, "Stochastic marginal likelihood gradients using
 neural tangent kernels", arXiv:2306.03968; Immer et al. 2022, arXiv:2202.10638 (augmentation by averaged outputs).
@@ -91,15 +92,15 @@ def evidence(
         inner_loss = (1/n) [−log p(y | θ) + ½ θᵀ P θ]
         outer_loss = (1/n) [−log p(y | θ) + ½ θᵀ P θ + ½ log det(I + Λ^½ J P⁻¹ Jᵀ Λ^½)]
 
-    Both in nats per example, so that the outer loss is −log Z / n at the minimum of the inner one. Give a solver the
-    training data twice, as `train` and as `valid`; `train` may be `hg.minibatches`, `valid` may not. With `hg.direct`
-    the hyperparameters see the direct term alone, as in the papers; with `hg.implicit` θ* moves with them, and the
-    gradient is that of log Z. The two agree for linear models with Gaussian noise. `hg.objectives.interleaved` is the
-    schedule of the papers.
+    Both are in nats per example, so that the outer loss is −log Z / n at the minimum of the inner one. Give a solver
+    the training data twice, as `train` and as `valid`; `train` may be `hg.minibatches`, `valid` may not. With
+    `hg.direct` the hyperparameters see the direct term alone, as in the papers; with `hg.implicit` θ* moves with them,
+    and the gradient is that of log Z. The two agree for linear models with Gaussian noise. `hg.objectives.interleaved`
+    is the schedule of the papers.
 
     Args:
         model: `(params, hparams, x) -> outputs`, `[n, c]` or `[n]`, a function of each example by itself (no batch
-            statistics). Linearized in `params`.
+            statistics). It is linearized in `params`.
         likelihood: `"categorical"` (logits, class numbers), `"bernoulli"` (logits, 0 or 1) or `"gaussian"`.
         precision: P of the prior N(0, P⁻¹): positive numbers, or a function from the hyperparameters to them, such as
             `lambda hparams: jnp.exp(hparams["log_precision"])`; a scalar, or a pytree prefix of the parameters with a

@@ -2,7 +2,7 @@ r"""How far apart two ReLU networks are as functions, without the data: distance
 
     D(θ, θ₀) = E_x ½ ‖f(x, θ) − f(x, θ₀)‖²
 
-Kept of the data are, for each class, the mean and covariance of the inputs, and how often each unit is active at θ₀.
+For each class, the mean and covariance of the inputs are kept of the data, and how often each unit is active at θ₀.
 Gates are then independent coins m ~ Bernoulli(μ), the same for both networks (Bernoulli gated linear networks):
 
     a ← m ⊙ (Wᵀa + b),    from layer to layer, with one gate for θ₀ and θ
@@ -110,7 +110,7 @@ def function_moments(params: Layers, x: Array, labels: Array | None = None) -> F
     samples=Number(least=1, integer=True, static=True),
 )
 def function_distance(moments: FunctionMoments, *, by: str, samples: int = 100) -> Callable[..., Array]:
-    r"""Distance of a ReLU network from an earlier one as functions, `E ½ ‖f(x, θ) − f(x, θ₀)‖²`, without the data.
+    r"""Measure how far a ReLU network is from an earlier one as a function, `E ½ ‖f(x, θ) − f(x, θ₀)‖²`, without data.
 
     Args:
         moments: of the earlier network and of its data.
@@ -269,7 +269,7 @@ def _half_square(gap: Array) -> Array:
 
 
 def _layers(function: str, params: Any, inputs: int) -> Layers:
-    """The layers, whose shapes fit each other."""
+    """Return the layers, after a check that their shapes fit each other."""
     pairs = isinstance(params, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in params)
     if not pairs or not params:
         raise InputTypeError(

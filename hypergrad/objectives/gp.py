@@ -64,7 +64,7 @@ def squared_exponential(x: ArrayLike, z: ArrayLike, length: ArrayLike, variance:
 
 @options(covariance=KERNEL, noise_variance=NOISE)
 def gp_evidence(covariance: Kernel, noise_variance: Callable[[PyTree], ArrayLike]) -> Callable[..., Array]:
-    r"""Negative log evidence per point of Gaussian-process regression, by a Cholesky factorisation.
+    r"""The negative log evidence per point of Gaussian-process regression, by a Cholesky factorisation.
 
     Args:
         covariance: `(hparams, x, z) -> [n, m]`, symmetric.

@@ -81,7 +81,7 @@ def gp_evidence_matrix_free(
     depth: int = 30,
     block: int = 256,
 ) -> MatrixFreeEvidence:
-    r"""Negative log evidence per point without a matrix of size n², with its error and that of its gradient.
+    r"""The negative log evidence per point without a matrix of size n², with its error and that of its gradient.
 
         −½ αᵀ K̇ α + ½ mean_i uᵢᵀ K̇ zᵢ,    K α = y,  K uᵢ = zᵢ,  zᵢ random signs
 
@@ -132,7 +132,7 @@ def gp_evidence_matrix_free(
         variance = variance.astype(y.dtype)
 
         def products(h: PyTree, columns: Array) -> Array:
-            """`K columns`, in blocks of rows, the last of which is filled up with the first points again."""
+            """Return `K columns`, by blocks of rows; the first points fill up the last block."""
             size = min(int(block), n)
             rows = jnp.arange(-(-n // size) * size).reshape(-1, size) % n
             part = jax.checkpoint(lambda at: covariance(h, x[at], x) @ columns)

@@ -54,9 +54,10 @@ def gp_sites(
         tᵢ(f) = exp(aᵢ f − ½ bᵢ f²),   q(f) ∝ p(f) Πᵢ tᵢ(fᵢ) with marginals N(mᵢ, vᵢ)
         b ← (1 − ρ) b − 2ρ ∂_v E_q log p(y|f),   a ← (1 − ρ) a + ρ (∂_m − 2 m ∂_v) E_q log p(y|f)
 
-    Natural-gradient steps on the variational bound, each of which is a Gaussian regression on the sites. With
+    An update is a natural-gradient step on the variational bound, which is a Gaussian regression on the sites. With
     `hg.direct` the sites are held while the loss is differentiated, as in the paper; with `hg.implicit` and
-    `hg.linear.gmres` they follow. Exact for a Gaussian likelihood, in one step of rate 1. Cost: O(n³) a step.
+    `hg.linear.gmres` they follow. For a Gaussian likelihood the result is exact after one step of rate 1. Cost: O(n³) a
+    step.
 
     Args:
         covariance: as in `gp_evidence`.

@@ -53,7 +53,7 @@ def hmc(
     warmup: int = 300,
     steps: int = 10,
 ) -> HMCSamples:
-    r"""Hyperparameters drawn from their posterior by Hamiltonian Monte Carlo, for predictions that average over them.
+    r"""Draw hyperparameters from their posterior by Hamiltonian Monte Carlo, for predictions that average over them.
 
     Step size and the scale of each hyperparameter are adapted in the warm-up (blackjax). Cost: `steps` gradients for
     each draw.

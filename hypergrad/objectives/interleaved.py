@@ -41,7 +41,7 @@ class InterleavedState(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options that may be replaced: none, since each call sets its own number of training steps."""
+        """No option may be replaced, since each call sets its own number of training steps."""
         return {}
 
 
@@ -49,9 +49,10 @@ class InterleavedState(NamedTuple):
 def interleaved(
     problem: Problem, optimizer: optax.GradientTransformation, *, burn_in: int, steps: int, hyper_steps: int
 ) -> Solver:
-    """Train, take several steps of the hyperparameters at fixed parameters, and so on: evidence tuned during training.
+    """Alternate between training and a few steps of the hyperparameters, so that evidence is tuned during training.
 
-    Each step of the hyperparameters sees the direct derivative of the outer loss alone, as in `hg.direct`.
+    The parameters stay where they are during a step of the hyperparameters, which sees the direct derivative of the outer
+    loss alone, as in `hg.direct`.
 
     Args:
         problem: `hg.Problem(*hg.objectives.evidence(...))`, or any whose outer loss is worth its direct derivative.

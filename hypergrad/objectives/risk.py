@@ -234,8 +234,8 @@ def leave_one_out(
 ) -> Callable[..., Array]:
     r"""Leave-one-out error of a linear smoother in closed form: mean of `ℓ(yᵢ, ŷᵢ − hᵢ (yᵢ − ŷᵢ)/(1 − hᵢ))`.
 
-    Each row is predicted by the fit to the n − 1 others. Cost: that of the smoother, where n fits would take n times
-    as much.
+    Each row is predicted by the fit to the n − 1 others. It costs as much as the smoother; n fits would cost
+    n times as much.
 
     Args:
         smoother: as in `gcv`. Exact where a fit without row i is the fit in which yᵢ is replaced by its prediction.
@@ -321,8 +321,8 @@ def calibration_error(logits: ArrayLike, labels: ArrayLike, *, width: ArrayLike)
 
         1/(n(n−1)) Σ_{i≠j} exp(−‖pᵢ − pⱼ‖² / (2 width²)) (eᵢ − pᵢ)ᵀ(eⱼ − pⱼ)
 
-    It is unbiased, and so lies around zero, on either side, for a calibrated classifier. In contrast to binned errors
-    of calibration it has a derivative. It says nothing about accuracy: add it to a loss that does. Cost O(n² c), memory
+    It is unbiased, and so lies around zero, on either side, for a calibrated classifier. Unlike binned errors of
+    calibration, it has a derivative. It says nothing about accuracy: add it to a loss that does. Cost O(n² c), memory
     O(n²).
 
     Args:

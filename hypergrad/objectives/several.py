@@ -41,7 +41,7 @@ Losses = Mapping[str, Callable[..., Any]]
 
 @options()
 def several(losses: Losses, weights: Mapping[str, float] | ArrayLike | None = None) -> Callable[..., Any]:
-    r"""One outer loss of several: `Σₜ αₜ fₜ`, each of which arrives in the metrics under its name.
+    r"""Combine several outer losses into one, `Σₜ αₜ fₜ`; each arrives in the metrics under its name.
 
     Args:
         losses: outer losses `(params, hparams, batch) -> scalar` by name, at least one.
@@ -132,7 +132,7 @@ def pareto(inner_loss: Callable[..., Any], losses: Losses) -> Problem:
 
 @options()
 def between(ends: PyTree, weights: ArrayLike) -> PyTree:
-    r"""The point `Σₜ αₜ λₜ` between the ends of a front.
+    r"""Return the point `Σₜ αₜ λₜ` between the ends of a front.
 
     Args:
         ends: pytree of arrays `[T, ...]`.
@@ -164,7 +164,7 @@ def between(ends: PyTree, weights: ArrayLike) -> PyTree:
     parts=Number(least=1, integer=True, static=True, advice="write into how many steps each edge is divided"),
 )
 def simplex_grid(count: int, *, parts: int) -> Array:
-    r"""All weights of `count` losses that are multiples of `1/parts`.
+    r"""Return all weights of `count` losses that are multiples of `1/parts`.
 
     Args:
         count: T, number of losses.
@@ -240,7 +240,7 @@ def _unpack(function: str, batch: PyTree, count: int) -> tuple[PyTree, Array]:
 
 
 def _on_simplex(function: str, weights: Any, count: int | None) -> Array:
-    """The weights, along their last axis; NaN where traced ones are not on the simplex."""
+    """Return the weights, along their last axis, with NaN where traced ones are not on the simplex."""
     alpha = jnp.asarray(weights, jnp.result_type(float, weights) if hasattr(weights, "dtype") else None)
     if not jnp.issubdtype(alpha.dtype, jnp.floating):
         alpha = alpha.astype(jnp.result_type(float))
