@@ -51,8 +51,8 @@ def interleaved(
 ) -> Solver:
     """Alternate between training and a few steps of the hyperparameters, so that evidence is tuned during training.
 
-    The parameters stay where they are during a step of the hyperparameters, which sees the direct derivative of the outer
-    loss alone, as in `hg.direct`.
+    The parameters stay where they are during a step of the hyperparameters, which sees the direct derivative of the
+    outer loss alone, as in `hg.direct`.
 
     Args:
         problem: `hg.Problem(*hg.objectives.evidence(...))`, or any whose outer loss is worth its direct derivative.
