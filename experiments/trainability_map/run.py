@@ -36,6 +36,8 @@ LANES = 2048  # trainings at once
 NUDGE = 0.02  # length, in log10 of the rates, of the steps by which hypergradients are tried
 STARTS = 16  # other starts, with other digits, on which rates are tried
 SHADES = 8  # of blue, and of red
+SHADING = ((True, (0.85, 0.92, 0.98), (0.03, 0.25, 0.5)), (False, (0.99, 0.9, 0.85), (0.6, 0.06, 0.08)))
+# … of a pixel that converges or not: the colour of the slowest, that of the fastest
 
 
 class Map(NamedTuple):
@@ -225,8 +227,9 @@ def fractal(maps: list[Map], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def picture(maps: list[Map], at: np.ndarray, down: np.ndarray, path: np.ndarray, folder: Path) -> None:
-    canvas = figure(10.8, 3.25)
-    for i, (axes, shown) in enumerate(zip(canvas.subplots(1, len(maps)), maps, strict=True)):
+    canvas = figure(12, 4.4)
+    places = canvas.subplots(1, len(maps))
+    for i, (axes, shown) in enumerate(zip(np.atleast_1d(places), maps, strict=True)):
         corner = shown.low
         extent = (corner[1], corner[1] + shown.size, corner[0], corner[0] + shown.size)
         image(axes, colours(shown), origin="lower", extent=extent)
@@ -250,7 +253,24 @@ def picture(maps: list[Map], at: np.ndarray, down: np.ndarray, path: np.ndarray,
             )
             axes.plot(path[:, 1], path[:, 0], color=YELLOW, linewidth=2.5, zorder=3)
             axes.plot(path[0, 1], path[0, 0], "o", color=YELLOW, markersize=6, zorder=3)
+    _colour_bar(canvas, places)
     save(canvas, folder, colours=40)
+
+
+def _colour_bar(canvas: Any, places: Any) -> None:
+    """What the colours say, from the slowest to the fastest that converge, and that diverge."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    (_, light_blue, blue), (_, light_red, red) = SHADING
+    ends = red, light_red, light_blue, blue
+    stops = list(zip((0, 0.4999, 0.5001, 1), ends, strict=True))
+    shown = ScalarMappable(Normalize(-1, 1), LinearSegmentedColormap.from_list("rank", stops, 2 * SHADES))
+    bar = canvas.colorbar(shown, ax=list(np.atleast_1d(places)), location="bottom", aspect=60, pad=0.04, shrink=0.8)
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=["at once", "diverges", "slowly", "converges", "at once"])
+    bar.ax.tick_params(labelsize=11, length=0)
+    bar.set_label("how fast, by rank within each map", fontsize=11.5)
+    bar.outline.set_visible(False)
 
 
 def _frame(inner: Map) -> Any:
@@ -262,10 +282,8 @@ def _frame(inner: Map) -> Any:
 def colours(shown: Map) -> np.ndarray:
     """Blue where training converges, red where not, darker the faster it does so: by rank, as in the paper."""
     picture = np.empty((*shown.loss.shape, 3))
-    for inside, slow, fast in (
-        (shown.converged, (0.85, 0.92, 0.98), (0.03, 0.25, 0.5)),
-        (~shown.converged, (0.99, 0.9, 0.85), (0.6, 0.06, 0.08)),
-    ):
+    for converges, slow, fast in SHADING:
+        inside = shown.converged == converges
         rank = shown.speed[inside].argsort().argsort() * SHADES // max(inside.sum(), 1) / (SHADES - 1)
         picture[inside] = np.array(slow) + rank[:, None] * (np.array(fast) - np.array(slow))
     return picture
