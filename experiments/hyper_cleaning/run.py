@@ -212,7 +212,7 @@ def drawing(results: dict[str, Any]) -> Any:
         for line in counts:
             left.plot(middles, line, color=color, linewidth=0.8, alpha=0.5)
     left.axvline(THRESHOLD, color=style.INK, lw=0.9, linestyle=style.DASHED)
-    left.legend(frameon=False, loc="upper center", fontsize=11)
+    left.legend(frameon=False, loc="upper right", fontsize=11)
     style.titled(left, "Learned weights, half wrong", xlabel="weight", ylabel="training examples")
     lines = {
         "oracle": ("right labels alone (oracle)", style.GREEN),
