@@ -320,8 +320,8 @@ def error_of(case: Case, solver: Solver) -> float:
     (value, ours), (right, theirs) = first(solver), first(case.solver)
     if abs(value - right) > 1e-3 * abs(right):
         return np.inf
-    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, theirs, strict=True)]
-    return float(np.nan_to_num(max(errors), nan=np.inf))
+    errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300) for a, b in zip(ours, theirs, strict=True)]
+    return float(np.max(np.nan_to_num(errors, nan=np.inf)))  # `max` alone overlooks a NaN behind a number
 
 
 # Problems ------------------------------------------------------------------------------------------------------------
