@@ -2,7 +2,8 @@
 
 - The solver never trains, or ends at a saddle: solve again from parameters moved slightly off the solution.
 - It does not read the data that it is given: solve again with half of their rows replaced by the other half.
-- It works with the hyperparameters of the previous call: call it once more, at a neighbouring point.
+- It works with the hyperparameters, the data or the hypergradient of an earlier call: call it once more, at a
+  neighbouring point and with a few rows replaced.
 
 Cost: one or two solutions of the problem each.
 """
@@ -24,6 +25,8 @@ from hypergrad.diagnostics._differences import Setting, Solution
 _MOVE = 1e-3  # distance of the move off the solution, relative to the size of the parameters
 _LEFT = 10  # times the move: parameters that go further were not at a minimum
 _STALE = 0.1  # share of the change between two points, for the value and for the hypergradient
+_BEHIND = 0.5  # share of the way between the hypergradients of two calls
+_ESTIMATED = 10  # times the error that the solver itself expects
 
 
 class Again(NamedTuple):
@@ -100,26 +103,47 @@ def unused_data(
 def is_stale(
     compiled: Callable[..., tuple[Hypergradient, Any]],
     problem: Setting,
-    hparams: PyTree,
+    hparams: tuple[PyTree, PyTree],
     used: tuple[Any, Hypergradient],
     noise: float,
     tol: float,
 ) -> bool:
-    """Whether a state that comes from other hyperparameters gives a result that differs from that of a fresh state.
+    """Whether a used state gives a result that differs from that of a fresh one, at other hyperparameters or data.
 
     Args:
         compiled: the solver's `hypergrad`.
         problem: the data and the first parameters.
-        hparams: a point near the one that `used` belongs to.
+        hparams: the point that `used` belongs to, and one near it.
         used: the state after a call, and the result of that call.
         noise: change of the outer loss in a second call at the same point.
         tol: relative error allowed.
     """
+    here, near = hparams
+    tries = [(near, problem.train, problem.valid)]
+    for name in ("train", "valid"):
+        changed = _a_few_rows(getattr(problem, name))
+        if changed is not None:
+            data = {"train": problem.train, "valid": problem.valid} | {name: changed}
+            tries.append((here, data["train"], data["valid"]))
+    return any(_differs(compiled, problem, *given, used, noise, tol) for given in tries)
+
+
+def _differs(
+    compiled: Callable[..., tuple[Hypergradient, Any]],
+    problem: Setting,
+    hparams: PyTree,
+    train: PyTree,
+    valid: PyTree,
+    used: tuple[Any, Hypergradient],
+    noise: float,
+    tol: float,
+) -> bool:
+    """Whether a used state gives another result than a fresh one for these hyperparameters and data."""
     init_key, call_key = (None, None) if problem.key is None else jax.random.split(problem.key)
     state, before = used
     fresh = problem.solver.init(problem.params, hparams, key=init_key, model_state=problem.model_state)
-    right, _ = compiled(fresh, hparams, problem.train, problem.valid, key=call_key)
-    here, _ = compiled(state, hparams, problem.train, problem.valid, key=call_key)
+    right, _ = compiled(fresh, hparams, train, valid, key=call_key)
+    here, _ = compiled(state, hparams, train, valid, key=call_key)
     if not (bool(usable(right.info.status)) and bool(usable(here.info.status))):
         return False
     change = abs(float(right.value) - float(before.value))
@@ -127,9 +151,27 @@ def is_stale(
     eps = float(jnp.finfo(right.value.dtype).eps)
     if not change > 30 * noise + 100 * eps * abs(float(right.value)):
         return False
-    sizes = [(_distance(a, b), _distance(b, None)) for a, b in ((here.grad, right.grad),)]
-    wrong = any(distance > max(_STALE, 10 * tol) * size for distance, size in sizes)
-    return bool(gap > _STALE * change) or wrong
+    size, distance = _distance(right.grad, None), _distance(here.grad, right.grad)
+    # A budget may leave the two as far apart as their estimates say. What belongs to the earlier call stays behind by
+    # most of the way between the calls, however short.
+    estimated = max(float(out.info.error_estimate) for out in (right, here, before))
+    left_behind = distance > max(tol, _ESTIMATED * estimated) * size
+    left_behind &= distance > _BEHIND * _distance(right.grad, before.grad)
+    return bool(gap > _STALE * change or distance > max(_STALE, 10 * tol) * size or left_behind)
+
+
+def _a_few_rows(data: PyTree) -> PyTree | None:
+    """The data with a sixteenth of the rows, at least one, replaced by the last ones; None where nothing changes."""
+
+    def replace(x: Any) -> Any:
+        rows = np.shape(x)[0] if np.ndim(x) else 0
+        count = max(rows // 16, 1)
+        return jnp.asarray(x).at[:count].set(x[rows - count :]) if rows > count else x
+
+    with contextlib.suppress(Exception):  # data of an unknown kind
+        changed = jax.tree.map(replace, data)
+        return None if _same(changed, data) else changed
+    return None
 
 
 def _moved(found: PyTree, like: PyTree, rng: np.random.Generator) -> PyTree:

@@ -291,11 +291,11 @@ def check(
             faults += [f"off: hparams{row.name}, along which the hypergradient is not the slope." for row in off[:3]]
     if agrees and finite and not faults and kind != "response" and not run.trains_on and not off:
         near = unflatten(at + _NEAR * scales * (2.0 * rng.integers(0, 2, at.size) - 1))
-        if _probes.is_stale(run.compiled, problem, near, run.used, run.drift, allowed):
+        if _probes.is_stale(run.compiled, problem, (problem.hparams, near), run.used, run.drift, allowed):
             faults.append(
-                "stale: after a call at other hyperparameters the solver gives another result than a fresh one does "
-                "at the same point: something of the earlier call (hyperparameters, parameters, the adjoint) is used "
-                "where the new one belongs."
+                "stale: after a call at other hyperparameters or with other data the solver gives another result than "
+                "a fresh one does: something of the earlier call (hyperparameters, data, parameters, the adjoint, the "
+                "hypergradient) is used where the new one belongs."
             )
     ok = agrees and finite and not faults and not off
     return Report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +263,76 @@ def test_a_solver_that_uses_the_hyperparameters_of_the_call_before_is_refused():
 
     report = run(Solver(init, hypergrad, lambda state, hparams: W))
     assert not report.ok and "stale" in words(report)
+
+
+class Earlier(NamedTuple):
+    """What a solver that remembers too much has of the calls before."""
+
+    inner: Any
+    calls: Any
+    first_train: Any
+    train: Any
+    first_valid: Any
+    hparams: Any
+    grad: Any
+    value: Any
+
+
+def mean(out, old):
+    return out._replace(grad=jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, old("grad", out.grad), out.grad))
+
+
+# `old(name, new)` is the part of that name which an earlier call left, and `new` in the first call.
+KEPT = {
+    "nothing": lambda call, old, h, t, v: call(h, t, v),
+    "the first training data": lambda call, old, h, t, v: call(h, old("first_train", t), v),
+    "the training data of the call before": lambda call, old, h, t, v: call(h, old("train", t), v),
+    "the first validation data": lambda call, old, h, t, v: call(h, t, old("first_valid", v)),
+    "the hyperparameters of the call before": lambda call, old, h, t, v: call(old("hparams", h), t, v),
+    "the hypergradient of the call before": lambda call, old, h, t, v: (out := call(h, t, v))._replace(
+        grad=old("grad", out.grad)
+    ),
+    "a running mean of hypergradients": lambda call, old, h, t, v: mean(call(h, t, v), old),
+    "the outer loss of the call before": lambda call, old, h, t, v: (out := call(h, t, v))._replace(
+        value=old("value", out.value)
+    ),
+}
+
+
+def remembering(right, what):
+    """A right solver that keeps parts of its earlier calls, and uses one where it must not."""
+
+    def init(params, hparams, **options):
+        return Earlier(
+            right.init(params, hparams, **options), jnp.int32(0), TRAIN, TRAIN, VALID, hparams, hparams, jnp.zeros(())
+        )
+
+    def hypergrad(state, hparams, train=None, valid=None, *, key=None):
+        inner = [state.inner]
+
+        def call(h, t, v):
+            out, inner[0] = right.hypergrad(state.inner, h, t, v, key=key)
+            return out
+
+        def old(name, new):
+            return jax.tree.map(lambda a, b: jnp.where(state.calls == 0, b, a), getattr(state, name), new)
+
+        out = KEPT[what](call, old, hparams, train, valid)
+        first_train, first_valid = old("first_train", train), old("first_valid", valid)
+        return out, Earlier(inner[0], state.calls + 1, first_train, train, first_valid, hparams, out.grad, out.value)
+
+    return Solver(init, hypergrad, lambda state, hparams: right.response(state.inner, hparams))
+
+
+@pytest.mark.parametrize("solver", ["implicit", "unrolled"])
+@pytest.mark.parametrize("what", KEPT)
+def test_a_solver_that_uses_what_belongs_to_an_earlier_call_is_refused(solver, what):
+    problem = hg.Problem(ridge_inner, ridge.outer_loss)
+    descent = hg.inner.gradient(optax.sgd(0.1), steps=600)  # far enough that a solver without `about` is believed
+    right = hg.implicit(problem) if solver == "implicit" else hg.unrolled(problem, inner=descent)
+    report = run(remembering(right, what))
+    assert report.ok == (what == "nothing"), report
+    assert report.ok or "stale" in words(report)
 
 
 @pytest.mark.parametrize("level", [0.3, 0.5])
