@@ -146,7 +146,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "CG: negative curvature not looked for",
         "linear/cg.py",
-        "ok = (rayleigh > _FLAT * eps * high) & (c.rz > 0)",
+        "ok = (rayleigh > known * high) & (c.rz > 0)",
         "ok = c.rz > 0",
         ("tests/linear/test_cg.py", STATUSES),
     ),
