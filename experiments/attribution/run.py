@@ -330,7 +330,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             convex(options, found)
         elif part == "adam":
             judged(network(options, "adam", steps), drops, count, seed, found)
-        elif part == "text" and (seed == 0 or options.parts):  # of seed 0 unless asked for; one drop, half the trainings
+        elif part == "text" and (seed == 0 or options.parts):  # one drop, half the trainings
             share, half = (DROPS[-1], 4) if smoke else (0.05, 48)
             judged(transformer(options), (share,), half, 0, found, text=True)
         elif part == "wrong":
