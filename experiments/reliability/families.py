@@ -470,6 +470,7 @@ class Row(NamedTuple):
     right: int
     over: float  # median of estimate / error among finite estimates above 1e-3, condition number × rounding < .01
     finite: int
+    told: int  # finite estimates above 1e-3 with such a condition number, over which `over` is the median
 
 
 def _solver(family: Family, name: str) -> hg.Solver:
@@ -605,6 +606,7 @@ def judge(name: str, solver: str, precision: str, found: dict[str, np.ndarray]) 
         right=count(right),
         over=over,
         finite=count(usable & np.isfinite(estimate)),
+        told=count(useful),
     )
 
 
@@ -633,7 +635,7 @@ def measured(seed: int, smoke: bool) -> tuple[Row, ...]:
 
 def line(row: Row) -> str:
     """A row of the table in Markdown."""
-    over = "-" if np.isnan(row.over) else f"{row.over:.2g}"
+    over = "-" if np.isnan(row.over) else f"{row.over:.2g} of {row.told}"
     cells = (row.family, row.solver, row.precision, row.judged, row.usable, row.finite, row.silent, row.violations)
     return "| " + " | ".join(map(str, (*cells, f"{row.refused} of {row.right}", over))) + " |"
 
