@@ -470,7 +470,7 @@ class Row(NamedTuple):
     right: int
     over: float  # median of estimate / error among finite estimates above 1e-3, condition number × rounding < .01
     finite: int
-    told: int  # finite estimates above 1e-3 with such a condition number, over which `over` is the median
+    told: int | None = None  # over how many draws `over` is the median; None for rows from before it was counted
 
 
 def _solver(family: Family, name: str) -> hg.Solver:
@@ -635,7 +635,7 @@ def measured(seed: int, smoke: bool) -> tuple[Row, ...]:
 
 def line(row: Row) -> str:
     """A row of the table in Markdown."""
-    over = "-" if np.isnan(row.over) else f"{row.over:.2g} of {row.told}"
+    over = "-" if np.isnan(row.over) else f"{row.over:.2g}" + (f" of {row.told}" if row.told is not None else "")
     cells = (row.family, row.solver, row.precision, row.judged, row.usable, row.finite, row.silent, row.violations)
     return "| " + " | ".join(map(str, (*cells, f"{row.refused} of {row.right}", over))) + " |"
 
