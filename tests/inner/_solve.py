@@ -45,17 +45,20 @@ def status(result):
     return hg.Status(int(result.status)).name
 
 
-def told_apart(problems: int, seed: int = 0) -> tuple[Any, Any, Any]:
+def told_apart(
+    problems: int, *, rows: int = 40, features: int = 10, classes: int = 3, size: float = 1.0
+) -> tuple[Any, Any, Any]:
     """Softmax regression on rows that can be told apart, `[problems]`: `(loss, start, data)`.
 
     Its values are small differences of large logits, which lose more digits than their own size tells.
     """
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(problems, 40, 10))
-    y = np.eye(3)[np.argmax(x @ rng.normal(size=(problems, 10, 3)), -1)]
+    rng = np.random.default_rng(0)
+    x = size * rng.normal(size=(problems, rows, features))
+    y = np.eye(classes)[np.argmax(x @ rng.normal(size=(problems, features, classes)), -1)]
 
     def loss(w: Any, decay: Any, batch: Any) -> Any:
         x, y = batch
-        return decay * jnp.sum(w**2) - jnp.mean(jnp.sum(y * jax.nn.log_softmax(x @ w), 1))
+        logits = x @ w
+        return decay * jnp.sum(w**2) + jnp.mean(jax.nn.logsumexp(logits, 1) - jnp.sum(y * logits, 1))
 
-    return loss, jnp.zeros((10, 3)), (jnp.asarray(x), jnp.asarray(y))
+    return loss, jnp.zeros((features, classes)), (jnp.asarray(x), jnp.asarray(y))

@@ -449,8 +449,8 @@ def test_mistakes_are_named(make, message):
 
 
 def test_gradients_decide_where_values_lose_digits():
-    loss, start, data = told_apart(8)
-    decay = tol(1e-7, 1e-3)  # smaller ones, float32's gradients do not resolve
+    loss, start, data = told_apart(8, rows=400, features=30, classes=5, size=10)
+    decay = tol(1e-5, 1e-2)  # smaller ones, float32's gradients do not resolve
     result = jax.jit(jax.vmap(lambda batch: solve(hg.inner.lbfgs(), loss, start, decay, batch)))(data)
     assert max(result.status) <= tol(hg.Status.OK, hg.Status.PRECISION_LIMITED)
-    assert max(result.steps) < 400  # each of them once stalled
+    assert max(result.steps) < 400  # in float64 each of them once ended at the limit of its precision

@@ -84,8 +84,8 @@ def test_mistakes_name_the_option():
 
 
 def test_gradients_decide_where_values_lose_digits():
-    loss, start, data = told_apart(8)
-    decay = tol(1e-7, 1e-3)  # smaller ones, float32's gradients do not resolve
+    loss, start, data = told_apart(16, rows=200, features=20, classes=2, size=30)
+    decay = tol(1e-5, 1e-2)  # smaller ones, float32's gradients do not resolve
     result = jax.jit(jax.vmap(lambda batch: solve(hg.inner.newton(), loss, start, decay, batch)))(data)
     assert max(result.status) <= tol(hg.Status.OK, hg.Status.PRECISION_LIMITED)
-    assert max(result.steps) < 30  # once fifty, or stalled
+    assert max(result.steps) < 30  # in float64 one of them once took fifty
