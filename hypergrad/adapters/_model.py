@@ -1,4 +1,4 @@
-"""A model in the form that two losses need: plain functions of pytrees."""
+"""A model in the form that two losses need, plain functions of pytrees, and the way back to its library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypergrad._tree import PyTree, dtype
 
 
 class Model(NamedTuple):
-    """A model as its parameters, its state, and two pure functions.
+    """A model as its parameters, its state, two pure functions, and the way back.
 
     Attributes:
         params: pytree of the floating arrays that training moves; weights that layers share are one leaf.
@@ -24,12 +24,16 @@ class Model(NamedTuple):
         train: `(params, model_state, x, key) -> (out, model_state)`: in training mode, with fresh noise from the key
             and moved statistics. The key may be None for a model without noise.
         evaluate: `(params, model_state, x) -> out`: in evaluation mode, without noise, the statistics frozen.
+        merge: `(params, model_state) -> model`: the model in its library's own form, in evaluation mode, to save or to
+            hand on: an nnx module; an equinox module, or `(module, state)` where it has a state; linen's variables.
+            After a run of `hg.tune`, `merge(result.params, result.state.model_state)` is the tuned model.
     """
 
     params: PyTree
     model_state: PyTree
     train: Callable[[PyTree, PyTree, Any, Array | None], tuple[Any, PyTree]]
     evaluate: Callable[[PyTree, PyTree, Any], Any]
+    merge: Callable[[PyTree, PyTree], Any]
 
 
 def need_key(adapter: str, key: Array | None) -> Array:

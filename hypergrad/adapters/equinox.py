@@ -82,7 +82,11 @@ def split(module: Any, state: Any = None, *, batched: bool = False, axis_name: s
     def evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
         return run(eqx.combine(params, fixed), narrowed(x, params), model_state, None)[0]
 
-    return Model(params, leaves, train, evaluate)
+    def merge(params: PyTree, model_state: PyTree) -> Any:
+        net = eqx.combine(params, fixed)
+        return net if state is None else (net, jax.tree.unflatten(treedef, model_state))
+
+    return Model(params, leaves, train, evaluate, merge)
 
 
 def _draws(module: Any) -> bool:

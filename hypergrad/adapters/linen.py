@@ -90,7 +90,7 @@ def split(
     def apply_evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
         return module.apply({"params": params, **model_state}, narrowed(x, params), **evaluating)
 
-    return Model(params, variables, apply_train, apply_evaluate)
+    return Model(params, variables, apply_train, apply_evaluate, lambda params, state: {"params": params, **state})
 
 
 def _draws(

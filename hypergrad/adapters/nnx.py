@@ -2,6 +2,7 @@ r"""A flax nnx module as parameters, model state and two functions.
 
     model = hypergrad.adapters.nnx.split(net)
     out, model_state = model.train(params, model_state, x, key)
+    net = model.merge(params, model_state)
 
 It differs from using `nnx.split` by hand: parameters and state are plain nested dicts; a fresh stream of random numbers
 comes from the key of each step, whereas a frozen state would repeat one dropout mask; modes are set on a copy.
@@ -46,6 +47,8 @@ def split(model: Any) -> Model:
     >>> out, state = model.train(model.params, model.model_state, jnp.ones((4, 3)), None)
     >>> out.shape, model.evaluate(model.params, state, jnp.ones((4, 3))).shape
     ((4, 8), (4, 8))
+    >>> model.merge(model.params, state)(jnp.ones((4, 3))).shape
+    (4, 8)
     """
     try:
         from flax import nnx
@@ -72,11 +75,14 @@ def split(model: Any) -> Model:
         return out, after
 
     def evaluate(params: PyTree, model_state: PyTree, x: Any) -> Any:
+        return merge(params, model_state)(narrowed(x, params))
+
+    def merge(params: PyTree, model_state: PyTree) -> Any:
         module = merged(params, model_state, random)
         module.eval()
-        return module(narrowed(x, params))
+        return module
 
-    return Model(params, rest, train, evaluate)
+    return Model(params, rest, train, evaluate, merge)
 
 
 def _copied(tree: PyTree) -> PyTree:

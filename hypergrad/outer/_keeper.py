@@ -63,7 +63,7 @@ def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any
     return Keeper(store, allowed)
 
 
-def resume(
+def reopen(
     keeper: Keeper,
     config: dict[str, str],
     start: Run,
@@ -104,7 +104,7 @@ def resume(
     if found is None:
         return start
     run = unpack(found.tree, found.log, found.manifest, start, notes, min_delta)
-    rewind(streams, found.manifest)
+    rewind(streams, found.manifest["notes"]["cursors"])
     keeper.damaged, keeper.sealed, keeper.saved = found.damaged, found.sealed, (run.count, run.answered)
     return run
 

@@ -192,6 +192,7 @@ class Result(NamedTuple):
         test: outer loss on `tune(test=...)`, data that did not influence any choice, at the best step's
             hyperparameters; None without such data.
         validated: number of rows of the validation data; None where it is not known, as for a stream.
+        run: what `hg.tune(..., resume=result)` continues from.
     """
 
     hparams: PyTree
@@ -203,6 +204,7 @@ class Result(NamedTuple):
     outer_state: Any
     test: float | None = None
     validated: int | None = None
+    run: Any = None
 
     def retrain(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import threading
 import time
 import warnings
@@ -162,8 +163,9 @@ class Progress(Protocol):
 def progress_bar(total: int, done: int = 0, *, show: bool) -> Iterator[Progress | None]:
     """Show a live line on the terminal or in the notebook: outer loss, hypergradient norm, status, time left.
 
-    Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` replace it. The time left
-    does not count the compilation. Of several processes, only the first shows it.
+    Where tqdm is not installed, or stderr is not a terminal, lines of the logger `hypergrad` replace it, at most one in
+    ten seconds; a program that has not set up logging gets them on stderr. The time left does not count the
+    compilation. Of several processes, only the first shows it.
 
     Args:
         total: number of steps of the run.
@@ -218,19 +220,52 @@ class _Bar:
 class _Lines:
     def __init__(self, total: int, done: int):
         self.total, self.done, self.last = total, done, -math.inf
+        self.compiled: tuple[float, int] | None = None  # when the first call was over, and the steps until then
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        _LOG.info("tune: compiling")
-        began = time.perf_counter()
-        yield
-        _LOG.info("tune: compiled, and took the first step, in %.1f s", time.perf_counter() - began)
+        _say("tune: compiling")
+        began, over = time.perf_counter(), threading.Event()
+
+        def tick() -> None:
+            while not over.wait(_EVERY):
+                _say("tune: compiling (%.0f s)", time.perf_counter() - began)
+
+        ticker = threading.Thread(target=tick, name="hypergrad-compiling", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            ticker.join()
+        _say("tune: compiled, and took the first step, in %.1f s", time.perf_counter() - began)
 
     def __call__(self, metrics: Mapping[str, Any], skipped: int, steps: int) -> None:
         self.done += steps
-        if time.perf_counter() - self.last >= _EVERY or self.done >= self.total:
-            self.last = time.perf_counter()
-            _LOG.info("tune: step %d of %d, %s", self.done, self.total, _words(metrics, skipped))
+        now = time.perf_counter()
+        if self.compiled is None:
+            self.compiled = now, self.done
+        if now - self.last >= _EVERY or self.done >= self.total:
+            self.last = now
+            since, first = self.compiled
+            rest = (self.total - self.done) * (now - since) / (self.done - first) if self.done > first else 0.0
+            left = f", {_duration(rest)} left" if rest else ""
+            _say("tune: step %d of %d, %s%s", self.done, self.total, _words(metrics, skipped), left)
+
+
+def _say(message: str, *values: Any) -> None:
+    """Log a line, or write it to stderr for a program that has not set up logging, in which nobody would see it."""
+    if _LOG.hasHandlers():
+        _LOG.info(message, *values)
+    else:
+        sys.stderr.write(message % values + "\n")
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _tqdm(steps: int, done: int) -> Any:

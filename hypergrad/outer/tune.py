@@ -14,6 +14,7 @@ Cost: one compiled step, traced once; one transfer to the host per step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -38,10 +39,10 @@ from hypergrad.domains._domain import to_unconstrained
 from hypergrad.folds import Fold
 from hypergrad.outer._config import config
 from hypergrad.outer._feed import give_back, of_one_step, pull, source
-from hypergrad.outer._keeper import open_keeper, resume, save
+from hypergrad.outer._keeper import open_keeper, reopen, save
 from hypergrad.outer._loop import Driver, Limits, next_steps, several
 from hypergrad.outer._result import Result, TuneStatus
-from hypergrad.outer._run import Cursor, Notes, Run, Tally
+from hypergrad.outer._run import Cursor, Notes, Run, Tally, revive
 from hypergrad.outer._signals import interruptible
 from hypergrad.outer._step import make_advance, start
 from hypergrad.outer.callbacks import Callback, check_callbacks, progress_bar, shows
@@ -80,6 +81,7 @@ def tune(
     steps_per_call: int = 1,
     test: PyTree = None,
     progress: bool = True,
+    resume: Result | None = None,
     checkpoint: str | os.PathLike[str] | Store | None = None,
     every: int | None = None,
     allow_changed: str | Collection[str] = (),
@@ -133,7 +135,12 @@ def tune(
             computed once, at the best step's hyperparameters and from the solver's state there, and stored in
             `result.test`.
         progress: whether to show a live progress line (where tqdm is installed and stderr is a terminal or a notebook).
-            Elsewhere the logger `hypergrad` writes a line at level INFO, at most every ten seconds.
+            Elsewhere the logger `hypergrad` writes a line at level INFO, at most every ten seconds; a program that has
+            not set up logging gets it on stderr.
+        resume: the result of a run that goes on here, in memory and without a folder: make the call of that run again,
+            with a larger number of `steps`, which counts those taken. The result is equal to the bit to that of a
+            single call; a count that ended the run (`patience`, `max_failures`, `max_rejections`) begins anew. Data,
+            losses and step sizes are those of this call.
         checkpoint: folder for this run's checkpoints, which is created if it does not exist; None to keep none. For
             state that is sharded over devices, pass `hg.outer.orbax(folder)`.
         every: number of steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple.
@@ -171,6 +178,7 @@ def tune(
         min_delta=float(min_delta), max_seconds=max_seconds,
     )  # fmt: skip
     functions = _check_arguments(params, outer, callbacks, key)
+    _check_resume(resume, checkpoint)
     hparams = check_hparams(hparams)
     check_finite("hparams", hparams)
     free = to_unconstrained(domain, hparams)
@@ -203,7 +211,9 @@ def tune(
                 max_rejections=max_rejections, patience=patience, min_delta=float(min_delta),
                 test=test is not None,
             )  # fmt: skip
-            run = resume(keeper, made, run, notes, templates, streams, limits.steps, limits.min_delta)
+            run = reopen(keeper, made, run, notes, templates, streams, limits.steps, limits.min_delta)
+        elif resume is not None:
+            run = revive(resume.run, run, notes, streams, limits.steps, dataclasses.asdict(limits))
         driver = Driver(
             call=several(unit, streams, limits.per_call, show=bool(functions)),
             respond=respond,
@@ -265,6 +275,20 @@ def _check_test(test: PyTree, train: PyTree) -> None:
             "is read once: pass arrays, or call solver.evaluate on result.state."
         )
     check_concrete_data("test", prepare("test", test))
+
+
+def _check_resume(resume: Any, checkpoint: Any) -> None:
+    if resume is None:
+        return
+    if not isinstance(resume, Result):
+        raise InputTypeError(
+            f"tune: resume must be the result of hg.tune, found {type(resume).__name__}: write resume=result."
+        )
+    if checkpoint is not None:
+        raise InputError(
+            "tune: resume and checkpoint both say where the run goes on. A run with a folder goes on when the same "
+            "call is made again, without resume."
+        )
 
 
 def _limits(steps: int, steps_per_call: int, every: int | None, **others: Any) -> Limits:

@@ -84,6 +84,18 @@ def test_statistics_move_in_training_alone_and_each_key_draws_another_mask():
         model.train(model.params, model.model_state, x, None)
 
 
+def test_merged_it_is_a_module_in_inference_mode_with_its_state():
+    model, (x, _) = _model("convolution"), images()
+    params = jax.tree.map(lambda w: 0.5 * w, model.params)
+    _, leaves = model.train(params, model.model_state, x, jax.random.key(0))
+    net, state = model.merge(params, leaves)
+    assert isinstance(net, Convolution)
+    out, _ = jax.vmap(net, (0, None), (0, None), axis_name="batch")(x, state)
+    np.testing.assert_allclose(out, model.evaluate(params, leaves, x), rtol=1e-6)
+    dense = _model("dense")
+    assert isinstance(dense.merge(dense.params, dense.model_state), Dense)
+
+
 def test_shared_layers_are_one_leaf():
     class Tied(eqx.Module):
         shared: eqx.nn.Shared

@@ -68,6 +68,15 @@ def test_statistics_move_in_training_alone_and_each_key_draws_another_mask():
         model.train(model.params, model.model_state, x, None)
 
 
+def test_merged_it_is_the_variables_that_the_module_is_applied_to():
+    model, (x, _) = _model("convolution"), images()
+    params = jax.tree.map(lambda w: 0.5 * w, model.params)
+    _, state = model.train(params, model.model_state, x, jax.random.key(0))
+    variables = model.merge(params, state)
+    assert sorted(variables) == ["batch_stats", "params"]
+    np.testing.assert_array_equal(Convolution().apply(variables, x, train=False), model.evaluate(params, state, x))
+
+
 def test_a_plain_module_needs_no_key_and_has_no_state():
     model, (x, _) = _model("dense"), images()
     out, state = model.train(model.params, model.model_state, x, None)

@@ -75,6 +75,18 @@ def test_each_key_draws_another_mask_and_the_same_key_the_same():
         model.train(model.params, model.model_state, x, None)
 
 
+def test_merged_it_is_a_module_in_evaluation_mode():
+    net, (x, _) = Convolution(nnx.Rngs(0)), images()
+    model = split(net)
+    params = jax.tree.map(lambda w: 0.5 * w, model.params)
+    _, state = model.train(params, model.model_state, x, jax.random.key(0))
+    merged = model.merge(params, state)
+    assert isinstance(merged, Convolution)
+    np.testing.assert_array_equal(merged(x), model.evaluate(params, state, x))
+    np.testing.assert_array_equal(merged.norm.mean[...], state["norm"]["mean"])
+    np.testing.assert_array_equal(net.norm.mean[...], np.zeros(2))  # the caller's module is as it was
+
+
 def test_shared_weights_are_one_leaf():
     class Tied(nnx.Module):
         def __init__(self, rngs):

@@ -103,6 +103,7 @@ def test_without_a_terminal_the_log_says_that_it_compiles_and_where_it_is(caplog
     with caplog.at_level(logging.INFO, logger="hypergrad"):
         hg.tune(SOLVERS["implicit"], jnp.zeros(5), jnp.ones(5), TRAIN, VALID, outer=optax.adam(0.1), steps=30)
     said = [record.getMessage() for record in caplog.records]
+    said = [line for line in said if not line.startswith("tune: compiling (")]  # where that takes over ten seconds
     assert said[0] == "tune: compiling" and "took the first step" in said[1]
     assert any(line.startswith("tune: step 30 of 30, outer loss") for line in said) and len(said) < 10
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import sys
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 
 from hypergrad import domains
 from hypergrad._solver import HypergradError, Hypergradient, Solver, Status
-from hypergrad.outer import TuneStatus, tune
+from hypergrad.outer import TuneStatus, callbacks, tune
 from tests.outer._ridge import data, info, ridge
 
 TRAIN, VALID = data()
@@ -131,7 +133,8 @@ def test_progress_shows_loss_norm_and_status(monkeypatch):
     assert f"{result.history.value[-1]:.5g}" in text
 
 
-def test_progress_is_silent_without_a_terminal_or_tqdm(monkeypatch):
+def test_progress_goes_to_the_log_alone_without_a_terminal_or_tqdm(monkeypatch):
+    """Where logging is set up, as pytest does."""
     quiet = io.StringIO()
     monkeypatch.setattr(sys, "stderr", quiet)
     run(progress=True, steps=2)
@@ -140,6 +143,26 @@ def test_progress_is_silent_without_a_terminal_or_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     run(progress=True, steps=2)
     assert quiet.getvalue() == shown.getvalue() == ""
+
+
+def test_a_program_without_logging_gets_the_lines_on_stderr_with_the_time_left(monkeypatch):
+    monkeypatch.setattr(logging.Logger, "hasHandlers", lambda logger: False)
+    monkeypatch.setattr(callbacks, "_EVERY", 0.0)
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    run(progress=True, steps=4)
+    lines = [line for line in shown.getvalue().splitlines() if not re.match(r"tune: compiling \(\d+ s\)", line)]
+    assert lines[0] == "tune: compiling" and lines[1].startswith("tune: compiled, and took the first step, in ")
+    assert lines[2].startswith("tune: step 1 of 4, outer loss ") and lines[2].endswith(", OK"), "nothing is known yet"
+    assert re.search(r", OK, \d+ s left$", lines[3]) and re.search(r", OK, \d+ s left$", lines[4])
+    assert lines[5].startswith("tune: step 4 of 4") and len(lines) == 6
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    run(progress=False, steps=2)
+    assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(9.4, "9 s"), (61.0, "1 min 1 s"), (7260.0, "2 h 1 min")])
+def test_durations_read_as_a_person_writes_them(seconds, text):
+    assert callbacks._duration(seconds) == text
 
 
 def test_an_unknown_status_is_shown_by_number():

@@ -126,6 +126,24 @@ def test_a_gradient_that_is_not_finite_is_found_whatever_the_status():
         assert list(result.history.status) == [Status.OK, Status.NONFINITE_GRAD, Status.OK]
 
 
+def test_a_hypergradient_is_clipped_by_optax_and_reported_as_it_was():
+    """One step in ten is a thousand times too large, as where training was nearly unstable."""
+
+    def spoil(calls, value, grad, status):
+        return value, jax.tree.map(lambda g: jnp.where(calls == 3, 1000.0, 1.0) * g, grad), status
+
+    longest = 0.05
+    outer = optax.chain(optax.clip_by_global_norm(longest), optax.sgd(1.0))
+    run = lambda outer: hg.tune(
+        ridge(spoil), START, {"l2": 0.5}, TRAIN, VALID, outer=outer, steps=6, domain=domains.log(), progress=False
+    )
+    clipped, plain = run(outer), run(optax.sgd(1.0))
+    moves = lambda result: np.abs(np.diff(np.log(result.history.hparams["l2"])))
+    assert np.all(moves(clipped) <= longest * (1 + 1e-5)) and moves(clipped)[3] > 0.99 * longest
+    assert moves(plain)[3] > 10 * longest
+    np.testing.assert_allclose(clipped.history.grad_norm[0], plain.history.grad_norm[0])  # before it was clipped
+
+
 def test_an_optimizer_that_overflows_is_not_left_silent(x64):
     """The second moment of 1e30 is infinite in float32, and Adam would never move again."""
     huge = 1e30 if not x64 else 1e200

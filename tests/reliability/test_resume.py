@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from experiments.reliability.damage import damage
 from hypergrad import domains
 from hypergrad.outer import CheckpointError, TuneStatus
 from hypergrad.outer._config import KEYS, fingerprint, program
+from tests.outer._controllers import backtracking
 from tests.outer._ridge import TRAIN, VALID, counted, ridge
 from tests.reliability._runs import SOLVERS, assert_same, at, bits, interrupt, run
 
@@ -76,6 +78,79 @@ def test_a_run_in_pieces_is_the_run_in_one_piece(name, tmp_path):
     assert sorted(set(in_pieces)) == seen
     assert_same(piece(), pieces)  # and once more, from the end
     assert pieces.history.seconds[0] > 0 and np.all(np.diff(pieces.history.seconds) > 0)
+
+
+# Without a folder: `resume=` takes what the result holds.
+
+
+@pytest.mark.parametrize("per_call", [1, 5])
+@pytest.mark.parametrize(
+    "outer", [lambda: optax.adam(0.3), lambda: backtracking(100.0, judged=True)], ids=["adam", "controller"]
+)
+def test_a_result_goes_on_in_memory_as_if_it_had_never_ended(outer, per_call):
+    options = {"outer": outer(), "steps_per_call": per_call, "every": None}
+    expected, first = run(**options), run(**options, steps=5)
+    for _ in range(2):  # the first is not changed by what goes on from it
+        assert_same(run(**options, resume=first), expected)
+    stopped = run(**options, callbacks=at(7, interrupt))
+    assert stopped.status is TuneStatus.INTERRUPTED
+    again = run(**options, resume=pickle.loads(pickle.dumps(stopped)))
+    assert_same(again, expected)
+    assert np.all(np.diff(again.history.seconds) >= 0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solver_and_test_data_go_on_in_memory(name):
+    same = {"solver": SOLVERS[name](), "test": VALID, "train": TRAIN}
+    first = run(**same, steps=4)
+    whole = run(**same)
+    assert_same(run(**same, resume=first), whole)
+    assert whole.test is not None
+
+
+def test_a_stream_goes_on_in_memory():
+    batches = [jax.tree.map(lambda a: a[10 * i : 10 * i + 10], TRAIN) for i in range(3)]
+    expected, train = run(train=hg.stream(batches, per_step=2)), hg.stream(batches, per_step=2)
+    first = run(train=train, steps=5)
+    assert_same(run(train=train, resume=first), expected)
+    assert_same(run(train=hg.stream(batches, per_step=2), resume=first), expected)
+
+
+def test_a_count_that_ended_the_run_begins_anew_and_others_go_on():
+    options = {"outer": optax.sgd(0.0), "train": TRAIN, "patience": 3}
+    first = run(**options)
+    assert first.status is TuneStatus.CONVERGED and len(first.history.value) == 4
+    second = run(**options, resume=first)
+    assert second.status is TuneStatus.CONVERGED and len(second.history.value) == 7
+    short = run(**options, steps=3)
+    assert_same(run(**options, resume=short), first)
+
+
+def test_what_goes_on_takes_data_and_step_size_of_this_call():
+    first = run(steps=4, outer=optax.sgd(0.3))
+    other = run(steps=6, outer=optax.sgd(0.0), resume=first)
+    assert np.array_equal(other.history.value[:4], first.history.value)
+    assert other.hparams == first.hparams and other.history.hparams["l2"][4] == other.history.hparams["l2"][5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 5}, r"resume holds 5 steps, and steps=5 counts them as well: write steps=10 for 5 more"),
+        ({"outer": optax.sgd(0.1, momentum=0.9)}, r"the run in resume has another outer than this call: its outer"),
+        ({"params": jnp.zeros(5)}, r"another solver than this call: its solver\['params'\] is float\d+\[6\], here"),
+        ({"hparams": {"l2": jnp.ones(2)}}, r"another hparams than this call: its trial\['l2'\] is float\d+\[\], here"),
+        ({"test": VALID}, r"must both have test= or both be without it"),
+        ({"resume": 3}, r"resume must be the result of hg\.tune, found int: write resume=result"),
+        ({"checkpoint": "folder"}, r"resume and checkpoint both say where the run goes on"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_on_is_refused_before_anything_is_compiled(change, message, monkeypatch):
+    given = {"params": jnp.zeros(6), "hparams": {"l2": 0.01}, "train": TRAIN, "outer": optax.adam(0.3), "steps": 12}
+    given |= {"valid": VALID, "domain": domains.log(), "progress": False}
+    first = hg.tune(ridge(), **given | {"steps": 5})
+    with pytest.raises((ValueError, TypeError), match=message):
+        hg.tune(ridge(), **given | {"resume": first} | change)
 
 
 @pytest.mark.parametrize("every", [1, 5, 100])
