@@ -1,9 +1,9 @@
-"""Control flow that stays cheap under `jax.vmap`."""
+"""Control flow that is cheap to run under `jax.vmap`, and cheap to compile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +26,24 @@ def once(condition: Array, fn: Callable[[T], T], value: T) -> T:
     """
     turn = lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1]))
     return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, value))[1]
+
+
+def isolated(fn: Callable[[Any], T], x: Any) -> T:
+    """`fn(x)`, which XLA on CPU neither fuses with what uses the result nor, in reverse mode, with what yields the
+    cotangent.
+
+    XLA compiles each distinct kernel once per program, so parts that are fused with their surroundings are compiled
+    again and again. This is a conditional whose predicate is always true; a barrier hides that from XLA until its
+    simplifications are done. Other platforms, where a predicate would have to reach the host, compute `fn(x)` itself.
+
+    Args:
+        fn: function from a pytree to a pytree of arrays, without side effects.
+        x: pytree of arrays.
+    """
+    like = jax.eval_shape(fn, x)
+
+    def walled(x: Any) -> T:
+        always = jax.lax.optimization_barrier(jnp.asarray(True))
+        return jax.lax.cond(always, fn, lambda x: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like), x)
+
+    return jax.lax.platform_dependent(x, cpu=walled, default=fn)

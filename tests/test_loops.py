@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import hypergrad as hg
-from hypergrad._loops import once
+from hypergrad._loops import isolated, once
 from hypergrad.linear._linear import solve as solve_linear
 from tests._helpers import assert_trees_equal
 
@@ -71,3 +72,33 @@ def test_a_batch_of_hypergradients_does_not_copy_the_data():
     state = jax.vmap(solver.init)(jnp.zeros((BATCH, COLUMNS)), h)
     batched = jax.vmap(solver.hypergrad, in_axes=(0, 0, None, None))
     assert temporary(batched, state, h, data, data) < 5 * data[0].nbytes
+
+
+def halves(x: Any) -> Any:
+    return {"first": x[:4], "rest": (x[4:],)}
+
+
+def through(x: Any, split: Any = lambda x: isolated(halves, x)) -> Any:
+    parts = split(x)
+    return jnp.sum(jnp.sin(parts["first"]) * jnp.cos(parts["rest"][0]))
+
+
+def test_a_function_that_is_isolated_has_the_same_values_and_derivatives():
+    x, v = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)))
+    plain = lambda x: through(x, halves)
+    assert_trees_equal(jax.jit(lambda x: isolated(halves, x))(x), halves(x))
+    product = lambda f: jax.jit(lambda x, v: jax.jvp(jax.grad(f), (x,), (v,)))(x, v)
+    for got, expected in zip(product(through), product(plain), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    batched = lambda f: jax.jit(jax.vmap(jax.grad(f)))(jnp.stack([x, v]))
+    np.testing.assert_allclose(batched(through), batched(plain), rtol=1e-6)
+
+
+def test_what_is_isolated_stays_apart_in_the_program_for_cpu_and_is_nothing_of_its_own_elsewhere():
+    x = jnp.ones(8)
+    gradient = jax.jit(jax.grad(through))
+    assert gradient.lower(x).compile().as_text().count(" conditional(") == 2  # the parts, and their cotangents
+    assert jax.jit(jax.vmap(through)).lower(jnp.ones((3, 8))).compile().as_text().count(" conditional(") == 1
+    for platform in ("cpu", "cuda", "tpu"):  # elsewhere XLA knows each branch that is taken
+        program = export.export(gradient, platforms=[platform])(x).mlir_module()
+        assert ("optimization_barrier" in program) == (platform == "cpu")
