@@ -506,7 +506,21 @@ def _truth(family: Family) -> Callable[..., Any]:
             best = jnp.argmin(norms)
             return jnp.where(norms[best] < jnp.linalg.norm(find(w)), w - sizes[best] * step, w)
 
-        w = jax.lax.fori_loop(0, 40, newton, w)
+        def fall(_: Any, w: Any) -> Any:
+            """A Newton step with the sizes of the eigenvalues, which does not end at a saddle beside the way."""
+            values, vectors = jnp.linalg.eigh(jax.jacobian(find)(w))
+            size = jnp.maximum(jnp.abs(values), 1e-14 * jnp.max(jnp.abs(values)))
+            step = vectors @ ((vectors.T @ find(w)) / size)
+            sizes = 0.5 ** jnp.arange(12.0)
+            losses = jax.vmap(lambda t: family.inner(w - t * step, h, train))(sizes)
+            best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+            return jnp.where(losses[best] < family.inner(w, h, train), w - sizes[best] * step, w)
+
+        found = jax.lax.fori_loop(0, 40, newton, w)
+        if family.map is None:
+            lower = jax.lax.fori_loop(0, 40, newton, jax.lax.fori_loop(0, 40, fall, w))
+            found = jnp.where(jnp.linalg.eigvalsh(jax.hessian(family.inner)(found, h, train))[0] < 0, lower, found)
+        w = found
         matrix = jax.jacobian(find)(w)
         # Features of other units are no condition number: the inverse of a scaled Hessian knows as many digits.
         d = jnp.sqrt(jnp.abs(jnp.diag(matrix))) if family.map is None else jnp.ones_like(w)

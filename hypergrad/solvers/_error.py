@@ -16,18 +16,21 @@ on; below that they are seldom as large as κ allows, and ρ is at most 5e-5 as 
 
 H⁻¹ is first approximated by M⁻¹/μ, where M is the preconditioner and μ the smallest eigenvalue of M⁻¹H: this is never
 too small, but κ times too large along stiff directions. Where the resulting estimate is not small, a few steps of
-conjugate gradients replace it (x + M⁻¹(b − Hx)/μ, where x is their result). μ is the smallest Ritz value of the
-adjoint's own conjugate gradients and of Lanczos's process from a random start that contains F as well. The process runs
-at the first call and at every 32nd call; its result is carried in the state, and may rise by a quarter per call.
+conjugate gradients replace it (x + M⁻¹(b − Hx)/μ, where x is their result), and four times as many where that is still
+not small. μ is the smallest Ritz value of the adjoint's own conjugate gradients and of Lanczos's process from a random
+start that contains F as well. The process, and the longest solves, run at the first call and at every 32nd call; μ is
+carried in the state, and may rise by a quarter per call.
 
 Nothing is known, and the estimate is infinite, where H has negative curvature, where the process has not settled and
 the adjoint system was not solved, and where the Hessian changes by its own size within four times the distance to the
-optimum. Directions in which H is flat to rounding are tested: along one of them ŵ is moved by a thousandth of its
+optimum. Directions in which H is flat to rounding are tested: along one of them ŵ is moved by a small share of its
 length, and v̂ by its full length. If the hypergradient does not change, as is the case where a symmetry makes them
-flat, they are left out of μ; if it changes, nothing is known.
+flat, they are left out of μ; if it changes, nothing is known. Along a circle of radius ‖w‖ a straight step of t‖w‖
+leaves the optimum by t²‖w‖/2, so that the share t is eps^⅖: 5e-7 in float64, .002 in float32.
 
 Source: the first-order analysis is that of Pedregosa 2016, arXiv:1602.02355. Cost: at a warm call two products with H,
-one with ∂²_{λw} h, and a gradient of the outer loss; at a first call at most 24 products more. Memory O(|w|).
+one with ∂²_{λw} h, and a gradient of the outer loss, and where the estimate is not small those again with 24 products
+more; at a first call at most 24 products, and where the estimate is not small 96. Memory O(|w|).
 """
 
 from __future__ import annotations
@@ -51,14 +54,15 @@ from hypergrad.solvers._call import Call, Outer
 
 _SAFETY = 4.0  # calibrated: tests/solvers/test_error_estimate.py, experiments/reliability/families.py
 _STEPS = 24  # steps of Lanczos's process
-_REFINE = 12  # steps of conjugate gradients that replace M⁻¹/μ
+_REFINE = 12, 48  # steps of conjugate gradients that replace M⁻¹/μ, and those that replace them in turn
 _COARSE = 2.5e-4  # the largest a that is not refined
 _INSIDE = 0.25  # share of μ below which a direction's curvature is not that of the rest of the spectrum
 _FLAT = 32  # units of rounding of the largest eigenvalue, below which one cannot be told from zero
 _SETTLED = 0.5  # the largest relative error at which the smallest Ritz value counts as settled
 _RISE = 1.25  # how much μ may grow from one call to the next
 _AGE = 32  # calls after which Lanczos's process runs again
-_ASIDE = 1e-3  # share of the length of w by which w is moved along a flat direction
+_ASIDE = 0.4  # w is moved along a flat direction by this power of eps, as a share of its length
+_STILL = 1e-3  # the largest estimate at which the hypergradient counts as unchanged along it
 _SHARED, _COMMON = 8.0, 1e-3  # inverse of the k from which shared rounding counts in full; and its usual limit
 _LOST = 0.05  # condition number times rounding; the Ritz values from which it comes are too far inside by up to three
 _HIDDEN, _SMALL = 1e3, 1e-6  # a symmetry leaves eigenvalues of the size of F instead of zeros; and a limit on that size
@@ -171,11 +175,11 @@ def estimate(
         optimum.precondition,
         adjoint.inverse if linear.exact and exact and inner.symmetric else None,
         symmetric=inner.symmetric,
-        refine=True if linear.claims else spectrum.age == 1,
+        refine=jnp.where(spectrum.age == 1, len(_REFINE), int(linear.claims)),
     )
     # Nothing is known if the hypergradient changes along a flat direction, or if the test of that direction was too
     # coarse.
-    undecided = (_tree.max_abs(flat) > 0) & ~(error <= _ASIDE)
+    undecided = (_tree.max_abs(flat) > 0) & ~(error <= _STILL)
     error = jnp.where(undecided, inf, error)
     spectrum = spectrum._replace(low=jnp.where(undecided & (spectrum.low > 0), 0, spectrum.low))
     large = jnp.isfinite(error) & (error > 1)
@@ -390,7 +394,7 @@ def _relative_error(
     inverse: Matvec | None,
     *,
     symmetric: bool,
-    refine: Array | bool = True,
+    refine: ArrayLike,
 ) -> Array:
     """Estimate of ‖ĝ − g‖ / max(‖g‖, 10⁻³ (‖direct‖ + ‖indirect‖)) (dimensionless); inf where nothing is known.
 
@@ -404,10 +408,11 @@ def _relative_error(
         precondition: `v -> M⁻¹ v`, or None.
         inverse: `v -> H⁻¹ v` to working precision, or None.
         symmetric: whether conjugate gradients may be used on H.
-        refine: whether they are worth their products.
+        refine: how often they may be used, with more steps each time.
     """
     params, hparams, v = point.params, point.hparams, point.adjoint
     dtype, eps = spectrum.low.dtype, max(_tree.eps(params), _tree.eps(hparams))
+    short = _tree.eps(params) ** _ASIDE
     apply = precondition or (lambda v: v)
     known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
     low = jnp.where(known, spectrum.low, 1)
@@ -420,7 +425,7 @@ def _relative_error(
     length, reach = norm(params, long), norm(v, tall)
     crosswise = norm(flat, None)
     aside = crosswise > 0
-    shift = _tree.scale(jnp.where(aside, _ASIDE * length / _tree.positive(crosswise), 0), flat)
+    shift = _tree.scale(jnp.where(aside, short * length / _tree.positive(crosswise), 0), flat)
     # F is a sum, so it is known no better than its terms are: the rounding error of the terms along v̂ shifts ŵ along
     # v̂.
     parts = _total(point.indirect, hparams) + _total(point.rhs, params)
@@ -436,7 +441,7 @@ def _relative_error(
 
     def attempt(c: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, _ = c
-        steps = jnp.where(turn > 0, _REFINE, 0)
+        steps = jnp.asarray((0, *_REFINE), jnp.int32)[turn]
         gap = _tree.sub(point.rhs, here)
 
         def stage(i: Array, c: _Stage) -> _Stage:
@@ -464,7 +469,7 @@ def _relative_error(
         start = _Stage(system.residual, zero, _tree.zeros_like(point.grad), jnp.asarray(False))
         adjoint, step, change, bent = jax.lax.fori_loop(0, 2, stage, start)
         first = norm(change, unit) / (_SAFETY * _tree.positive(size))
-        first = jnp.where(aside, first / _ASIDE, first)
+        first = jnp.where(aside, first / short, first)
         loose = norm(step, long) / _tree.positive(length)
         loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + shared
         a = first + loose * through / _tree.positive(size)
@@ -472,7 +477,7 @@ def _relative_error(
 
     def proceed(c: tuple[Array, Array]) -> Array:
         turn, a = c
-        more = (turn == 1) & ~(a <= _COARSE) & refine if symmetric and inverse is None else False
+        more = (turn <= refine) & ~(a <= _COARSE) if symmetric and inverse is None else False
         return known & ((turn == 0) | more)
 
     _, a = jax.lax.while_loop(proceed, attempt, (jnp.int32(0), jnp.asarray(jnp.inf, dtype)))
