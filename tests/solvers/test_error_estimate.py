@@ -297,8 +297,9 @@ def test_directions_that_a_symmetry_makes_flat_leave_the_estimate_finite():
     assert float(out.info.error_estimate) <= tol(1e-3, np.inf)  # in float32 nothing need be known
 
 
-def test_layers_that_can_be_turned_against_each_other_are_no_saddle():
-    """A linear network of three layers has flat directions, which are curved a little wherever F is not zero."""
+@functools.cache
+def _turned_layers():
+    """Status and estimate for linear networks of three layers; their flat directions are curved where F is not zero."""
     draws, rng = 60, np.random.default_rng(3)
     x = rng.normal(size=(draws, 2, 30, 3))
     y = np.einsum("dsni,di->dsn", x, rng.normal(size=(draws, 3))) + 0.3 * rng.normal(size=(draws, 2, 30))
@@ -310,15 +311,53 @@ def test_layers_that_can_be_turned_against_each_other_are_no_saddle():
     solver = hg.implicit(
         hg.Problem(lambda w, h, b: fit(w, b) + 0.5 * jnp.exp(h) * jnp.sum(w**2), lambda w, h, b: fit(w, b))
     )
-    run = jax.vmap(lambda w, h, t, v: solver.hypergrad(solver.init(w, h), h, t, v)[0].info.status)
-    status = np.asarray(jax.jit(run)(*(jnp.asarray(a) for a in (starts, h)), (x[:, 0], y[:, 0]), (x[:, 1], y[:, 1])))
+    run = jax.vmap(lambda w, h, t, v: solver.hypergrad(solver.init(w, h), h, t, v)[0].info)
+    info = jax.jit(run)(*(jnp.asarray(a) for a in (starts, h)), (x[:, 0], y[:, 0]), (x[:, 1], y[:, 1]))
+    return np.asarray(info.status), np.asarray(info.error_estimate)
+
+
+def test_layers_that_can_be_turned_against_each_other_are_no_saddle():
+    status, _ = _turned_layers()
     refused = [hg.Status(int(code)).name for code in status if not hg.Status(int(code)).usable]
     assert len(refused) <= tol(0, 6), (
         refused
     )  # in float32 no solve goes below the curvature that is to be told from zero
 
 
-def test_a_map_that_moves_less_than_rounding_is_not_believed():
+def test_turning_layers_against_each_other_changes_no_hypergradient_and_often_is_seen_to():
+    _, estimate = _turned_layers()
+    finite = estimate[np.isfinite(estimate)]
+    assert len(finite) >= tol(15, 0)
+    assert np.all(finite < tol(1e-2, np.inf))
+
+
+def test_where_a_dozen_products_are_too_few_the_first_call_takes_more():
+    """Quadratics of 40 dimensions and a condition number of 1e3, solved to two digits."""
+    draws, width, rng = 60, 40, np.random.default_rng(8)
+    turns = np.stack([np.linalg.qr(rng.normal(size=(width, width)))[0] for _ in range(draws)])
+    curved = np.einsum("dij,j,dkj->dik", turns, np.logspace(0, -3, width), turns)
+    b, target = rng.normal(size=(2, draws, width))
+
+    problem = hg.Problem(
+        lambda w, h, batch: 0.5 * w @ batch[0] @ w - h * batch[1] @ w,
+        lambda w, h, batch: 0.5 * jnp.sum((w - batch) ** 2),
+    )
+    solver = hg.implicit(problem, inner=hg.inner.lbfgs(tol=1e-3), linear=hg.linear.cg(tol=1e-2), polish=0)
+
+    def run(start, train, valid):
+        out = solver.hypergrad(solver.init(start, jnp.ones(())), jnp.ones(()), train, valid)[0]
+        return out.grad, out.info.error_estimate, out.info.status
+
+    given = jnp.zeros((draws, width)), (jnp.asarray(curved), jnp.asarray(b)), jnp.asarray(target)
+    grad, estimate, status = (np.asarray(x) for x in jax.jit(jax.vmap(run))(*given))
+    slope = np.linalg.solve(curved, b[..., None])[..., 0]  # w* = h·slope
+    right = np.einsum("di,di->d", slope - target, slope)
+    error = np.abs(grad - right) / np.abs(right)
+    told = np.isfinite(estimate) & (status <= hg.Status.INSENSITIVE)
+    assert np.all(estimate[told] >= error[told] / 10)
+    assert np.mean(told) >= 0.8
+    assert np.median(estimate[told] / error[told]) <= 30
+
     out, _ = _points()["slow"]
     error = np.linalg.norm(np.asarray(out.grad, np.float64) - 2 * (np.array([0.3, 0.7]) - 1)) / 2
     assert not hg.Status(int(out.info.status)).usable or error <= 10 * float(out.info.error_estimate)
