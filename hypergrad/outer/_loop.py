@@ -25,6 +25,7 @@ from hypergrad._jaxpr.convolutions import fast_convolutions
 from hypergrad._solver import Status, usable
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained
+from hypergrad.outer._carry import AS_IT_IS
 from hypergrad.outer._feed import pull
 from hypergrad.outer._keeper import Keeper, save
 from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
@@ -56,7 +57,7 @@ class Driver:
     """One run of `hg.tune`, from its first step to its result.
 
     Attributes:
-        call: `(loop, count, train, valid, key) -> (loop, shown, report)`, compiled.
+        call: `(held, count, train, valid, key) -> (held, shown, report)`, compiled; see `Run`.
         respond: the solver's response, compiled.
         domain: pytree of domains.
         key: key of the steps.
@@ -107,9 +108,9 @@ class Driver:
             started = True
             interrupts.check()
             if show is not None:
-                show(metrics_of(self.notes, self.run.count - 1), self.run.tally.skipped, steps)
+                show(functools.partial(metrics_of, self.notes, self.run.count - 1), self.run.tally.skipped, steps)
             status = self.ask()
-            if self.run.count % self.limits.every == 0:
+            if self.keeper is not None and self.run.count % self.limits.every == 0:
                 with interrupts.held():
                     save(self.keeper, self.run, self.notes)
         return status
@@ -119,17 +120,18 @@ class Driver:
         run, most = self.run, self.limits.per_call
         steps = next_steps(run.count, self.limits)
         train, valid = self.batches or pull(self.streams, *self.sources, steps)
-        loop, shown, report = self.call(run.loop, steps, train, valid, self.key)
+        held, shown, report = self.call(run.held, steps, train, valid, self.key)
         note(self.notes, run.count, steps, report)
         count = run.count + steps
         self.run = Run(
-            loop=loop,
+            held=held,
             count=count,
             tally=counted(run.tally, self.notes, run.count, count, self.limits.min_delta),
             answered=run.answered if self.callbacks else count,
             shown=(shown,) if most == 1 else shown_rows(shown, steps),
             first=run.count,
             cursors={name: Cursor(stream.position, stream.recent[-1]) for name, stream in self.streams.items()},
+            carry=run.carry,
         )
         self.batches = None
         if run.count == 0 and metrics_of(self.notes, 0)["status"] == Status.INSENSITIVE:
@@ -154,11 +156,13 @@ class Driver:
         place = step - self.run.first
         if 0 <= place < len(self.run.shown):
             found |= with_keys(self.run.shown[place], self.templates)
-        loop = self.run.loop
-        here = {"state": lambda: loop.solver}
-        here["params"] = lambda: self.respond(loop.solver, to_constrained(self.domain, loop.point))
-        # A resumed run may be asked for more than the run before it had kept.
-        return found | {name: here[name]() for name in shows(self.callbacks) if name not in found}
+        if missing := [name for name in shows(self.callbacks) if name not in found]:
+            # A resumed run may be asked for more than the run before it had kept.
+            loop = self.run.loop
+            here = {"state": lambda: loop.solver}
+            here["params"] = lambda: self.respond(loop.solver, to_constrained(self.domain, loop.point))
+            found |= {name: here[name]() for name in missing}
+        return found
 
     def verdict(self) -> TuneStatus | None:
         """Return the reason why the run ends here, or None if it goes on."""
@@ -241,10 +245,9 @@ def vanished(notes: Notes, run: Run) -> bool:
     of the outer loss the hypergradient is smaller than its error, even if that error is small relative to earlier
     hypergradients.
     """
-    column = notes.columns["floats"].index
-    rows = notes.taken(0, run.count)
-    norms, errors = (rows.scalars[:, column(name)] for name in ("grad_norm", "error_estimate"))
-    status = rows.integers[:, notes.columns["integers"].index("status")]
+    rows, place = notes.taken(0, run.count), notes.places
+    norms, errors = (rows.scalars[:, place[name]] for name in ("grad_norm", "error_estimate"))
+    status = rows.integers[:, place["status"]]
     before, since = np.split(np.arange(run.count), [run.count - run.tally.in_a_row])
     largest = np.max(norms[before], where=usable(status[before]), initial=0)
     small = norms[since] * np.maximum(errors[since], 1) <= _VANISHED * largest
@@ -253,9 +256,9 @@ def vanished(notes: Notes, run: Run) -> bool:
 
 def best_of(run: Run, start: tuple[PyTree, PyTree]) -> Best:
     """The best step so far; if no step was accepted, the hyperparameters and parameters at the start."""
-    kept = run.loop.best
     if not run.tally.accepted:
         return Best(-1, float("nan"), *start)
+    kept = run.loop.best
     return Best(int(kept.step), float(kept.value), kept.hparams, kept.params)
 
 
@@ -268,16 +271,17 @@ def conclude(
     status: TuneStatus,
 ) -> Result:
     """Return what a run has, wherever it stands."""
-    final = to_constrained(domain, run.loop.point)
+    run = run._replace(held=(loop := run.loop), carry=AS_IT_IS)
+    final = to_constrained(domain, loop.point)
     assert notes.layout is not None
     return Result(
         hparams=final,
-        params=respond(run.loop.solver, final),
+        params=respond(loop.solver, final),
         best=best_of(run, start),
         history=make_history(notes.taken(0, run.count), notes.layout, final),
         status=status,
-        state=run.loop.solver,
-        outer_state=run.loop.outer,
+        state=loop.solver,
+        outer_state=loop.outer,
         run=Ended(run, notes.taken(0, run.count), notes.layout),
     )
 

@@ -16,6 +16,7 @@ from hypergrad._solver import InputError, usable
 from hypergrad._tree import PyTree, is_key, keystr
 from hypergrad.checkpoints._durable import Damaged
 from hypergrad.checkpoints._log import parse
+from hypergrad.outer._carry import AS_IT_IS, Carry
 from hypergrad.outer._config import fingerprint
 from hypergrad.outer._result import Layout, Rows
 from hypergrad.outer._step import Loop, Packet, words
@@ -61,22 +62,29 @@ class Run(NamedTuple):
     """The state of a run after a whole number of calls. It is replaced in one piece, since Ctrl-C may come at any time.
 
     Attributes:
-        loop: what the next step starts from.
+        held: what the next step starts from, in the form in which the program takes it.
         count: steps taken.
         tally: see `Tally`.
         answered: number of steps after which the callbacks let the run go on.
         shown: what callbacks see of the steps since `first`, one row for each step.
         first: see `shown`.
         cursors: how far each stream has been read, by the name of the argument.
+        carry: that form.
     """
 
-    loop: Loop
+    held: Any
     count: int
     tally: Tally
     answered: int
     shown: tuple[Mapping[str, PyTree], ...]
     first: int
     cursors: Mapping[str, Cursor]
+    carry: Carry = AS_IT_IS
+
+    @property
+    def loop(self) -> Loop:
+        """What the next step starts from."""
+        return self.carry.open(self.held)
 
 
 @dataclasses.dataclass
@@ -86,13 +94,15 @@ class Notes:
     Attributes:
         rows: see `Rows`; those beyond `Run.count` are empty, or belong to a call that was cut off.
         layout: layout of the scalars in a row.
-        columns: position of each scalar, by kind, in the order of the columns.
+        columns: names of the scalars, by kind, in the order of the columns.
+        places: the column of each scalar in its table.
         started: time on the clock when the run began, as if a resumed run had never been stopped.
     """
 
     rows: Rows | None = None
     layout: Layout | None = None
     columns: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    places: dict[str, int] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def arrange(self, layout: Layout) -> None:
@@ -104,6 +114,8 @@ class Notes:
             "naturals": layout.names("uint"),
             "booleans": layout.names("bool"),
         }
+        tables = (self.columns[kind] for kind in ("floats", "integers", "naturals"))
+        self.places = {name: i for names in tables for i, name in enumerate(names)}
 
     def taken(self, first: int, last: int) -> Rows:
         """Return the rows of these steps, without a copy."""
@@ -114,13 +126,13 @@ class Notes:
 def note(notes: Notes, count: int, steps: int, report: Packet) -> None:
     """Wait for a call, and write what it reports about its steps into rows `count` and following."""
     floats, integers = np.asarray(report.floats), np.asarray(report.integers)
-    if notes.layout != report.layout:
+    if notes.layout is not report.layout and notes.layout != report.layout:
         if notes.layout is not None:
             notes.rows = _rearranged(notes.taken(0, count), notes.layout, report.layout)
         notes.arrange(report.layout)
     if floats.ndim == 1:
         floats, integers = floats[None], integers[None]
-    naturals = np.zeros((steps, 0)) if report.naturals is None else np.atleast_2d(np.asarray(report.naturals))
+    naturals = _NONE if report.naturals is None else np.atleast_2d(np.asarray(report.naturals))
     width, end = len(notes.columns["floats"]), count + steps
     if notes.rows is None:
         notes.rows = Rows(floats[:0, : width + 1], integers[:0], naturals[:0], floats[:0, width:])
@@ -144,6 +156,7 @@ def note(notes: Notes, count: int, steps: int, report: Packet) -> None:
         rows.naturals[count:end] = naturals[:steps]
 
 
+_NONE = np.zeros((0, 0))
 _DTYPES = {"scalars": np.float64, "integers": np.int64, "naturals": np.uint64}
 
 
@@ -184,40 +197,43 @@ def metrics_of(notes: Notes, step: int) -> dict[str, Any]:
 
 def counted(tally: Tally, notes: Notes, first: int, last: int, min_delta: float) -> Tally:
     """Return the tally after these steps."""
-    floats, integers = notes.columns["floats"].index, notes.columns["integers"].index
-    rows = notes.taken(first, last)
-    good = usable(rows.integers[:, integers("status")])
-    taken = rows.integers[:, integers("accepted")] != 0
-    values = rows.scalars[taken, floats("value")].tolist()
-    waited, reference = tally.waited, tally.reference
-    for value in values:
-        if value >= reference - min_delta:  # false at the first step, whose reference is NaN
-            waited += 1
+    assert notes.rows is not None
+    scalars, integers = notes.rows.scalars[first:last].tolist(), notes.rows.integers[first:last].tolist()
+    value_at, estimate_at = notes.places["value"], notes.places["error_estimate"]
+    status_at, accepted_at = notes.places["status"], notes.places["accepted"]
+    skipped, in_a_row, accepted, rejected, waited, reference, unknown = tally
+    # A loop over Python's numbers: for the few steps of a call, each operation of NumPy takes longer.
+    for floats, whole in zip(scalars, integers, strict=True):
+        if whole[accepted_at]:  # only usable steps are
+            accepted += 1
+            in_a_row = rejected = 0
+            unknown += floats[estimate_at] == math.inf
+            value = floats[value_at]
+            if value >= reference - min_delta:  # false at the first step, whose reference is NaN
+                waited += 1
+            else:
+                waited, reference = 0, value
+        elif usable(np.asarray(whole[status_at])):
+            in_a_row, rejected = 0, rejected + 1
         else:
-            waited, reference = 0, value
-    estimates = rows.scalars[taken, floats("error_estimate")]
-    sound, accepted = int(np.count_nonzero(good)), len(values)
-    rejected = int(np.count_nonzero(good[len(good) - _after_last(taken) :])) if accepted else tally.rejected + sound
-    return Tally(
-        skipped=tally.skipped + len(good) - sound,
-        in_a_row=_after_last(good) if sound else tally.in_a_row + len(good),
-        accepted=tally.accepted + accepted,
-        rejected=rejected,
-        waited=waited,
-        reference=reference,
-        unknown=tally.unknown + int(np.count_nonzero(estimates == np.inf)),
-    )
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+    return Tally(skipped, in_a_row, accepted, rejected, waited, reference, unknown)
 
 
-def _after_last(flags: np.ndarray) -> int:
-    """Return the number of entries after the last true one; at least one is true."""
-    return int(flags[::-1].argmax())
+def recounted(notes: Notes, count: int, min_delta: float) -> Tally:
+    """Return the tally after the first `count` steps, piece by piece: Python's numbers take four times the memory."""
+    tally = Tally()
+    for first in range(0, count, 1000):
+        tally = counted(tally, notes, first, min(first + 1000, count), min_delta)
+    return tally
 
 
 def shown_rows(shown: Mapping[str, PyTree], steps: int) -> tuple[Mapping[str, PyTree], ...]:
     """Return the trees that callbacks receive, step by step, from arrays with a leading axis; on the host."""
+    if not shown:
+        return ()
     found = jax.tree.map(np.asarray, shown)
-    return tuple(jax.tree.map(lambda x, i=i: x[i], found) for i in range(steps)) if found else ()
+    return tuple(jax.tree.map(lambda x, i=i: x[i], found) for i in range(steps))
 
 
 def with_keys(shown: Mapping[str, PyTree], templates: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -293,9 +309,9 @@ def unpack(
     notes.rows = Rows(*(np.asarray(tables.get(name, np.zeros((count, 0)))) for name in Rows._fields))
     notes.started = time.perf_counter() - float(notes.rows.scalars[count - 1, -1])
     return Run(
-        loop=tree["loop"],
+        held=tree["loop"],
         count=count,
-        tally=counted(Tally(), notes, 0, count, delta),
+        tally=recounted(notes, count, delta),
         answered=saved["answered"],
         shown=shown_rows(tree["shown"], count - saved["answered"]),
         first=saved["answered"],
@@ -371,7 +387,7 @@ def revive(
     notes.arrange(ended.layout)
     notes.rows = ended.rows  # full, so that the next step moves them to tables of their own
     notes.started = time.perf_counter() - float(ended.rows.scalars[run.count - 1, -1])
-    tally = counted(Tally(), notes, 0, run.count, most["min_delta"])
+    tally = recounted(notes, run.count, most["min_delta"])
     over = {
         "in_a_row": tally.in_a_row >= most["max_failures"],
         "rejected": tally.rejected >= most["max_rejections"],

@@ -29,6 +29,7 @@ from hypergrad._sharding import COPIED, spread_by_xla
 from hypergrad._solver import Hypergradient, Info, InputError, InputTypeError, Solver, Status, evaluation, usable
 from hypergrad._tree import PyTree, keystr
 from hypergrad.domains._domain import settle, to_constrained
+from hypergrad.outer._carry import AS_IT_IS, Carry
 from hypergrad.outer._result import SCALARS, TRAJECTORY, Layout
 from hypergrad.outer.controllers import Controller
 
@@ -121,8 +122,13 @@ def start(
 
 
 def make_advance(
-    solver: Solver, outer: Any, domain: PyTree, shows: Collection[str] = (), seen: dict[str, Any] | None = None
-) -> Callable[..., tuple[Loop, dict[str, PyTree], Packet]]:
+    solver: Solver,
+    outer: Any,
+    domain: PyTree,
+    shows: Collection[str] = (),
+    seen: dict[str, Any] | None = None,
+    carry: Carry = AS_IT_IS,
+) -> Callable[..., tuple[Any, dict[str, PyTree], Packet]]:
     """Return `(loop, train, valid, key) -> (loop, shown, report)`, to be compiled once.
 
     Args:
@@ -132,13 +138,16 @@ def make_advance(
         shows: whether the callbacks ask for `params` or `state` in addition to the hyperparameters.
         seen: filled, while the step is traced, with the functions of `outer` that are called and the shapes of their
             arguments.
+        carry: the form in which `loop` is given and returned. One step and several in a call have the same, since XLA
+            rounds a sum and a product otherwise where it computes them in one kernel with what follows.
     """
     seen = {} if seen is None else seen
     controlled = isinstance(outer, Controller)
     take = _controlled(solver, outer, domain, seen) if controlled else _always(solver, outer, domain, seen)
     compares = controlled and outer.compares
 
-    def advance(loop: Loop, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Loop, dict[str, PyTree], Packet]:
+    def advance(held: Any, train: PyTree, valid: PyTree, key: Array | None) -> tuple[Any, dict[str, PyTree], Packet]:
+        loop: Loop = carry.unpack(held)
         hparams, pull = jax.vjp(functools.partial(to_constrained, domain), loop.trial)
         if not compares:
             key = None if key is None else jax.random.fold_in(key, loop.step)
@@ -156,7 +165,7 @@ def make_advance(
         new = _tree.strong(Loop(loop.step + 1, taken.solver, taken.accepted, taken.trial, taken.outer, best))
         shown = {"hparams": hparams, "params": response, "state": taken.visited}
         shown = {name: tree for name, tree in shown.items() if name == "hparams" or name in shows}
-        return new, shown, _pack(taken, hparams)
+        return carry.pack(new), shown, _pack(taken, hparams)
 
     return spread_by_xla(advance, lambda loop: (loop, COPIED, COPIED))
 

@@ -37,6 +37,7 @@ from hypergrad._tree import PyTree
 from hypergrad.checkpoints.checkpoint import Store
 from hypergrad.domains._domain import to_unconstrained
 from hypergrad.folds import Fold
+from hypergrad.outer._carry import carry
 from hypergrad.outer._config import config
 from hypergrad.outer._feed import give_back, of_one_step, pull, source
 from hypergrad.outer._keeper import open_keeper, reopen, save
@@ -130,7 +131,9 @@ def tune(
             Making the same call again with a checkpoint continues for as long.
         steps_per_call: number of steps in one call of the compiled program, for steps that take less than a
             millisecond. Callbacks see all of them afterwards; stopping, patience, failures, interrupts and checkpoints
-            act after each call. The steps are the same to the bit, and a run may continue with another number.
+            act after each call. The steps are the same to the bit, and a run may continue with another number. What the
+            loop itself takes for a step falls from 40 µs to 6.5 µs with 10 and 1.7 µs with 100 (process time on a
+            shared core).
         test: data that do not influence any choice, a pytree of arrays. After the last step the outer loss on them is
             computed once, at the best step's hyperparameters and from the solver's state there, and stored in
             `result.test`.
@@ -198,15 +201,17 @@ def tune(
         stack.callback(give_back, streams, lambda: (driver.run if driver else run).cursors)
         batches = pull(streams, *sources, next_steps(0, limits))
         first = of_one_step(tuple(streams), *batches, limits.per_call)
-        unit = jax.jit(make_advance(solver, outer, domain, shows(functions), seen))
-        trace = functools.partial(unit.trace, loop, *first, step_key)  # kept by JAX for the first step
+        form = carry(loop, first, step_key)
+        held = form.seal(loop)
+        unit = jax.jit(make_advance(solver, outer, domain, shows(functions), seen, form))
+        trace = functools.partial(unit.trace, held, *first, step_key)  # kept by JAX for the first step
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
             # The `wants` of callbacks are not part of the run: they may differ when it continues.
-            plain = jax.jit(make_advance(solver, outer, domain, (), seen := {})) if shows(functions) else unit
+            plain = jax.jit(make_advance(solver, outer, domain, (), seen := {}, form)) if shows(functions) else unit
             made = config(
-                plain.trace(loop, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
+                plain.trace(held, *first, step_key), state, seen, loop.outer, domain, key=key, params=params,
                 hparams=hparams, model_state=model_state, train=train, valid=valid, max_failures=max_failures,
                 max_rejections=max_rejections, patience=patience, min_delta=float(min_delta),
                 test=test is not None,
@@ -229,7 +234,7 @@ def tune(
             limits=limits,
             keeper=keeper,
             notes=notes,
-            run=run,
+            run=run._replace(held=form.seal(run.loop), carry=form),
             start=(hparams, params),
             held_out=None if test is None else (jax.jit(evaluation(solver)), first[0], test),
             validated=_validated(solver, valid),

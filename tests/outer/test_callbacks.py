@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +181,14 @@ def test_of_several_processes_the_first_alone_speaks(monkeypatch, tmp_path, capl
         with progress_bar(5, show=True) as line:
             assert (line is None) == (index == 1)
     assert (tmp_path / "run.jsonl").read_text().count("\n") == 1
+
+
+def test_the_words_beside_the_progress_are_made_only_when_they_are_shown(monkeypatch):
+    """They cost as much as a short step, and a line is written every ten seconds at most."""
+    asked = []
+    monkeypatch.setattr(time, "perf_counter", lambda: 3.0)
+    with progress_bar(50, show=True) as line:
+        for step in range(50):
+            metrics = lambda step=step: asked.append(step) or {"value": 1.0, "grad_norm": 1.0, "status": 0}
+            line(metrics, 0, 1)
+    assert asked == [0, 49]

@@ -179,3 +179,10 @@ def test_a_run_out_of_time_stops_after_a_call(monkeypatch):
     assert result.status is TuneStatus.OUT_OF_TIME and 5 < len(result.history.value) < 50
     with pytest.raises(ValueError, match="max_seconds must be greater than 0"):
         run(max_seconds=0)
+
+
+def test_a_million_steps_of_one_hyperparameter_fit_into_a_gigabyte():
+    """In rows while the run goes on, which double in number, and in columns at its end."""
+    steps = 300
+    history = run(train=TRAIN, steps=steps, steps_per_call=100).history
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(tuple(history))) * 4 / steps < 1000
