@@ -341,7 +341,7 @@ class Result(NamedTuple):
             lines.append(
                 f"  warning: {count} {were} tuned on {self.validated} validation rows, and the best outer loss is too "
                 "low for unseen data: hg.diagnostics.overtuning says by how much (up to 64 hyperparameters), "
-                "tune(..., test=...) shows it."
+                "tune(..., test=...) shows it, and notebooks/guides/overtuning.md what helps."
             )
         return "\n".join(lines)
 

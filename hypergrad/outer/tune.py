@@ -206,6 +206,8 @@ def tune(
         unit = jax.jit(make_advance(solver, outer, domain, shows(functions), seen, form))
         trace = functools.partial(unit.trace, held, *first, step_key)  # kept by JAX for the first step
         check_solver_labels(solver, state, hparams, *first, step_key, traced=lambda: trace().jaxpr)
+        held_out = None if test is None else (jax.jit(evaluation(solver)), first[0], test)
+        _check_held_out(held_out, loop, step_key)
         templates = {"hparams": loop.best.hparams, "params": loop.best.params, "state": loop.solver}
         if keeper is not None:
             # The `wants` of callbacks are not part of the run: they may differ when it continues.
@@ -236,7 +238,7 @@ def tune(
             notes=notes,
             run=run._replace(held=form.seal(run.loop), carry=form),
             start=(hparams, params),
-            held_out=None if test is None else (jax.jit(evaluation(solver)), first[0], test),
+            held_out=held_out,
             validated=_validated(solver, valid),
             began=began,
         )
@@ -294,6 +296,21 @@ def _check_resume(resume: Any, checkpoint: Any) -> None:
             "tune: resume and checkpoint both say where the run goes on. A run with a folder goes on when the same "
             "call is made again, without resume."
         )
+
+
+def _check_held_out(held_out: Any, loop: Any, key: Array | None) -> None:
+    """Trace the loss on unseen data, which is computed at the end: a mistake there would cost the run."""
+    if held_out is None:
+        return
+    evaluate, train, test = held_out
+    try:
+        evaluate.trace(loop.best.state, loop.best.hparams, train, test, key=key)  # kept by JAX for the end
+    except Exception as error:
+        error.add_note(
+            "hypergrad: this is about test=, which takes the place of valid where the loss on unseen data is computed. "
+            "With hg.tasks it has an axis of tasks, too; for one model on other data, use result.retrain."
+        )
+        raise
 
 
 def _limits(steps: int, steps_per_call: int, every: int | None, **others: Any) -> Limits:

@@ -60,7 +60,8 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
         solver: any `hg.Solver`.
         count: k, the number of tasks. Needed where neither the parameters nor the key given to `init` carry the axis.
         failed: `"skip"`: tasks whose status is not usable are left out of the mean, and the status is OK as long as one
-            task is usable. `"fail"`: one such task makes the call fail.
+            task is usable. `"fail"`: one such task makes the call fail; the mean is over all tasks, with whatever the
+            failed ones returned.
         params_axis: None if `init` is given the parameters (and model state) of one task, from which all tasks start; 0
             if their leaves carry the leading axis.
 
@@ -68,7 +69,7 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
         A `Solver`. `value`, `grad` and `metrics` are means over the tasks that are not left out; a residual is the
         largest over these tasks, and a number of steps is the sum over all tasks. `info.error_estimate` is a bound that
         follows from those of the tasks by the triangle inequality, relative to the mean. `info.extra["failed_tasks"]`
-        counts the tasks that were left out.
+        counts the tasks whose status is not usable.
 
     Raises:
         InputError: for a number of tasks that is unknown, less than one, or different from that of the data, naming the
@@ -102,9 +103,10 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
         hparams = check_hparams(hparams)
         out, states = _each(solver.hypergrad, state, hparams, train, valid, key)
         ok = usable(out.info.status)
-        mean = lambda x: _mean(ok, x)
+        kept = ok if failed == "skip" else jnp.ones_like(ok)
+        mean = lambda x: _mean(kept, x)
         grad = jax.tree.map(mean, out.grad)
-        info = _combine(out.info, ok, failed, error=_error(out, ok, grad))
+        info = _combine(out.info, ok, kept, error=_error(out, kept, grad))
         return Hypergradient(mean(out.value), grad, info, jax.tree.map(mean, out.metrics)), _shelve(states)
 
     def evaluate(
@@ -113,7 +115,8 @@ def tasks(solver: Solver, *, count: int | None = None, failed: str = "skip", par
         hparams = check_hparams(hparams)
         value, info, states = _each(evaluation(solver), state, hparams, train, valid, key)
         ok = usable(info.status)
-        return _mean(ok, value), _combine(info, ok, failed, jnp.max(info.error_estimate)), _shelve(states)
+        kept = ok if failed == "skip" else jnp.ones_like(ok)
+        return _mean(kept, value), _combine(info, ok, kept, jnp.max(info.error_estimate)), _shelve(states)
 
     def response(state: TasksState, hparams: PyTree) -> PyTree:
         return jax.vmap(lambda s: solver.response(_unshelve(s, state.options), hparams))(state.states)
@@ -140,7 +143,7 @@ def _mean(ok: Array, x: Array) -> Array:
     return jnp.sum(jnp.where(share, x, 0), axis=0) / jnp.where(number > 0, number, jnp.nan)
 
 
-def _combine(info: Info, ok: Array, failed: str, error: Array) -> Info:
+def _combine(info: Info, ok: Array, kept: Array, error: Array) -> Info:
     codes = jnp.asarray(info.status, jnp.int32)
     first = codes[jnp.argmax(~ok)]
     limited = jnp.any(ok & (codes == int(Status.PRECISION_LIMITED)))
@@ -148,8 +151,8 @@ def _combine(info: Info, ok: Array, failed: str, error: Array) -> Info:
     good = jnp.where(
         limited, int(Status.PRECISION_LIMITED), jnp.where(settled, int(Status.OK), int(Status.INSENSITIVE))
     )
-    enough = jnp.any(ok) if failed == "skip" else jnp.all(ok)
-    largest = lambda x: jnp.max(jnp.where(ok | ~jnp.any(ok), x, -jnp.inf))
+    enough = jnp.any(ok) & jnp.all(ok | ~kept)
+    largest = lambda x: jnp.max(jnp.where(kept | ~jnp.any(kept), x, -jnp.inf))
     left = jnp.sum(~ok).astype(jnp.int32)
     return Info(
         status=jnp.where(enough, good, first).astype(jnp.int32),
@@ -158,7 +161,7 @@ def _combine(info: Info, ok: Array, failed: str, error: Array) -> Info:
         inner_steps=jnp.sum(info.inner_steps).astype(jnp.int32),
         linear_steps=jnp.sum(info.linear_steps).astype(jnp.int32),
         error_estimate=error,
-        extra={name: _mean(ok, jnp.asarray(x)) for name, x in info.extra.items()} | {"failed_tasks": left},
+        extra={name: _mean(kept, jnp.asarray(x)) for name, x in info.extra.items()} | {"failed_tasks": left},
     )
 
 
@@ -207,7 +210,10 @@ def _length(trees: dict[str, PyTree], count: int | None) -> int:
                 raise InputError(f"tasks: {name}{keystr(path)} is a scalar, without the axis of tasks: stack it.")
             k = leaf.shape[0] if k is None else k
             if leaf.shape[0] != k:
-                raise InputError(f"tasks: {name}{keystr(path)} has a leading axis of {leaf.shape[0]} for {k} tasks.")
+                raise InputError(
+                    f"tasks: {name}{keystr(path)} has a leading axis of {leaf.shape[0]} for {k} tasks: the tasks must "
+                    "be its first axis, as jnp.stack and hg.folds make it."
+                )
     if k is None:
         raise InputError(
             "tasks: the number of tasks is unknown: pass count=5, or parameters with a leading axis of tasks and "

@@ -99,6 +99,18 @@ def test_mistakes_are_named():
         _tune(steps=2).retrain(SOLVERS["implicit"], jnp.zeros(5), TRAIN, VALID, calls=0)
 
 
+def test_test_data_that_do_not_fit_are_refused_before_the_run():
+    folded = hg.tasks(SOLVERS["implicit"], count=3)
+    train, valid = (jax.tree.map(lambda a: jnp.stack([a] * 3), data) for data in (TRAIN, VALID))
+    seen = []
+    with pytest.raises(hg.InputError, match=r"valid\[0\] has a leading axis of 30 for 3 tasks") as raised:
+        hg.tune(
+            folded, jnp.zeros(5), jnp.ones(5), train, valid, test=TEST, outer=optax.sgd(0.1), steps=2, progress=False,
+            callbacks=lambda step, metrics: seen.append(step),
+        )  # fmt: skip
+    assert seen == [] and "this is about test=" in "".join(raised.value.__notes__)
+
+
 def test_without_a_terminal_the_log_says_that_it_compiles_and_where_it_is(caplog):
     with caplog.at_level(logging.INFO, logger="hypergrad"):
         hg.tune(SOLVERS["implicit"], jnp.zeros(5), jnp.ones(5), TRAIN, VALID, outer=optax.adam(0.1), steps=30)

@@ -114,8 +114,10 @@ def test_a_failed_task_is_left_out_and_counted_or_fails_the_call(data):
     recovered, _ = step(after, H, train, valid)
     assert recovered.info.extra["failed_tasks"] == 0
     strict = hg.tasks(SOLVERS["implicit"], count=TASKS, failed="fail")
-    out, _ = jax.jit(strict.hypergrad)(state, H, broken, valid)
-    assert not hg.Status(int(out.info.status)).usable
+    out, after = jax.jit(strict.hypergrad)(state, H, broken, valid)
+    assert not hg.Status(int(out.info.status)).usable and out.info.extra["failed_tasks"] == 1
+    its_own = PROBLEM.outer_loss(strict.response(after, H)[2], H, _task(valid, 2))[0]
+    np.testing.assert_allclose(out.value, (3 * good.value + its_own) / TASKS, rtol=tol(1e-8, 1e-3))  # over all tasks
     out, _ = step(state, H, (train[0], train[1] * jnp.nan), valid)
     assert not hg.Status(int(out.info.status)).usable and out.info.extra["failed_tasks"] == TASKS
 
