@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,10 @@ import optax
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare clone works as well as an installation
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, measured_before
 from experiments._data import digits
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, YELLOW, figure, save, titled
+from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, YELLOW, figure, titled
 
 COSTS = (1, 2, 4, 8, 16, 32)  # at which the curves are kept, in runs
 PRODUCT = 2  # a product with the Hessian costs as much as so many gradients
@@ -400,7 +400,6 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         numbers[name] = found
         shown = {kind: f"{found[kind]['valid'][str(costs[-1])]:.4f}" for kind in NAMES if kind in found}
         print(f"{name}, {task.count} hyperparameters: {shown}", flush=True)
-    draw(options, numbers)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -415,13 +414,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def draw(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    """Curves of every seed that was kept, and of this one: means, with one standard error beside what a seed shares."""
-    kept = Path(__file__).with_name("results.json")
-    runs = json.loads(kept.read_text()) if kept.exists() and not options.smoke else {}
-    runs = [*(runs | {str(options.seed): numbers}).values()]
-    names = [name for name in TASKS if name in numbers]
-    fig = figure(2.9 * len(names), 6.4)
+def drawing(results: dict[str, Any]) -> Any:
+    """Means over seeds, with one standard error beside what a seed shares."""
+    runs = [*results.values()]
+    names = [name for name in TASKS if all(name in run for run in runs)]
+    fig = figure(2.9 * len(names), 6.6)
     axes = fig.subplots(2, len(names), squeeze=False, sharex=True)
     for column, name in zip(axes.T, names, strict=True):
         for ax, loss in zip(column, ("valid", "test"), strict=True):
@@ -437,17 +434,16 @@ def draw(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
                 label, colour = NAMES[kind]
                 apart = values - common[: len(values), None]
                 error = apart.std(0, ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else 0 * apart[0]
-                style = "-" if kind in OURS else DASHED
-                ax.errorbar(costs, values.mean(0), error, color=colour, linestyle=style, label=label, lw=1.6, capsize=2)
+                line = "-" if kind in OURS else DASHED
+                ax.errorbar(costs, values.mean(0), error, color=colour, linestyle=line, label=label, lw=1.6, capsize=2)
             ax.set_xscale("log", base=2)
             ax.set_xticks(costs, [str(cost) for cost in costs])
             ax.minorticks_off()
         titled(column[0], TITLES[name], ylabel="validation loss" if name == names[0] else "")
         titled(column[1], "", xlabel="cost, runs", ylabel="test loss" if name == names[0] else "")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    save(fig, options.out, colours=64)
+    style.legend(fig, axes[0, 0])
+    return fig
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, draw=drawing)

@@ -30,9 +30,10 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment
 from experiments._data import digits, documentation
-from experiments._figures import BLUE, DASHED, GREEN, INK, ORANGE, PINK, SKY, YELLOW, bars, figure, save, titled
+from experiments._figures import BLUE, DASHED, INK, ORANGE, PINK, figure, titled
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0\n.,:;()_='"
 PASSAGE = 80  # characters
@@ -278,36 +279,37 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     names = [name.replace(" ", "_") for name in sources()]
     numbers["source_weights"] = dict(zip(names, np.asarray(texts["sources"].best.hparams), strict=False))
     numbers["annotator_weights"] = np.asarray(judged["annotators"].best.hparams)[: len(NOISE)]
-    picture(numbers, texts["sources"].history.hparams, options.out)
 
 
-def picture(numbers: dict[str, Any], weights: np.ndarray, folder: Path) -> None:
-    canvas = figure(13.5, 4.4)
-    left, middle, right = canvas.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    names = list(numbers["source_weights"])
-    colors = (BLUE, GREEN, PINK, SKY, YELLOW, ORANGE, INK, "#888888")
-    for i in np.argsort(-weights[-1, : len(names)]):
-        left.plot(weights[:, i], color=colors[i], label=names[i].replace("_", " "))
-    left.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    titled(left, "Prose about Python keeps its weight", xlabel="outer step", ylabel="weight of a source")
-    text = numbers["text"]
-    rows = {
-        "all alike": (text["uniform"]["retrained"], ORANGE),
-        "target's own 50 alone": (text["target_alone"], INK),
-        "best source alone": (text["best_source"]["retrained"], INK),
-        "weights by search": (text["searched"]["retrained"], PINK),
-        "resampled": (text["resampled"]["retrained"], PINK),
-        "source weights": (text["sources"]["retrained"], BLUE),
-        "passage weights": (text["passages"]["retrained"], BLUE),
+def drawing(results: dict[str, Any]) -> Any:
+    canvas = figure(14.5, 4.6)
+    left, middle, right = canvas.subplots(1, 3, width_ratios=(1, 1, 0.9))
+    weights = {
+        name: style.each(results, f"source_weights.{name}") for name in next(iter(results.values()))["source_weights"]
     }
-    bars(middle, rows, "Retrained, on new text", digits=2, xlabel="bits per character (from 3)", xlim=(3, 4))
-    right.plot(NOISE, numbers["annotator_weights"], "o", color=BLUE, markersize=8)
+    order = sorted(weights, key=lambda name: -float(np.mean(weights[name])))
+    rows = {name.replace("_", " "): (weights[name], BLUE) for name in order}
+    style.over_seeds(left, rows, "Source weights", xlabel="learned weight", xlim=(-0.05, 1.05), digits=2)
+    arms = {
+        "all alike": ("uniform.retrained", ORANGE),
+        "target's own 50 alone": ("target_alone", INK),
+        "best source alone": ("best_source.retrained", INK),
+        "weights by search": ("searched.retrained", PINK),
+        "resampled": ("resampled.retrained", PINK),
+        "source weights": ("sources.retrained", BLUE),
+        "passage weights": ("passages.retrained", BLUE),
+    }
+    found = {name: (style.each(results, f"text.{key}"), color) for name, (key, color) in arms.items()}
+    style.over_seeds(middle, found, "Retrained, on new text", xlabel="bits per character", digits=2)
+    for i, found in enumerate(style.each(results, "annotator_weights")):
+        label = "a line for each seed" if i == 0 else None
+        right.plot(NOISE, found, "o-", color=BLUE, markersize=6, linewidth=0.8, alpha=0.7, label=label)
     right.axvline(0.5, color=INK, linewidth=0.9, linestyle=DASHED)
-    right.text(0.52, 0.72, "as good\nas a coin", color=INK, fontsize=9, transform=right.get_xaxis_transform())
+    right.text(0.52, 0.72, "as good\nas a coin", color=INK, fontsize=11, transform=right.get_xaxis_transform())
     titled(right, "Annotators by their care", xlabel="share of preferences flipped", ylabel="learned weight")
     right.set_ylim(-0.04, 1.1)
-    save(canvas, folder)
+    return canvas
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -29,6 +29,7 @@ from experiments._data import digits  # noqa: E402
 START, RANGE = -3.5, (-6.0, 6.0)
 SIGMAS = (0.0, 0.1, 0.2, 0.5)
 GRID = np.linspace(*RANGE, 1201)
+EVERY, BETWEEN = 15, 40  # points of the grid, and outer steps, between the values that are kept for the picture
 
 
 class Data(NamedTuple):
@@ -104,10 +105,12 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     numbers["valid_true"] = float(np.min(truth))
     paths = {}
     for sigma in progress((0.0, 0.5) if options.smoke else SIGMAS, "local"):
-        numbers[f"lambda_sigma_{sigma:g}"], paths[sigma] = local(data, sigma, options.seed, steps, centred=False)
+        numbers[f"lambda_sigma_{sigma:g}"], paths[f"sigma_{sigma:g}"] = local(
+            data, sigma, options.seed, steps, centred=False
+        )
         if sigma and sigma != 0.2:
             numbers[f"lambda_centred_{sigma:g}"], path = local(data, sigma, options.seed, steps, centred=True)
-            paths[-sigma] = path
+            paths[f"centred_{sigma:g}"] = path
 
     # Global: one fit over the range, then λ follows it.
     solver = hg.hypernetwork(
@@ -130,32 +133,38 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     numbers["global_curve_correlation"] = float(np.corrcoef(learned, truth)[0, 1])
     for name in [name for name in numbers if name.startswith(("lambda_sigma", "lambda_centred"))]:
         numbers[name.replace("lambda", "off")] = abs(numbers[name] - numbers["lambda_true"])
-    if options.out:
-        draw(options.out, numbers, truth, learned, paths)
+    numbers["curve_true"], numbers["curve_learned"] = truth[::EVERY], learned[::EVERY]
+    numbers["paths"] = {name: path[::BETWEEN] for name, path in paths.items()}
 
 
-def draw(folder: Path, numbers: dict[str, Any], truth: np.ndarray, learned: np.ndarray, paths: dict) -> None:
+def drawing(results: dict[str, Any]) -> Any:
     from experiments import _figures as style
 
-    figure = style.figure(12.5, 4.8)
+    figure = style.figure(12.5, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    left.plot(GRID, truth, color=style.INK, linewidth=4, alpha=0.25, label="closed form")
-    left.plot(GRID, learned, color=style.BLUE, linewidth=1.6, label="global hypernetwork")
-    left.plot(numbers["lambda_true"], numbers["valid_true"], "o", color=style.INK, markersize=6)
-    left.legend(frameon=False, loc="upper left")
+    for truth, learned in zip(style.each(results, "curve_true"), style.each(results, "curve_learned"), strict=True):
+        left.plot(GRID[::EVERY], truth, color=style.INK, linewidth=4, alpha=0.25, label="closed form")
+        left.plot(GRID[::EVERY], learned, color=style.BLUE, linewidth=1.4, label="global hypernetwork")
+    best = style.each(results, "lambda_true")
+    left.plot(best, style.each(results, "valid_true"), "o", color=style.INK, markersize=6)
     style.titled(
-        left, "One network knows the whole curve", xlabel="λ, log of the ridge strength", ylabel="validation loss"
+        left,
+        "One network knows the whole curve; a line for each seed",
+        xlabel="λ, log of the ridge strength",
+        ylabel="validation loss",
     )
-    right.axhline(numbers["lambda_true"], color=style.INK, linewidth=1, linestyle=style.DASHED)
-    right.text(len(paths[0.0]), numbers["lambda_true"], "best λ", va="bottom", ha="right", fontsize=9, color=style.INK)
-    lines = [(0.0, style.ORANGE, "σ = 0: biased"), (0.1, style.SKY, "σ = 0.1"), (0.5, style.GREEN, "σ = 0.5")]
-    lines += [(-0.1, style.BLUE, "σ = 0.1, centred"), (-0.5, style.PINK, "σ = 0.5, centred")]
-    for sigma, color, label in [line for line in lines if line[0] in paths]:
-        right.plot(paths[sigma], color=color, linewidth=1.6, label=label)
-    right.legend(frameon=False, loc="lower right")
-    style.titled(right, "Local hypernetworks: λ on the way", xlabel="outer step", ylabel="λ")
-    style.save(figure, folder)
+    lines = {"sigma_0": (style.ORANGE, "σ = 0: biased"), "sigma_0.1": (style.SKY, "σ = 0.1")}
+    lines |= {"sigma_0.5": (style.GREEN, "σ = 0.5"), "centred_0.1": (style.BLUE, "σ = 0.1, centred")}
+    lines |= {"centred_0.5": (style.PINK, "σ = 0.5, centred")}
+    for name, (color, label) in lines.items():
+        runs = zip(results.values(), best, strict=True)
+        paths = np.array([np.array(run["paths"][name]) - true for run, true in runs])
+        style.curves(right, BETWEEN * np.arange(paths.shape[1]), paths, color, label)
+    right.axhline(0, color=style.INK, linewidth=1, linestyle=style.DASHED)
+    style.titled(right, "Local hypernetworks on the way", xlabel="outer step", ylabel="λ less the best λ")
+    style.legend(figure, left, right)
+    return figure
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

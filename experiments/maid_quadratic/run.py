@@ -129,14 +129,22 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             "excess": ends[name] / lowest - 1,
             "steps": int(np.sum(moved)),
             "products": products(paths[name]),
+            "path": thinned(*paths[name]),
         }
     adapted = [ends[name] for name in names[:3]]
     numbers["spread"] = float(max(adapted) / min(adapted) - 1)
     numbers["over_best_held"] = float(max(adapted) / min(ends[name] for name in names[3:]) - 1)
     numbers["loose_over_adapted"] = float(ends[names[3]] / max(adapted))
     numbers["bound_held"], numbers["bound_factor"] = bounds(options.seed, count)
-    if options.out:
-        draw_paths(options.out, paths)
+
+
+def thinned(spent: np.ndarray, excess: np.ndarray, most: int = 40) -> list[np.ndarray]:
+    """A curve of at most so many points, evenly in the logarithm of the cost, with its ends."""
+    if len(spent) > most:
+        wanted = np.geomspace(max(spent[0], 1), spent[-1], most)
+        at = np.unique(np.r_[0, np.searchsorted(spent, wanted).clip(max=len(spent) - 1)])
+        spent, excess = spent[at], excess[at]
+    return [spent, excess]
 
 
 def products(path: tuple[np.ndarray, np.ndarray], near: float = 1e-6) -> float:
@@ -145,33 +153,35 @@ def products(path: tuple[np.ndarray, np.ndarray], near: float = 1e-6) -> float:
     return float(path[0][reached[0]]) if len(reached) else np.nan
 
 
-def draw_paths(folder: Path, paths: dict[str, Any]) -> None:
+def drawing(results: dict[str, Any]) -> Any:
     from experiments import _figures as style
 
-    figure = style.figure(9.5, 4.6)
+    figure = style.figure(9.5, 5.4)
     axes = figure.subplots()
     colors = {"1e-01": style.ORANGE, "1e-03": style.BLUE, "1e-05": style.GREEN, "1e-08": style.PINK}
-    for name, (spent, excess) in paths.items():
+    for name in (key for key in next(iter(results.values())) if key.startswith(("adapted_", "held_"))):
         kind, tol = name.split("_")
-        axes.loglog(
-            spent,
-            np.maximum(excess, 1e-12),
-            color=colors[tol],
-            linestyle="-" if kind == "adapted" else style.DASHED,
-            marker="o" if len(spent) < 12 else None,
-            markersize=4,
-            linewidth=1.7,
-            label=f"{kind}, from {tol}" if kind == "adapted" else f"{kind} at {tol}",
-        )
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+        label = f"{kind}, from {tol}" if kind == "adapted" else f"{kind} at {tol}"
+        for spent, excess in style.each(results, f"{name}.path"):
+            axes.loglog(
+                spent,
+                np.maximum(excess, 1e-12),
+                color=colors[tol],
+                linestyle="-" if kind == "adapted" else style.DASHED,
+                marker="o" if len(spent) < 12 else None,
+                markersize=4,
+                linewidth=1.2,
+                label=label,
+            )
     style.titled(
         axes,
-        "Distance from the best outer loss",
+        "Distance from the best outer loss, a line for each seed",
         xlabel="evaluations of the inner gradient and products with A",
         ylabel="F / best − 1",
     )
-    style.save(figure, folder)
+    style.legend(figure, axes)
+    return figure
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -27,8 +27,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
+from experiments import _figures as style
 from experiments._common import experiment, measured_before
-from experiments._figures import BLUE, GREEN, ORANGE, PINK, figure, save, titled
+from experiments._figures import BLUE, GREEN, ORANGE, PINK, figure, titled
 
 SPLITS, TEST, FOLDS = 20, 2000, 5
 FEATURES, TRAIN = 60, 80
@@ -335,7 +336,6 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
         size = lambda kind, many=many: float(np.mean([abs(v[f"{kind}_bias"]) for v in many]))
         numbers[name]["ratio"] = size("corrected") / size("raw")
     numbers["tasks_within_a_third"] = int(sum(numbers[name]["ratio"] <= 1 / 3 for name in TASKS if name in numbers))
-    picture(options, numbers)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -352,23 +352,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def picture(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    names = [name for name in TASKS if name in numbers]
-    fig = figure(2.6 * len(names), 4.2)
+def drawing(results: dict[str, Any]) -> Any:
+    names = [name for name in TASKS if all(name in run for run in results.values())]
+    fig = figure(2.8 * len(names), 4.8)
     kinds = {"raw": ORANGE, "corrected": BLUE, "split_half": GREEN, "nested": PINK}
     labels = {"raw": "validation", "corrected": "corrected", "split_half": "split half", "nested": "nested"}
     for axes, name in zip(np.atleast_1d(fig.subplots(1, len(names))), names, strict=True):
-        rows = [key for key in numbers[name] if "x" in key]
-        for kind, colour in kinds.items():
-            values = [100 * numbers[name][key][f"{kind}_bias"] for key in rows]
-            axes.plot(values, range(len(rows)), "o", color=colour, label=labels[kind], ms=5)
+        rows = [key for key in next(iter(results.values()))[name] if "x" in key]
+        for i, (kind, colour) in enumerate(kinds.items()):
+            for seed, values in enumerate(
+                zip(*[style.each(results, f"{name}.{key}.{kind}_bias") for key in rows], strict=True)
+            ):
+                at = np.arange(len(rows)) + 0.16 * (i - 1.5)
+                percent = [np.nan if value is None else 100 * value for value in values]
+                axes.plot(percent, at, "o", color=colour, label=labels[kind] if seed == 0 else None, ms=4, alpha=0.7)
         axes.axvline(0, color="black", lw=0.8)
+        titled(axes, name.replace("_", " "), xlabel="estimate − test, %")
         axes.set_yticks(range(len(rows)), [key.replace("x", " on ") for key in rows])
         axes.invert_yaxis()
-        titled(axes, name.replace("_", " "), xlabel="estimate less test loss, %")
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), frameon=False)
-    save(fig, options.out)
+    style.legend(fig, *fig.axes)
+    return fig
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, draw=drawing)

@@ -24,6 +24,7 @@ import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 
 N, POSITIVE, LENGTH, TRUNCATE, START, SCALE = 23, 10, 200, 10, 0.5, 0.1
+EVERY = 10  # outer steps between the losses that are kept for the picture
 A = 0.5 * np.eye(N, dtype=np.float32) + 0.5 * np.eye(N, k=1, dtype=np.float32)
 B = np.where(np.arange(N) < POSITIVE, 1, -1).astype(np.float32)
 
@@ -89,47 +90,49 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     pairs, count, steps = (20, 20, 40) if options.smoke else (100, 200, 1000)
     numbers["truth"] = float(jax.grad(loss)(START))
     numbers["backpropagation_truncated"] = float(jax.grad(truncated)(START))
-    paths = {}
     for method in progress(("es", "pes", "nres"), "methods"):
         found = episodes(method, pairs, count, options.seed)
         numbers[f"{method}_mean"] = float(np.mean(found))
         numbers[f"{method}_spread"] = float(np.std(found, ddof=1))
         numbers[f"{method}_off"] = float(abs(np.mean(found) - numbers["truth"]) / (np.std(found, ddof=1) / count**0.5))
-        paths[method] = descend(method, pairs, steps, options.seed)
-        numbers[f"{method}_loss"] = float(np.mean(paths[method][-steps // 10 :]))
+        path = descend(method, pairs, steps, options.seed)
+        numbers[f"{method}_loss"] = float(np.mean(path[-steps // 10 :]))
+        numbers[f"{method}_path"] = path[::EVERY]
     numbers["spread_ratio"] = numbers["nres_spread"] / numbers["pes_spread"]
     numbers["loss_start"] = float(loss(START))
     grid = np.linspace(-1, 1, 401)
     losses = np.asarray(jax.vmap(loss)(jnp.asarray(grid)))
     numbers["loss_best"] = float(losses.min())
-    if options.out:
-        draw(options.out, numbers, paths)
 
 
-def draw(folder: Path, numbers: dict[str, Any], paths: dict[str, np.ndarray]) -> None:
+def drawing(results: dict[str, Any]) -> Any:
     from experiments import _figures as style
 
     figure = style.figure(12.5, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     names = {"es": "truncated ES", "pes": "PES", "nres": "NRES"}
     colors = {"es": style.ORANGE, "pes": style.BLUE, "nres": style.GREEN}
+    truth = np.mean(style.each(results, "truth"))
     for row, method in enumerate(names):
-        left.errorbar(
-            numbers[f"{method}_mean"], row, xerr=numbers[f"{method}_spread"], fmt="o", color=colors[method], capsize=4
-        )
-    left.axvline(numbers["truth"], color=style.INK, linewidth=1, linestyle=style.DASHED)
+        means, spreads = (np.array(style.each(results, f"{method}_{kind}")) for kind in ("mean", "spread"))
+        for i, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
+            at = row + 0.14 * (i - (len(means) - 1) / 2)
+            left.errorbar(mean, at, xerr=spread, fmt="o", color=colors[method], capsize=3, markersize=5)
+    left.axvline(truth, color=style.INK, linewidth=1, linestyle=style.DASHED)
     left.axvline(0, color=style.INK, linewidth=0.6)
-    left.text(numbers["truth"], 2.45, "truth ", ha="right", fontsize=9, color=style.INK)
+    left.text(truth, 2.5, "truth ", ha="right", fontsize=11, color=style.INK)
     left.set_yticks(range(3), list(names.values()))
-    left.set_ylim(-0.5, 2.7)
+    left.set_ylim(-0.5, 2.8)
     style.titled(left, "Mean and spread of one episode's estimate", xlabel="dL/dθ at θ = 0.5", ylabel="")
-    for method, path in paths.items():
-        right.semilogy(path, color=colors[method], linewidth=1.6, label=names[method])
-    right.axhline(numbers["loss_best"], color=style.INK, linewidth=1, linestyle=style.DASHED)
-    right.legend(frameon=False)
+    right.set_yscale("log")
+    for method, color in colors.items():
+        paths = np.array(style.each(results, f"{method}_path"))
+        style.curves(right, EVERY * np.arange(paths.shape[1]), paths, color, names[method])
+    right.axhline(np.mean(style.each(results, "loss_best")), color=style.INK, linewidth=1, linestyle=style.DASHED)
     style.titled(right, "Tuning θ", xlabel="outer step (10 steps of the chain)", ylabel="mean loss of an episode")
-    style.save(figure, folder)
+    style.legend(figure, right)
+    return figure
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

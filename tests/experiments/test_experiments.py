@@ -54,6 +54,9 @@ def test_smoke_run_gives_every_number_in_its_range(home, tmp_path, cache):
     assert pictures == {path: path.read_bytes() for path in home.glob("*.png")}, "a smoke run drew over the picture"
 
 
+DRAWN = [script.parent for script in report.drawn(FOLDER)]
+
+
 @each
 def test_page_holds_what_a_reader_needs(home):
     text = (home / "README.md").read_text()
@@ -64,14 +67,13 @@ def test_page_holds_what_a_reader_needs(home):
     assert all((home / name).stat().st_size < 150_000 for name in pictures)
     runs = json.loads((home / "results.json").read_text())
     assert len(runs) >= 3, "measured over three seeds at least"
+    if home not in DRAWN:
+        assert re.search(r"picture (shows|is of) seed 0|examples are of seed 0|one seed", text), "of which seed it is"
     expected = _expected(home)
     assert set(expected["smoke"]) <= set(report.flat(next(iter(runs.values())))), (
         "a key of the smoke ranges that the real run has not"
     )
     assert set(expected.get("bars", {})) <= set(expected["table"]), "a bar on a key that is not shown"
-
-
-DRAWN = [script.parent for script in report.drawn(FOLDER)]
 
 
 @pytest.mark.parametrize("home", DRAWN, ids=lambda home: home.name)
