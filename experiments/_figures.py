@@ -91,12 +91,34 @@ def mean_and_error(by_seed: Any) -> tuple[Any, Any]:
 def each(results: Mapping[str, Any], path: str) -> list[Any]:
     """The number at a path such as `"arms.plain"` of every seed, None where a seed has none."""
 
-    def at(numbers: Any) -> Any:
-        for name in path.split("."):
-            numbers = numbers.get(name) if isinstance(numbers, Mapping) else None
-        return numbers
+    def at(numbers: Any, names: list[str]) -> Any:
+        if not names:
+            return numbers
+        for i in range(1, len(names) + 1):  # a name may hold a point itself
+            if isinstance(numbers, Mapping) and ".".join(names[:i]) in numbers:
+                return at(numbers[".".join(names[:i])], names[i:])
+        return None
 
-    return [at(numbers) for numbers in results.values()]
+    return [at(numbers, path.split(".")) for numbers in results.values()]
+
+
+def panels(results: Mapping[str, Any], *parts: tuple[str, str, dict[str, tuple[str, str]]], digits: int = 3) -> Any:
+    """A figure of `over_seeds` side by side.
+
+    Args:
+        results: numbers by seed.
+        parts: `(title, label of the axis, {name of the row: (path in the numbers, colour)})`, one for each axes.
+        digits: behind the point.
+    """
+    most = max(len(rows) for _, _, rows in parts)
+    canvas = figure((8.5, 12.5, 15.5)[len(parts) - 1], 1.6 + 0.36 * most)
+    for axes, (title, xlabel, rows) in zip(canvas.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        values = {name: (each(results, path), color) for name, (path, color) in rows.items()}
+        over_seeds(axes, values, title, xlabel=xlabel, digits=digits)
+        left, right = axes.get_xlim()
+        if left < 0 < right and any(min(v) < 0 for v, _ in values.values()):  # differences of either sign
+            axes.axvline(0, color=INK, linewidth=1, linestyle=DASHED)
+    return canvas
 
 
 def bars(axes: Any, rows: Mapping[str, tuple[Any, str]], title: str, *, digits: int = 3, **labels: Any) -> None:

@@ -414,7 +414,7 @@ def draw(folder: Path, paths: dict[str, dict[str, Found]]) -> None:
     places[-1].plot([], [], color=style.INK, label="loss of the test rows")
     places[-1].legend(frameon=False, loc="center left")
     places[-1].set_axis_off()
-    style.save(figure, folder, colours=64)
+    style.save(figure, folder, "course.png", colours=64)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -422,5 +422,41 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=[], help="these alone; the others stay as kept")
 
 
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "A penalty a group, less one for all",
+            "test loss, difference",
+            {
+                "ridge, diabetes": ("ridge_diabetes.group.over_all", style.GREEN),
+                "ridge, products": ("ridge_squares.group.over_all", style.GREEN),
+                "elastic net, diabetes": ("elastic_diabetes.group.over_all", style.GREEN),
+                "elastic net, products": ("elastic_squares.group.over_all", style.GREEN),
+                "elastic net, cancer": ("elastic_cancer.group.over_all", style.GREEN),
+                "elastic net, wine": ("elastic_wine.group.over_all", style.GREEN),
+                "logistic, cancer": ("logistic_cancer.group.over_all", style.GREEN),
+                "logistic, wine": ("logistic_wine.group.over_all", style.GREEN),
+            },
+        ),
+        (
+            "A penalty a feature, less one for all",
+            "test loss, difference",
+            {
+                "ridge, diabetes": ("ridge_diabetes.feature.over_all", style.ORANGE),
+                "ridge, products": ("ridge_squares.feature.over_all", style.ORANGE),
+                "elastic net, diabetes": ("elastic_diabetes.feature.over_all", style.ORANGE),
+                "elastic net, products": ("elastic_squares.feature.over_all", style.ORANGE),
+                "elastic net, cancer": ("elastic_cancer.feature.over_all", style.ORANGE),
+                "elastic net, wine": ("elastic_wine.feature.over_all", style.ORANGE),
+                "logistic, cancer": ("logistic_cancer.feature.over_all", style.ORANGE),
+                "logistic, wine": ("logistic_wine.feature.over_all", style.ORANGE),
+            },
+        ),
+    )
+
+
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, draw=drawing)

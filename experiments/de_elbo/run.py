@@ -255,8 +255,36 @@ def draw(folder: Path, numbers: dict[str, Any], curves: dict[str, Any], seed: in
         rows[f"{labels}: κ = D/n"] = found["elbo_data"]["accuracy"], style.BLUE
         rows[f"{labels}: L2-SP grid, retrained"] = found["grid"]["accuracy"], style.GREEN
     style.bars(right, rows, "Transfer to unseen digits: test accuracy", xlabel="accuracy", xlim=(0, 1.1))
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Noise learned (truth 0.1)",
+            "standard deviation",
+            {
+                "κ = 1": ("noise_one", style.ORANGE),
+                "κ = D/n": ("noise_data", style.BLUE),
+            },
+        ),
+        (
+            "Transfer to unseen digits",
+            "test accuracy",
+            {
+                "5 labels a class: κ = 1": ("labels_5.elbo_one.accuracy", style.ORANGE),
+                "… κ = D/n": ("labels_5.elbo_data.accuracy", style.BLUE),
+                "… L2-SP grid, retrained": ("labels_5.grid.accuracy", style.GREEN),
+                "20 labels: κ = 1": ("labels_20.elbo_one.accuracy", style.ORANGE),
+                "… κ = D/n ": ("labels_20.elbo_data.accuracy", style.BLUE),
+                "… L2-SP grid, retrained ": ("labels_20.grid.accuracy", style.GREEN),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -163,8 +163,30 @@ def picture(shown: dict[str, Any], numbers: dict[str, Any], folder: Path) -> Non
     }
     shares = {name: (numbers[key], color) for name, (key, color) in rows.items()}
     bars(axes, shares, "Fresh training on them alone", xlabel="test accuracy", xlim=(0.4, 1.05))
-    save(canvas, folder)
+    save(canvas, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Fresh training on them alone",
+            "test accuracy",
+            {
+                "10 real images": ("real_10", style.ORANGE),
+                "best of 300 draws": ("searched_10", style.ORANGE),
+                "class means": ("class_means", style.PINK),
+                "learned, 0 products": ("retrain_K0", style.SKY),
+                "learned, 5 products": ("retrain_K5", style.BLUE),
+                "learned, 20 products": ("retrain_K20", style.BLUE),
+                "50 learned": ("retrain_K5_of_50", style.BLUE),
+                "all 1,000 real": ("real_1000", style.GREEN),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

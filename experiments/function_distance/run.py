@@ -272,8 +272,41 @@ def draw(folder: Path, values: dict[str, Any], curves: dict[str, Any], numbers: 
     right.plot(*curves["plain"][:2], "s", color=style.INK, markersize=6, label="no penalty")
     right.legend(frameon=False, fontsize=9, loc="lower left")
     style.titled(right, "After the second part", xlabel="accuracy on 0 to 4", ylabel="accuracy on 5 to 9")
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Correlation with the true distance",
+            "on unseen digits",
+            {
+                "BGLN-D": ("correlation.bgln_d", style.BLUE),
+                "BGLN-S": ("correlation.bgln_s", style.SKY),
+                "BGLN-D, classes together": ("correlation.bgln_d_pooled", style.SKY),
+                "linearised, with data": ("correlation.ntk", style.GREEN),
+                "EWC": ("correlation.ewc", style.ORANGE),
+                "diagonal of JᵀJ": ("correlation.diagonal", style.PINK),
+            },
+        ),
+        (
+            "After the second part",
+            "accuracy on both parts",
+            {
+                "no penalty": ("plain.mean", style.INK),
+                "L2": ("l2.mean", style.PINK),
+                "EWC": ("ewc.mean", style.ORANGE),
+                "BGLN-D": ("bgln_d.mean", style.BLUE),
+                "BGLN-S": ("bgln_s.mean", style.SKY),
+                "true distance, with data": ("exact.mean", style.GREEN),
+                "both parts at once": ("joint.mean", style.YELLOW),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

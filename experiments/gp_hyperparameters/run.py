@@ -306,8 +306,38 @@ def draw(folder: Path, losses: dict[str, Any], gaps: dict[str, Any]) -> None:
     last.plot(bins, np.exp(-0.5 * bins**2) / (2 * np.pi) ** 0.5, color=style.INK, linewidth=1, linestyle=style.DASHED)
     last.legend(frameon=False, loc="upper left")
     style.titled(last, "Matrix-free, n = 2,000", xlabel="gap to Cholesky, in stated errors", ylabel="density")
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "diabetes",
+            "test NLPD, nats",
+            {
+                "one length scale": ("diabetes.shared.nlpd", style.INK),
+                "ARD, evidence": ("diabetes.ard.nlpd", style.ORANGE),
+                "ARD, scikit-learn": ("diabetes.sklearn.nlpd", style.YELLOW),
+                "ARD, leave-one-out": ("diabetes.loo.nlpd", style.GREEN),
+                "ARD, averaged by HMC": ("diabetes.hmc.nlpd", style.BLUE),
+            },
+        ),
+        (
+            "randhie",
+            "test NLPD, nats",
+            {
+                "one length scale": ("randhie.shared.nlpd", style.INK),
+                "ARD, evidence": ("randhie.ard.nlpd", style.ORANGE),
+                "ARD, scikit-learn": ("randhie.sklearn.nlpd", style.YELLOW),
+                "ARD, leave-one-out": ("randhie.loo.nlpd", style.GREEN),
+                "ARD, averaged by HMC": ("randhie.hmc.nlpd", style.BLUE),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

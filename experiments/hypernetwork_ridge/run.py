@@ -149,7 +149,7 @@ def drawing(results: dict[str, Any]) -> Any:
     left.plot(best, style.each(results, "valid_true"), "o", color=style.INK, markersize=6)
     style.titled(
         left,
-        "One network knows the whole curve; a line for each seed",
+        "One network knows the whole curve",
         xlabel="λ, log of the ridge strength",
         ylabel="validation loss",
     )
@@ -161,6 +161,7 @@ def drawing(results: dict[str, Any]) -> Any:
         paths = np.array([np.array(run["paths"][name]) - true for run, true in runs])
         style.curves(right, BETWEEN * np.arange(paths.shape[1]), paths, color, label)
     right.axhline(0, color=style.INK, linewidth=1, linestyle=style.DASHED)
+    right.set_ylim(-0.5, 0.1)
     style.titled(right, "Local hypernetworks on the way", xlabel="outer step", ylabel="λ less the best λ")
     style.legend(figure, left, right)
     return figure

@@ -307,8 +307,39 @@ def draw(tasks: dict[str, Task], curves: dict[str, dict[str, Curve]], folder: Pa
         axes.set_xticks([0, 1, 5, 20, 100, 500, 5000], ["0", "1", "5", "20", "100", "500", "5000"])
     panels[0].set_ylabel("relative error of the hypergradient")
     panels[len(tasks) - 1].legend(frameon=False, fontsize=9, loc="lower left")
-    save(picture, folder)
+    save(picture, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Diabetes, 20 products",
+            "cosine to the hypergradient",
+            {
+                "identity (T1-T2)": ("linear.identity.cosine_20", style.INK),
+                "Neumann": ("linear.neumann.cosine_20", style.ORANGE),
+                "Nyström": ("linear.nystrom.cosine_20", style.GREEN),
+                "CG": ("linear.cg.cosine_20", style.BLUE),
+                "CG with Jacobi": ("linear.cg_jacobi.cosine_20", style.SKY),
+            },
+        ),
+        (
+            "Network, 20 products",
+            "cosine to the hypergradient",
+            {
+                "identity (T1-T2)": ("network.identity.cosine_20", style.INK),
+                "Neumann": ("network.neumann.cosine_20", style.ORANGE),
+                "Nyström": ("network.nystrom.cosine_20", style.GREEN),
+                "CG": ("network.cg.cosine_20", style.BLUE),
+                "CG with Jacobi": ("network.cg_jacobi.cosine_20", style.SKY),
+                "Gauss-Newton CG": ("network.gauss_newton.cosine_20", style.PINK),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -303,8 +303,36 @@ def draw(folder: Path, episodes: np.ndarray, judging: dict[str, dict[str, dict[s
         lowest = min(row["curve"].min() for row in rows.values())
         place.set_ylim(0.9 * lowest, 12 * lowest)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    style.save(figure, folder, colours=64)
+    style.save(figure, folder, "course.png", colours=64)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Learned rule less tuned Adam",
+            "difference in test loss",
+            {
+                "digits, width 16": ("digits.learned_over_adam", style.BLUE),
+                "digits, width 128": ("wide.learned_over_adam", style.BLUE),
+                "breast cancer": ("cancer.learned_over_adam", style.BLUE),
+                "transformer": ("transformer.learned_over_adam", style.BLUE),
+            },
+        ),
+        (
+            "Before meta-training, less Adam",
+            "difference in test loss",
+            {
+                "digits, width 16": ("digits.start_over_adam", style.ORANGE),
+                "digits, width 128": ("wide.start_over_adam", style.ORANGE),
+                "breast cancer": ("cancer.start_over_adam", style.ORANGE),
+                "transformer": ("transformer.start_over_adam", style.ORANGE),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

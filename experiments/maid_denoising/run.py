@@ -228,8 +228,29 @@ def draw(folder: Path, seen: Pictures, shown: dict[str, Any], paths: dict[str, d
             axes.loglog(path.spent, path.values, line if line == "-" else "--", color=colors[tol], label=label)
         style.titled(axes, name, xlabel="inner gradients and products with the Hessian", ylabel="mean squared error")
     axes.legend(frameon=False, fontsize=9)
-    style.save(figure, folder, colours=128)
+    style.save(figure, folder, "course.png", colours=128)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Held-out crops",
+            "peak signal to noise, dB",
+            {
+                "with noise": ("noisy", style.INK),
+                "total variation, best weight": ("single_weight", style.ORANGE),
+                "total variation: before": ("variation.before", style.SKY),
+                "… tuned": ("variation.tuned", style.BLUE),
+                "field of experts: before": ("experts.before", style.SKY),
+                "… tuned ": ("experts.tuned", style.BLUE),
+            },
+        ),
+        digits=2,
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

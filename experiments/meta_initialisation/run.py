@@ -303,7 +303,7 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     numbers["gain_over_transfer"] = gain("maml.unrolled", transfer)
     numbers["features_over_transfer"] = gain("hyper_representation.implicit", transfer)
     usual = not options.omniglot and options.room == ROOM
-    save(picture(numbers, courses), options.out, "figure.png" if usual else "other.png")
+    save(picture(numbers, courses), options.out, "course.png" if usual else "other.png")
 
 
 def picture(numbers: dict[str, Any], courses: dict[str, dict[str, np.ndarray]]) -> Any:
@@ -369,5 +369,45 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "One image a class",
+            "accuracy on unseen classes",
+            {
+                "from scratch": ("scratch.one", style.INK),
+                "nearest image, pixels": ("neighbour.one", style.INK),
+                "transfer, new head": ("transfer.frozen.one", style.ORANGE),
+                "transfer, whole network": ("transfer.whole.one", style.ORANGE),
+                "transfer, class means": ("transfer.means.one", style.ORANGE),
+                "MAML, unrolled": ("maml.unrolled.one", style.BLUE),
+                "MAML, truncated": ("maml.truncated.one", style.SKY),
+                "iMAML": ("imaml.one", style.SKY),
+                "features, unrolled": ("hyper_representation.unrolled.one", style.GREEN),
+                "features, implicit": ("hyper_representation.implicit.one", style.GREEN),
+            },
+        ),
+        (
+            "Five images a class",
+            "accuracy on unseen classes",
+            {
+                "from scratch": ("scratch.five", style.INK),
+                "nearest image, pixels": ("neighbour.five", style.INK),
+                "transfer, new head": ("transfer.frozen.five", style.ORANGE),
+                "transfer, whole network": ("transfer.whole.five", style.ORANGE),
+                "transfer, class means": ("transfer.means.five", style.ORANGE),
+                "MAML, unrolled": ("maml.unrolled.five", style.BLUE),
+                "MAML, truncated": ("maml.truncated.five", style.SKY),
+                "iMAML": ("imaml.five", style.SKY),
+                "features, unrolled": ("hyper_representation.unrolled.five", style.GREEN),
+                "features, implicit": ("hyper_representation.implicit.five", style.GREEN),
+            },
+        ),
+    )
+
+
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, draw=drawing)

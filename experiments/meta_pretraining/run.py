@@ -215,8 +215,41 @@ def picture(numbers: dict[str, Any], results: dict[str, hg.Result], folder: Path
     }
     label = "test accuracy after fine-tuning on 60 labels"
     bars(right, rows, "Retrained from scratch", xlabel=label, xlim=(0.6, 1.0))
-    save(canvas, folder)
+    save(canvas, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Weight of a task (mean 1)",
+            "learned weight, mean over the tasks",
+            {
+                "digits: identity (T1-T2)": ("k0.relevant", style.PINK),
+                "… Neumann, 5 terms": ("k5.relevant", style.GREEN),
+                "… CG, 10 steps": ("cg.relevant", style.BLUE),
+                "noise: identity (T1-T2)": ("k0.noise", style.PINK),
+                "… Neumann, 5 terms ": ("k5.noise", style.GREEN),
+                "… CG, 10 steps ": ("cg.noise", style.BLUE),
+            },
+        ),
+        (
+            "Retrained, then fine-tuned on 60 labels",
+            "test accuracy",
+            {
+                "no pre-training": ("no_pretraining", style.INK),
+                "all tasks alike": ("uniform", style.ORANGE),
+                "…, noise and decay searched": ("searched", style.GREEN),
+                "tuned, T1-T2": ("k0.retrained", style.BLUE),
+                "tuned, Neumann": ("k5.retrained", style.BLUE),
+                "tuned, CG": ("cg.retrained", style.BLUE),
+                "relevant tasks only": ("oracle", style.PINK),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

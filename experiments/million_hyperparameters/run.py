@@ -247,8 +247,41 @@ def picture(tuned: dict[str, dict[str, hg.Result]], numbers: dict[str, Any], fol
     }
     shares = {name: (numbers["mlp"][key], color) for name, (key, color) in rows.items()}
     bars(right, shares, "Test digits, MLP", xlabel="test accuracy", xlim=(0.8, 0.95))
-    save(canvas, folder)
+    save(canvas, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Perceptron",
+            "accuracy on 1,697 test digits",
+            {
+                "no tuning": ("mlp.test_plain", style.INK),
+                "one decay, searched": ("mlp.test_searched", style.ORANGE),
+                "… and 50 more digits": ("mlp.test_both", style.PINK),
+                "one per parameter": ("mlp.test_per_weight", style.BLUE),
+                "… no products": ("mlp.test_identity", style.GREEN),
+                "… retrained": ("mlp.test_retrained", style.SKY),
+                "… from new starts": ("mlp.test_new_start", style.SKY),
+            },
+        ),
+        (
+            "CNN",
+            "accuracy on 1,697 test digits",
+            {
+                "no tuning": ("cnn.test_plain", style.INK),
+                "one decay, searched": ("cnn.test_searched", style.ORANGE),
+                "… and 50 more digits": ("cnn.test_both", style.PINK),
+                "one per parameter": ("cnn.test_per_weight", style.BLUE),
+                "… retrained": ("cnn.test_retrained", style.SKY),
+                "… from new starts": ("cnn.test_new_start", style.SKY),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

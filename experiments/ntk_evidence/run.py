@@ -308,8 +308,43 @@ def draw(folder: Path, found: dict[str, np.ndarray], paths: Any) -> None:
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
     style.titled(right, "Ranges learned from 200 training digits", xlabel="hyperparameter step", ylabel="range")
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Log evidence at precision 1",
+            "nats per example",
+            {
+                "exact": ("evidence.exact", style.INK),
+                "blocks of 100": ("evidence.random_100", style.BLUE),
+                "blocks of 25": ("evidence.random_25", style.BLUE),
+                "blocks of 10": ("evidence.random_10", style.SKY),
+                "100, by class": ("evidence.by_class", style.GREEN),
+                "each output by itself": ("evidence.independent", style.ORANGE),
+                "a block a leaf": ("evidence.block", style.YELLOW),
+                "diagonal": ("evidence.diagonal", style.PINK),
+                "Kronecker (no bound)": ("evidence.kronecker", style.YELLOW),
+            },
+        ),
+        (
+            "At the best precision",
+            "test NLL",
+            {
+                "by the exact evidence": ("nll.exact", style.INK),
+                "blocks of 100": ("nll.random_100", style.BLUE),
+                "blocks of 25": ("nll.random_25", style.BLUE),
+                "diagonal": ("nll.diagonal", style.PINK),
+                "by validation": ("nll.validation", style.ORANGE),
+                "by the test loss": ("nll.oracle", style.GREEN),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -147,7 +147,7 @@ def hypervolume(losses: Any) -> float:
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     train, valid, test = groups(options.seed)
-    score = lambda settings: trained(settings, train, valid, test)
+    score, fronts = lambda settings: trained(settings, train, valid, test), {}
     for size in progress(SIZES, "weights"):
         trials = by_nsga2(size, score, options.seed, POPULATION if options.smoke else MORE * BUDGET)
         arms = {
@@ -160,36 +160,62 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
             kept = front(on_valid)  # what a person sees who has no test
             found[f"validation{name}"] = hypervolume(on_valid)
             found[f"hypervolume{name}"] = hypervolume(np.asarray(on_test)[kept])
-            found[f"front_validation{name}"] = np.asarray(on_valid)[kept]
-            found[f"front_test{name}"] = np.asarray(on_test)[kept]
+            fronts[size, name] = np.asarray(on_valid), np.asarray(on_test)[kept]
         found["gain"] = found["hypervolume"] - found["hypervolume_optuna"]
         found["gain_more"] = found["hypervolume"] - found["hypervolume_optuna_more"]
         numbers[f"weights_{size}"] = found
     numbers["trainings"] = BUDGET
+    if not options.smoke:
+        draw(options.out, fronts)
 
 
-def drawing(results: dict[str, Any]) -> Any:
+def draw(folder: Path, fronts: dict[Any, Any]) -> None:
     from experiments import _figures as style
 
-    figure = style.figure(12.5, 5.8)
-    for chart, loss in zip(figure.subplots(1, 2), ("validation", "test"), strict=True):
+    figure = style.figure(6.5 * len(SIZES), 5.2)
+    for chart, size in zip(figure.subplots(1, len(SIZES), squeeze=False)[0], SIZES, strict=True):
         for name, color, label in (
             ("_optuna_more", style.YELLOW, f"NSGA-II, {MORE * BUDGET:,} trainings"),
             ("_optuna", style.ORANGE, f"NSGA-II, {BUDGET} trainings"),
             ("", style.BLUE, f"hg.objectives.pareto, {BUDGET} trainings"),
         ):
-            for points in style.each(results, f"weights_{max(SIZES)}.front_{loss}{name}"):
-                line = "o-" if loss == "validation" else "x"
-                chart.plot(*np.array(points).T, line, color=color, markersize=3.5, linewidth=0.9, label=label)
+            valid, test = fronts[size, name]
+            chart.plot(*valid[front(valid)].T, "o-", color=color, markersize=4, label=label)
+            chart.plot(*test.T, "x", color=color, markersize=5)
         chart.set(xlim=(0.3, GUESS), ylim=(0.3, GUESS))
+        chart.legend(frameon=False, title="dots: validation, crosses: test", alignment="left")
+        title = "one weight for a group" if size == 1 else "a weight for each class and group"
         style.titled(
-            chart,
-            "Validation losses, a front for each seed" if loss == "validation" else "Test losses of the same models",
-            xlabel="loss of the group that reads upright",
-            ylabel="loss of the group that reads upside down",
-        )
-    style.legend(figure, *figure.axes)
-    return figure
+            chart, f"{1 + size} hyperparameters: {title}",
+            xlabel="loss of the group that reads upright", ylabel="loss of the group that reads upside down",
+        )  # fmt: skip
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Validation",
+            "hypervolume, share of a guess",
+            {
+                "NSGA-II": ("weights_20.validation_optuna", style.ORANGE),
+                "NSGA-II, three times as many": ("weights_20.validation_optuna_more", style.YELLOW),
+                "hg.objectives.pareto": ("weights_20.validation", style.BLUE),
+            },
+        ),
+        (
+            "Test",
+            "hypervolume, share of a guess",
+            {
+                "NSGA-II": ("weights_20.hypervolume_optuna", style.ORANGE),
+                "NSGA-II, three times as many": ("weights_20.hypervolume_optuna_more", style.YELLOW),
+                "hg.objectives.pareto": ("weights_20.hypervolume", style.BLUE),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -158,8 +158,43 @@ def picture(numbers: dict[str, Any], curves: dict[str, Any], result: hg.Result, 
     }
     values = [float(value) for value, _ in rows.values()]
     bars(right, rows, "Test", xlabel="bits per character", xlim=(min(values) - 0.3, max(values) + 0.15))
-    save(canvas, folder)
+    save(canvas, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Test",
+            "bits per character",
+            {
+                "no decay": ("test_plain", style.INK),
+                "single, grid": ("test_single", style.ORANGE),
+                "single, tuned": ("test_single_tuned", style.ORANGE),
+                "one for each group": ("test_by_group", style.GREEN),
+                "per parameter": ("test_tuned", style.BLUE),
+                "… retrained": ("test_retrained", style.SKY),
+                "… from new starts": ("test_new_start", style.SKY),
+                "single, new starts": ("test_single_new_start", style.ORANGE),
+            },
+        ),
+        (
+            "Where the decays went",
+            "log decay, mean over the group",
+            {
+                "embedding": ("log_decay.embedding", style.BLUE),
+                "inputs": ("log_decay.inputs", style.BLUE),
+                "recurrent": ("log_decay.recurrent", style.BLUE),
+                "gates": ("log_decay.gates", style.BLUE),
+                "output": ("log_decay.output", style.BLUE),
+                "bias": ("log_decay.bias", style.BLUE),
+            },
+        ),
+        digits=2,
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -402,8 +402,30 @@ def draw(folder: Path, curves: dict[str, Any], found: dict[str, np.ndarray], num
         "Poisson, ten on average": bar("poisson", style.PINK),
     }
     style.bars(right, rows, f"Digits by DP-SGD at ε = {TOTAL:g} in total", xlabel="mean test accuracy", xlim=(0, 1.0))
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "ε = 3 in total",
+            "test accuracy of digits",
+            {
+                "a random setting": ("untuned.accuracy", style.INK),
+                "a fixed three": ("composed_few.accuracy", style.ORANGE),
+                "a fixed ten": ("composed.accuracy", style.ORANGE),
+                "logarithmic, ten": ("logarithmic.accuracy", style.GREEN),
+                "geometric, ten": ("geometric.accuracy", style.BLUE),
+                "Poisson, ten": ("poisson.accuracy", style.PINK),
+                "geometric, fifty": ("geometric_many.accuracy", style.BLUE),
+                "the best of 200, known": ("best_setting", style.YELLOW),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -204,8 +204,36 @@ def draw(folder: Path, pictures: dict[str, Any], ratios: dict[str, Any]) -> None
     chart.axvline(1, color=style.INK, linewidth=1, linestyle=style.DASHED)
     chart.invert_yaxis()
     style.titled(chart, "Test error of ridge over that of the best penalty", xlabel="ratio, one for each of 30 splits")
-    style.save(figure, folder, colours=64)
+    style.save(figure, folder, "course.png", colours=64)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Denoising: error over the oracle’s",
+            "ratio, mean of six pictures",
+            {
+                "SURE": ("tv.sure_ratio", style.BLUE),
+                "… the worst of six": ("tv.worst_ratio", style.SKY),
+                "best weight, scikit-image": ("tv.chambolle_ratio", style.GREEN),
+                "J-invariance": ("tv.calibrated_ratio", style.ORANGE),
+            },
+        ),
+        (
+            "Ridge: test error over the oracle’s",
+            "ratio, mean of the splits",
+            {
+                "GCV": ("ridge.gcv_ratio", style.BLUE),
+                "leave-one-out": ("ridge.loo_ratio", style.BLUE),
+                "PRESS": ("ridge.press_ratio", style.BLUE),
+                "a fifth held out": ("ridge.holdout_ratio", style.ORANGE),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

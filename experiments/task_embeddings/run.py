@@ -306,8 +306,44 @@ def draw(folder: Path, drawn: dict[str, Any], numbers: dict[str, Any]) -> None:
     }
     bars = {label: (numbers["permuted"][arm]["mean"], color) for arm, (label, color) in names.items()}
     style.bars(right, bars, "Permuted pixels: all five, at the end", xlabel="mean test accuracy", xlim=(0, 1.2))
-    style.save(figure, folder)
+    style.save(figure, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Permuted digits: the first task",
+            "test accuracy at the end",
+            {
+                "embeddings, with the penalty": ("permuted.embeddings.first", style.BLUE),
+                "… not learned": ("permuted.frozen.first", style.SKY),
+                "… without the penalty": ("permuted.no_penalty.first", style.INK),
+                "fine-tuning, one head": ("permuted.one_head.first", style.PINK),
+                "fine-tuning, a head each": ("permuted.fine_tuning.first", style.ORANGE),
+                "replay, as many numbers": ("permuted.replay.first", style.GREEN),
+                "replay, as many bytes": ("permuted.replay_bytes.first", style.GREEN),
+                "a network each": ("permuted.separate.first", style.YELLOW),
+            },
+        ),
+        (
+            "All five tasks",
+            "mean test accuracy at the end",
+            {
+                "embeddings, with the penalty": ("permuted.embeddings.mean", style.BLUE),
+                "… not learned": ("permuted.frozen.mean", style.SKY),
+                "… without the penalty": ("permuted.no_penalty.mean", style.INK),
+                "fine-tuning, one head": ("permuted.one_head.mean", style.PINK),
+                "fine-tuning, a head each": ("permuted.fine_tuning.mean", style.ORANGE),
+                "replay, as many numbers": ("permuted.replay.mean", style.GREEN),
+                "replay, as many bytes": ("permuted.replay_bytes.mean", style.GREEN),
+                "a network each": ("permuted.separate.mean", style.YELLOW),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

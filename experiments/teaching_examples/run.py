@@ -416,8 +416,64 @@ def draw(folder: Path, numbers: dict[str, Any], images: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
     style.titled(axes, "A fresh training on them alone (dashed: all 1,000)", xlabel="images", ylabel="test accuracy")
-    style.save(canvas, folder)
+    style.save(canvas, folder, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "10 images",
+            "test accuracy",
+            {
+                "exchanged by hypergradients": ("images_10.chosen", style.BLUE),
+                "… weighted alike": ("images_10.chosen_alike", style.BLUE),
+                "exchanged by chance": ("images_10.by_chance", style.SKY),
+                "added by hypergradients": ("images_10.forward", style.SKY),
+                "k-means centres": ("images_10.centres", style.GREEN),
+                "… weighted": ("images_10.centres_weighed", style.GREEN),
+                "gradient matching": ("images_10.matching", style.PINK),
+                "greedy by trials": ("images_10.trials", style.YELLOW),
+                "hardest first": ("images_10.hardest", style.INK),
+                "random": ("images_10.random", style.ORANGE),
+            },
+        ),
+        (
+            "20 images",
+            "test accuracy",
+            {
+                "exchanged by hypergradients": ("images_20.chosen", style.BLUE),
+                "… weighted alike": ("images_20.chosen_alike", style.BLUE),
+                "exchanged by chance": ("images_20.by_chance", style.SKY),
+                "added by hypergradients": ("images_20.forward", style.SKY),
+                "k-means centres": ("images_20.centres", style.GREEN),
+                "… weighted": ("images_20.centres_weighed", style.GREEN),
+                "gradient matching": ("images_20.matching", style.PINK),
+                "greedy by trials": ("images_20.trials", style.YELLOW),
+                "hardest first": ("images_20.hardest", style.INK),
+                "random": ("images_20.random", style.ORANGE),
+            },
+        ),
+        (
+            "50 images",
+            "test accuracy",
+            {
+                "exchanged by hypergradients": ("images_50.chosen", style.BLUE),
+                "… weighted alike": ("images_50.chosen_alike", style.BLUE),
+                "exchanged by chance": ("images_50.by_chance", style.SKY),
+                "added by hypergradients": ("images_50.forward", style.SKY),
+                "k-means centres": ("images_50.centres", style.GREEN),
+                "… weighted": ("images_50.centres_weighed", style.GREEN),
+                "gradient matching": ("images_50.matching", style.PINK),
+                "greedy by trials": ("images_50.trials", style.YELLOW),
+                "hardest first": ("images_50.hardest", style.INK),
+                "random": ("images_50.random", style.ORANGE),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)

@@ -316,8 +316,36 @@ def draw(folder: Path, grids: dict[str, Any], curves: dict[Any, Any], checks: di
     high = max(ax.get_ylim()[1] for ax in axes[1])
     for ax in axes[1]:
         ax.set_ylim(low, high)
-    save(picture, folder, colours=64)
+    save(picture, folder, "course.png", colours=64)
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Best rate over sizes",
+            "half octaves apart",
+            {
+                "widths, with the rules": ("cells_over_widths_with", style.BLUE),
+                "widths, without": ("cells_over_widths_without", style.ORANGE),
+                "depths, with the rules": ("cells_over_depths_with", style.BLUE),
+                "depths, without": ("cells_over_depths_without", style.ORANGE),
+            },
+        ),
+        (
+            "Width 512",
+            "test loss",
+            {
+                "where tuning starts": ("test_loss_start", style.INK),
+                "tuned at 64, as it is": ("test_loss_narrow_without_rules", style.ORANGE),
+                "tuned at 64, with the rules": ("test_loss_narrow", style.BLUE),
+                "tuned at 512": ("test_loss_wide", style.GREEN),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
