@@ -75,8 +75,8 @@ def spans(tables: Tables) -> list[tuple[int, int]]:
     return found
 
 
-def seal(folder: Path, tables: Tables, sealed: dict[tuple[int, int], Segment]) -> tuple[list[Segment], Tables]:
-    """Write the segments that do not exist yet; return all segments, and the rows after the last.
+def seal(folder: Path, tables: Tables, sealed: dict[tuple[int, int], Segment]) -> list[Segment]:
+    """Write the segments that do not exist yet; return all segments.
 
     Args:
         folder: folder of the checkpoints.
@@ -92,8 +92,14 @@ def seal(folder: Path, tables: Tables, sealed: dict[tuple[int, int], Segment]) -
             sealed[start, end] = _write(folder, {name: table[start:end] for name, table in tables.items()}, start, end)
     for span in sealed.keys() - set(wanted):
         del sealed[span]
+    return [sealed[span] for span in wanted]
+
+
+def tail(tables: Tables) -> dict[str, np.ndarray]:
+    """The rows after the last segment, which are part of the checkpoint."""
+    wanted = spans(tables)
     rest = wanted[-1][1] if wanted else 0
-    return [sealed[span] for span in wanted], {name: np.array(table[rest:]) for name, table in tables.items()}
+    return {name: np.array(table[rest:]) for name, table in tables.items()}
 
 
 def _write(folder: Path, tables: Tables, start: int, end: int) -> Segment:

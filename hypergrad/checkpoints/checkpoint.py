@@ -34,7 +34,7 @@ from hypergrad._checks import caller_level
 from hypergrad._options import Number, options
 from hypergrad._solver import InputError, InputTypeError
 from hypergrad._tree import PyTree
-from hypergrad.checkpoints import _durable, _log
+from hypergrad.checkpoints import _durable, _log, _together
 from hypergrad.checkpoints._durable import CheckpointError, Damaged
 from hypergrad.checkpoints._leaves import as_arrays, check_like, leaf_damaged, read_npz, restore, treedef, write_npz
 
@@ -93,7 +93,7 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
         The folder of this checkpoint.
 
     Raises:
-        InputError: for a step or `keep` out of range, and where the program has several processes.
+        InputError: for a step or `keep` out of range, and for npz files where the program has several processes.
         InputTypeError: for a leaf that is not an array or number, naming its path.
         CheckpointError: if another process is writing to the folder.
         OSError: if it cannot be written; earlier checkpoints stay as they were.
@@ -106,11 +106,15 @@ def save(folder: str | os.PathLike[str] | Store, tree: PyTree, *, step: int, kee
     >>> hg.outer.load(folder, tree).tree["w"]
     Array([0, 1, 2], dtype=bfloat16)
     """
-    check_alone("save")
-    store = as_store("save", folder)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    with _durable.locked(store.folder):
+    check_store("save", store := as_store("save", folder))
+    with contextlib.ExitStack() as stack:
+        _together.by_first(lambda: _hold(stack, store))
         return write(store, int(step), tree, keep=int(keep))
+
+
+def _hold(stack: contextlib.ExitStack, store: Store) -> None:
+    store.folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_durable.locked(store.folder))
 
 
 @options()
@@ -149,17 +153,16 @@ def load(folder: str | os.PathLike[str] | Store, like: PyTree) -> Loaded:
     return Loaded(found.manifest["step"], found.tree)
 
 
-def check_alone(where: str) -> None:
-    """Check that this process is the only one of its program, since rename and sync are ordered for one writer.
+def check_store(where: str, store: Store) -> None:
+    """Check that the processes of a program may share a folder.
 
     Raises:
-        InputError: under `jax.distributed` with several processes.
+        InputError: for npz files under `jax.distributed` with several processes, none of which has all of the arrays.
     """
-    if (count := jax.process_count()) > 1:
+    if (count := jax.process_count()) > 1 and store.name == "npz":
         raise InputError(
-            f"{where}: a folder of checkpoints is written by one process, and this program has {count}: run hg.tune "
-            "without checkpoint=, a part of the steps at a time, and save result.state and result.hparams with "
-            "Orbax's own CheckpointManager in between."
+            f"{where}: npz files are written by one process, and this program has {count}: pass "
+            "hg.outer.orbax(folder), a folder that all processes see, in which each writes its part of the arrays."
         )
 
 
@@ -209,15 +212,15 @@ def write(
     """
     segments: list[_log.Segment] = []
     if log is not None:
-        segments, tail = _log.seal(store.folder, log, {} if sealed is None else sealed)
-        tree = {**tree, "rows": dict(tail)}
+        known = {} if sealed is None else sealed
+        made = _together.by_first(lambda: _log.seal(store.folder, log, known))
+        segments = [_log.Segment(*segment) for segment in made]
+        tree = {**tree, "rows": _log.tail(log)}
     arrays, entries = as_arrays(tree)
     target = store.folder / f"step-{step:012d}"
-    new = store.folder / f"tmp-{step}-{os.getpid()}"
-    _durable.remove(new)
-    try:
-        os.mkdir(new)
-        hashes, files = store.write(new, arrays)
+    new = store.folder / _together.by_first(lambda: _make(store.folder, f"tmp-{step}-{os.getpid()}"))
+
+    def finish() -> None:
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -236,15 +239,27 @@ def write(
         _durable.sync_folder(new)
         if not _is_whole(target, text, files):  # a run that was interrupted while saving saves the same again
             _durable.replace(new, target)
-    finally:
         _durable.remove(new)
-    if not _holds(target, text):
-        raise OSError(f"{target / _MANIFEST} reads back as something else than was written")
-    for path in {*damaged, *[path for _, path in _candidates(store.folder)[keep:]]} - {target}:
-        _prune(path, new)
-    if log is not None:
-        _clear_log(store)
+        if not _holds(target, text):
+            raise OSError(f"{target / _MANIFEST} reads back as something else than was written")
+        for path in {*damaged, *[path for _, path in _candidates(store.folder)[keep:]]} - {target}:
+            _prune(path, new)
+        if log is not None:
+            _clear_log(store)
+
+    try:
+        hashes, files = store.write(new, arrays)
+        _together.by_first(finish)
+    finally:
+        if jax.process_index() == 0:
+            _durable.remove(new)
     return target
+
+
+def _make(folder: Path, name: str) -> str:
+    _durable.remove(folder / name)
+    os.mkdir(folder / name)
+    return name
 
 
 def _clear_log(store: Store) -> None:
@@ -290,6 +305,8 @@ def newest(
         CheckpointError: if all are damaged.
         InputError: if the checkpoint holds another tree.
     """
+    if _together.several():
+        return _newest_of_all(store, like, check)
     for _ in range(_LOOKS):
         with contextlib.suppress(_Moved):
             return _newest(store, like, check)
@@ -320,12 +337,7 @@ def _newest(
             damaged[path] = str(error)
             continue
         if damaged:
-            warnings.warn(
-                f"checkpoints: {'; '.join(damaged.values())}. Passed over: step {step} is used, and what the run did "
-                "after it is done again.",
-                UserWarning,
-                stacklevel=caller_level(),
-            )
+            _warn_passed_over(damaged.values(), step)
         if lost and _identity(path) == before:
             warnings.warn(
                 f"checkpoints: {'; '.join(lost)}. Nothing is lost: its copy is whole, and the next checkpoint writes "
@@ -335,11 +347,58 @@ def _newest(
             )
         return Found(tree, manifest, list(damaged), log, sealed)
     if damaged:
-        raise CheckpointError(
-            f"checkpoints: none of the {len(damaged)} in {str(store.folder)!r} is whole: "
-            f"{'; '.join(damaged.values())}. Nothing was deleted; to begin anew, name another folder."
-        )
+        raise _none_is_whole(store, damaged.values())
     return None
+
+
+def _newest_of_all(
+    store: Store, like: Callable[[dict[str, Any]], PyTree], check: Callable[[dict[str, Any]], None]
+) -> Found | None:
+    """The same for several processes: the first looks for the checkpoint, and all read it."""
+
+    def choose() -> tuple[int, dict[str, str]] | None:
+        damaged: dict[str, str] = {}
+        for step, path in _candidates(store.folder):
+            try:
+                check(manifest := _read_manifest(path, store, step))
+                _verify(path, manifest)
+            except Damaged as error:
+                damaged[str(path)] = str(error)
+            else:
+                return step, damaged
+        if damaged:
+            raise _none_is_whole(store, damaged.values())
+        return None
+
+    if (chosen := _together.by_first(choose)) is None:
+        return None
+    step, damaged = chosen
+    if damaged and jax.process_index() == 0:
+        _warn_passed_over(damaged.values(), step)
+    path = store.folder / f"step-{step:012d}"
+    try:
+        manifest = _read_manifest(path, store, step)
+        tree = _restored(store, path, manifest, like(manifest))
+        log, sealed, _ = _read_log(store, manifest, tree)
+    except Damaged as error:
+        raise CheckpointError(f"checkpoints: {error}. Delete {str(path)!r} to use the one before it.") from error
+    return Found(tree, manifest, [Path(name) for name in damaged], log, sealed)
+
+
+def _warn_passed_over(damaged: Collection[str], step: int) -> None:
+    warnings.warn(
+        f"checkpoints: {'; '.join(damaged)}. Passed over: step {step} is used, and what the run did after it is done "
+        "again.",
+        UserWarning,
+        stacklevel=caller_level(),
+    )
+
+
+def _none_is_whole(store: Store, damaged: Collection[str]) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoints: none of the {len(damaged)} in {str(store.folder)!r} is whole: {'; '.join(damaged)}. Nothing was "
+        "deleted; to begin anew, name another folder."
+    )
 
 
 def _identity(path: Path) -> Any:
@@ -361,12 +420,21 @@ def _candidates(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read(store: Store, path: Path, manifest: dict[str, Any], like: PyTree) -> PyTree:
+    _verify(path, manifest)
+    return _restored(store, path, manifest, like)
+
+
+def _verify(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `Damaged` unless the files are those that were written."""
     found = _durable.digests(path, skip=_MANIFEST)
     for name in {**manifest["files"], **found}:
         if name not in found:
             raise Damaged(f"{path / name} is missing")
         if found[name] != manifest["files"].get(name):
             raise Damaged(f"{path / name} is not what was written{leaf_damaged(path / name, manifest['leaves'])}")
+
+
+def _restored(store: Store, path: Path, manifest: dict[str, Any], like: PyTree) -> PyTree:
     leaves = check_like(manifest["leaves"], like, f"the checkpoint {path}")
     return restore(store.read(path, manifest["leaves"], leaves), like)
 

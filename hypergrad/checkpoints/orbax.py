@@ -6,8 +6,8 @@
 
 Source: https://orbax.readthedocs.io.
 Differs from Orbax alone in what `hg.outer.save` adds: a flipped bit in any file is found, and the file is named; the
-step appears whole or not at all; a run with another configuration is refused. Several processes (`jax.distributed`) are
-refused, since rename and sync are ordered for one writer.
+step appears whole or not at all; a run with another configuration is refused. Of several processes (`jax.distributed`)
+each writes its shards, and the first does everything else.
 Cost: on small trees ten times that of npz. Memory: no array is gathered in one place.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from hypergrad._checks import install
 from hypergrad._solver import HypergradError
-from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints import _durable, _together
 from hypergrad.checkpoints._durable import Damaged
 from hypergrad.checkpoints.checkpoint import Store, as_store
 
@@ -32,8 +32,9 @@ _LEAVES = "leaves"
 def orbax(folder: str | os.PathLike[str]) -> Store:
     """A folder of checkpoints whose leaves Orbax writes: for `hg.outer.save`, `load` and `hg.tune(checkpoint=)`.
 
-    Arrays may be sharded over the devices of this process: each shard is written from where it is, and is restored to
-    where `like` has it, even on another number of devices.
+    Arrays may be sharded over devices: each shard is written from where it is, and is restored to where `like` has it,
+    even on another number of devices. Several processes (`jax.distributed`) make the same call, with arrays that belong
+    to all of them, and a folder that all of them see.
 
     Args:
         folder: folder of the checkpoints.
@@ -62,8 +63,12 @@ def _write(folder: Path, arrays: list[Any]) -> tuple[list[str | None], dict[str,
     tree = {f"{index:04d}": array for index, array in enumerate(arrays)}
     with _import().StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / _LEAVES, jax.tree.map(_plain, tree))
-    _durable.sync_tree(folder)
-    return [None] * len(arrays), _durable.digests(folder)
+
+    def files() -> dict[str, dict[str, Any]]:
+        _durable.sync_tree(folder)
+        return _durable.digests(folder)
+
+    return [None] * len(arrays), _together.by_first(files)
 
 
 def _read(folder: Path, entries: list[dict[str, Any]], like: list[Any]) -> list[Any]:
@@ -82,7 +87,7 @@ def _plain(leaf: Any) -> Any:
 
 
 def _target(leaf: Any) -> Any:
-    """The place where an array is to go; a leaf that is not a JAX array stays on the host."""
-    if isinstance(leaf, jax.Array):
+    """The place where an array is to go: on the host, if it is no JAX array, or one that is bound to no device."""
+    if isinstance(leaf, jax.Array) and leaf.committed:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return leaf if isinstance(leaf, (jax.ShapeDtypeStruct, np.ndarray)) else np.asarray(leaf)

@@ -14,9 +14,9 @@ from hypergrad._checks import caller_level
 from hypergrad._data import Stream
 from hypergrad._solver import InputError
 from hypergrad._tree import PyTree
-from hypergrad.checkpoints import _durable
+from hypergrad.checkpoints import _durable, _together
 from hypergrad.checkpoints._log import Segment
-from hypergrad.checkpoints.checkpoint import Store, as_store, check_alone, newest, write
+from hypergrad.checkpoints.checkpoint import Store, as_store, check_store, newest, write
 from hypergrad.outer._config import check_allowed, check_config
 from hypergrad.outer._run import Notes, Run, like, pack, rewind, unpack
 
@@ -48,18 +48,21 @@ def open_keeper(stack: contextlib.ExitStack, checkpoint: Any, allow_changed: Any
     """Hold the folder until the stack is closed; return None for a run without checkpoints.
 
     Raises:
-        InputError: if the folder cannot be written to, the program has several processes, or `allow_changed` holds an
-            unknown name.
+        InputError: if the folder cannot be written to, if it is not for Orbax and the program has several processes, or
+            if `allow_changed` holds an unknown name.
         CheckpointError: if another run writes to it.
     """
     allowed = check_allowed(allow_changed)
     if checkpoint is None:
         return None
-    check_alone("tune: checkpoint")
-    store = as_store("tune: checkpoint", checkpoint)
-    _durable.prepare_folder("tune: checkpoint", store.folder)
-    stack.enter_context(_durable.locked(store.folder))
-    _durable.clear_leftovers(store.folder)
+    check_store("tune: checkpoint", store := as_store("tune: checkpoint", checkpoint))
+
+    def hold() -> None:
+        _durable.prepare_folder("tune: checkpoint", store.folder)
+        stack.enter_context(_durable.locked(store.folder))
+        _durable.clear_leftovers(store.folder)
+
+    _together.by_first(hold)
     return Keeper(store, allowed)
 
 
@@ -90,7 +93,12 @@ def reopen(
             brought to its position.
         CheckpointError: if there are checkpoints but all of them are damaged.
     """
-    keeper.config = config
+    if streams and _together.several():
+        raise InputError(
+            f"tune: checkpoint with {' and '.join(streams)} from hg.stream is for one process, and this program has "
+            "several, each with its own part of the batches: pass arrays or hg.minibatches."
+        )
+    keeper.config = config = _together.of_all(config)
 
     def check(manifest: dict[str, Any]) -> None:
         what = f"the checkpoint of step {manifest['step']} in {str(keeper.store.folder)!r}"
@@ -109,13 +117,20 @@ def reopen(
     return run
 
 
-def save(keeper: Keeper | None, run: Run, notes: Notes) -> None:
+def save(keeper: Keeper | None, run: Run, notes: Notes, *, expected: bool = True) -> None:
     """Write a checkpoint, if there is anything new. A failure to write only warns, because the run is worth more.
+
+    Args:
+        keeper: checkpoints of the run, if there are any.
+        run: the run.
+        notes: what its steps reported.
+        expected: whether every process of the program is here. After a signal or an error they are not: one that waited
+            for the others, who may be in a later step, would wait for ever.
 
     Warns:
         UserWarning: at the first of several failures in a row.
     """
-    if keeper is None or keeper.saved == (run.count, run.answered):
+    if keeper is None or keeper.saved == (run.count, run.answered) or (_together.several() and not expected):
         return
     tree, rows, rest = pack(run, notes)
     try:

@@ -222,7 +222,7 @@ class Driver:
 
     def raised(self, error: BaseException) -> None:
         """Save, and attach the result to an exception that is on its way to the caller."""
-        save(self.keeper, self.run, self.notes)
+        save(self.keeper, self.run, self.notes, expected=False)
         attach(error, functools.partial(self.finish, TuneStatus.RAISED))
         if (result := getattr(error, "result", None)) is not None:
             with contextlib.suppress(Exception):  # the first error matters more

@@ -145,7 +145,9 @@ def tune(
             single call; a count that ended the run (`patience`, `max_failures`, `max_rejections`) begins anew. Data,
             losses and step sizes are those of this call.
         checkpoint: folder for this run's checkpoints, which is created if it does not exist; None to keep none. For
-            state that is sharded over devices, pass `hg.outer.orbax(folder)`.
+            state that is sharded over devices, pass `hg.outer.orbax(folder)`; so must the processes of a program that
+            has several, with the same call and a folder that all of them see. The last step writes one there, but not
+            an interrupt or an exception, for which one process alone would wait for the others.
         every: number of steps between checkpoints, a multiple of `steps_per_call`; by default 10, or the next multiple.
             The last step, an interrupt and an exception also write one.
         allow_changed: names of what may differ from the call with which the run began: arguments of `tune`, `"x64"`,
@@ -255,7 +257,7 @@ def tune(
             if driver.run.count:
                 driver.raised(error)
             raise
-        save(keeper, driver.run, notes)
+        save(keeper, driver.run, notes, expected=status is not TuneStatus.INTERRUPTED)
         return driver.end(status)
 
 
@@ -314,6 +316,12 @@ def _check_held_out(held_out: Any, loop: Any, key: Array | None) -> None:
 
 
 def _limits(steps: int, steps_per_call: int, every: int | None, **others: Any) -> Limits:
+    if others["max_seconds"] is not None and (count := jax.process_count()) > 1:
+        raise InputError(
+            f"tune: max_seconds is measured by the clock of each process, and this program has {count}: one would stop "
+            "before a step for which the others then wait for ever. End the run by steps= or a callback that answers "
+            "alike in all."
+        )
     if every is None:
         every = -(-10 // steps_per_call) * steps_per_call
     if every % steps_per_call:

@@ -179,6 +179,9 @@ def test_a_run_out_of_time_stops_after_a_call(monkeypatch):
     assert result.status is TuneStatus.OUT_OF_TIME and 5 < len(result.history.value) < 50
     with pytest.raises(ValueError, match="max_seconds must be greater than 0"):
         run(max_seconds=0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="clock of each process, and this program has 2"):
+        run(max_seconds=50.0)
 
 
 def test_a_million_steps_of_one_hyperparameter_fit_into_a_gigabyte():
