@@ -386,8 +386,38 @@ def picture(
         hg.diagnostics.plots.attribution(found, 0, images, query, labels=labels, ax=ax)
         ax.locator_params(axis="x", nbins=4)
         ax.set_xlim(right=1.7 * ax.get_xlim()[1])  # beside the bars there is room for the query
-    save(fig, options.out)
+    save(fig, options.out, "course.png")
+
+
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Gradient descent, 1 % left out",
+            "linear datamodeling score",
+            {
+                "metagradient": ("sgd.metagradient.1", style.BLUE),
+                "influence, best damping": ("sgd.influence.1", style.ORANGE),
+                "TracIn": ("sgd.tracin.1", style.GREEN),
+                "gradient products": ("sgd.products.1", style.PINK),
+                "gradient cosines": ("sgd.cosines.1", style.SKY),
+            },
+        ),
+        (
+            "Adam, 1 % left out",
+            "linear datamodeling score",
+            {
+                "metagradient": ("adam.metagradient.1", style.BLUE),
+                "influence, best damping": ("adam.influence.1", style.ORANGE),
+                "TracIn": ("adam.tracin.1", style.GREEN),
+                "gradient products": ("adam.products.1", style.PINK),
+                "gradient cosines": ("adam.cosines.1", style.SKY),
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure, arguments=arguments)
+    experiment(__file__, __doc__, measure, arguments=arguments, draw=drawing)

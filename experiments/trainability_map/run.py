@@ -254,7 +254,7 @@ def picture(maps: list[Map], at: np.ndarray, down: np.ndarray, path: np.ndarray,
             axes.plot(path[:, 1], path[:, 0], color=YELLOW, linewidth=2.5, zorder=3)
             axes.plot(path[0, 1], path[0, 0], "o", color=YELLOW, markersize=6, zorder=3)
     _colour_bar(canvas, places)
-    save(canvas, folder, colours=40)
+    save(canvas, folder, "course.png", colours=40)
 
 
 def _colour_bar(canvas: Any, places: Any) -> None:
@@ -289,5 +289,33 @@ def colours(shown: Map) -> np.ndarray:
     return picture
 
 
+def drawing(results: dict[str, Any]) -> Any:
+    from experiments import _figures as style
+
+    return style.panels(
+        results,
+        (
+            "Fresh starts and digits",
+            "median loss over first loss",
+            {
+                "both rates 1": ("fresh.plain", style.INK),
+                "tuned by 60 hypergradients": ("fresh.tuned", style.BLUE),
+                "best of 120 random pairs": ("fresh.random", style.ORANGE),
+                "best of 65,536 pixels": ("fresh.best_pixel", style.GREEN),
+            },
+        ),
+        (
+            "Roughness of the boundary",
+            "box-counting slope (a circle: 0.95)",
+            {
+                "whole map": ("slopes.map_1", style.BLUE),
+                "× 12": ("slopes.map_2", style.BLUE),
+                "× 144": ("slopes.map_3", style.BLUE),
+                "× 1,728": ("slopes.map_4", style.BLUE),
+            },
+        ),
+    )
+
+
 if __name__ == "__main__":
-    experiment(__file__, __doc__, measure)
+    experiment(__file__, __doc__, measure, draw=drawing)
