@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def once(condition: Array, fn: Callable[[T], T], value: T) -> T:
     return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, value))[1]
 
 
-def isolated(fn: Callable[[Any], T], x: Any) -> T:
+def isolated(fn: Callable[[Array], T], x: Array) -> T:
     """`fn(x)`, which XLA on CPU neither fuses with what uses the result nor, in reverse mode, with what yields the
     cotangent.
 
@@ -37,13 +37,12 @@ def isolated(fn: Callable[[Any], T], x: Any) -> T:
     simplifications are done. Other platforms, where a predicate would have to reach the host, compute `fn(x)` itself.
 
     Args:
-        fn: function from a pytree to a pytree of arrays, without side effects.
-        x: pytree of arrays.
+        fn: function from an array to a pytree of arrays, without side effects.
+        x: array.
     """
-    like = jax.eval_shape(fn, x)
 
-    def walled(x: Any) -> T:
+    def walled(x: Array) -> T:
         always = jax.lax.optimization_barrier(jnp.asarray(True))
-        return jax.lax.cond(always, fn, lambda x: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), like), x)
+        return jax.lax.cond(always, fn, lambda x: fn(jnp.zeros_like(x)), x)
 
     return jax.lax.platform_dependent(x, cpu=walled, default=fn)

@@ -54,15 +54,17 @@ def packing(like: PyTree) -> Packing:
         parts = jax.tree.leaves(tree)
         return jnp.concatenate([parts[i].ravel() for i in full])
 
-    def split(vector: Array) -> PyTree:
+    # Where XLA fuses the slice of a leaf with what uses it, a kernel works for one leaf alone, since the offset is part
+    # of it. Of leaves that are split off apart, those of one shape share their kernels, and compilation takes half as
+    # long.
+    split = lambda vector: jax.lax.split(vector, sizes)
+
+    def unpack(vector: Array) -> PyTree:
         # Empty leaves are made anew. Where one is split off, jaxlib 0.10 and 0.12 cannot compile a call of LAPACK on a
         # machine with one processor.
         parts = [jnp.zeros(shape, dtype) for shape in shapes]
-        for i, part in zip(full, jax.lax.split(vector, sizes), strict=True):
+        for i, part in zip(full, isolated(split, vector), strict=True):
             parts[i] = part.reshape(shapes[i])
         return treedef.unflatten(parts)
 
-    # Where XLA fuses the slice of a leaf with what uses it, a kernel works for one leaf alone, since the offset is part
-    # of it; of leaves that are computed apart, those of one shape share their kernels, and compilation takes half as
-    # long.
-    return Packing(pack, lambda vector: isolated(split, vector))
+    return Packing(pack, unpack)
