@@ -255,11 +255,11 @@ def _sum_down(count: Any, most: int, body: Callable[[Any, Backward], Backward], 
 
 def stored_by_step(step: Step, point: Point) -> Stored:
     """The part of one step that is kept; a gradient is like the parameters."""
-    return Stored(point, point.params if step.uses_grads else None)
+    return Stored(point, point.params if step.uses_grads() else None)
 
 
 def _stored(step: Step, point: Point, taken: Taken) -> Stored:
-    return Stored(point, taken.grads if step.uses_grads else None)
+    return Stored(point, taken.grads if step.uses_grads() else None)
 
 
 def _room(step: Step, layout: Plan, point: Point) -> Stored:

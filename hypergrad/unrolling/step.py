@@ -14,6 +14,7 @@ about a half for each direction.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,8 +87,8 @@ class Step(NamedTuple):
     Attributes:
         take: `(point, t) -> Taken`.
         pull: `(point, grads, t, cotangent) -> (cotangent, contribution)`, the second a pytree like the hyperparameters;
-            `grads` as in `Taken`, or None unless it `uses_grads`.
-        uses_grads: whether pulling back can use the gradient.
+            `grads` as in `Taken`, or None unless it `uses_grads()`.
+        uses_grads: `() -> bool`, whether pulling back can use the gradient.
         replay: `(point, grads, model_state, t) -> point`, the step once more where its gradient and the model's state
             after it are known; None for a map.
         through: `(moving, hparams, point, t) -> (moving, Taken)`, differentiable in the first two.
@@ -96,7 +97,7 @@ class Step(NamedTuple):
 
     take: Callable[[Point, Any], Taken]
     pull: Callable[[Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
-    uses_grads: bool
+    uses_grads: Callable[[], bool]
     replay: Any
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     watch: Callable[[Record, Taken, Any], Record]
@@ -157,7 +158,7 @@ class _Rule(NamedTuple):
 
     through: Callable[[Moving, PyTree, Point, Any], tuple[Moving, Taken]]
     pull: Callable[[PyTree, Point, PyTree, Any, Moving], tuple[Moving, PyTree]]
-    uses_grads: bool = False
+    uses_grads: Callable[[], bool] = lambda: False
     replay: Any = None
 
 
@@ -191,10 +192,14 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
     # Where the update is not the gradient of the loss, its Jacobian is not symmetric: each step is differentiated as it
     # is, including what stop_gradient holds back.
     symmetric = is_gradient(lambda w: loss_at(start, 0)(w, moving(start).model, hparams)[0], start.params)
-    # Pulling back SGD needs no gradient; pulling back Adam does. Storing the gradient saves a second evaluation.
-    first = moving(start)
-    seen = influence(pull_update, start.params, hparams, start, first.params, first.floats)
-    wanted = symmetric and any(leaf.value for leaf in seen.values())
+
+    # Pulling back SGD needs no gradient; pulling back Adam does. Storing the gradient saves a second evaluation. Forward
+    # mode pulls nothing back, and is spared the trace.
+    @functools.cache
+    def uses_grads() -> bool:
+        first = moving(start)
+        seen = influence(pull_update, start.params, hparams, start, first.params, first.floats)
+        return symmetric and any(leaf.value for leaf in seen.values())
 
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         evaluate = jax.value_and_grad(loss_at(point, t), has_aux=True)
@@ -206,7 +211,7 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
     def pull(hparams: PyTree, point: Point, grads: PyTree, t: Any, cotangent: Moving) -> tuple[Moving, PyTree]:
         loss, model = loss_at(point, t), moving(point).model
         along, kept, floats, contribution = pull_update(
-            grads if wanted else point.params, hparams, point, cotangent.params, cotangent.floats
+            grads if uses_grads() else point.params, hparams, point, cotangent.params, cotangent.floats
         )
         curved, (mixed, cross) = joint_product(lambda w, rest: loss(w, *rest)[0], point.params, (model, hparams), along)
         if model:  # m_{t+1} = M(w, m, λ), pulled back along with the gradient
@@ -218,7 +223,7 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
     def replay(hparams: PyTree, point: Point, grads: PyTree, model_state: PyTree) -> Point:
         return Point(*updated(grads, point.params, moving(point).floats, hparams, point), model_state)
 
-    return _Rule(through, pull if symmetric else _plain(through), wanted, replay)
+    return _Rule(through, pull if symmetric else _plain(through), uses_grads, replay)
 
 
 def _map(move: Any, objective: Objective) -> _Rule:
