@@ -282,7 +282,7 @@ def _first_compile(task: tasks.Logistic, repeats: int) -> dict[str, float]:
     return _compiled(builders, repeats)
 
 
-def _network(layers: int) -> tuple[hg.Problem, Any]:
+def network(layers: int) -> tuple[hg.Problem, Any]:
     """A deep network of tanh layers of 16 units, two leaves each, and its parameters."""
 
     def outer(w: Any, h: Any, x: Any) -> Any:
@@ -299,7 +299,7 @@ def _network(layers: int) -> tuple[hg.Problem, Any]:
 
 def _leaves(layers: int, repeats: int) -> dict[str, float]:
     """Seconds to trace and compile a step on a network of `2 * layers` leaves, 64 rows."""
-    problem, params = _network(layers)
+    problem, params = network(layers)
     x = jax.random.normal(jax.random.key(0), (64, 16))
     h = jnp.asarray(-3.0)
     adam = hg.inner.gradient(optax.adam(1e-2), steps=20)
@@ -314,7 +314,7 @@ def _leaves(layers: int, repeats: int) -> dict[str, float]:
 
 def _lowered(layers: int) -> float:
     """Seconds to trace and lower `hg.implicit`'s step on a network of `2 * layers` leaves."""
-    problem, params = _network(layers)
+    problem, params = network(layers)
     solver, x = hg.implicit(problem), jnp.ones((64, 16))
     state = solver.init(params, -3.0)
     begin = timing.now()

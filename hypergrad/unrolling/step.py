@@ -193,8 +193,8 @@ def _descent(update: Any, objective: Objective, start: Point, hparams: PyTree) -
     # is, including what stop_gradient holds back.
     symmetric = is_gradient(lambda w: loss_at(start, 0)(w, moving(start).model, hparams)[0], start.params)
 
-    # Pulling back SGD needs no gradient; pulling back Adam does. Storing the gradient saves a second evaluation. Forward
-    # mode pulls nothing back, and is spared the trace.
+    # Pulling back SGD needs no gradient; pulling back Adam does. Storing the gradient saves a second evaluation.
+    # Forward mode pulls nothing back, and is spared the trace.
     @functools.cache
     def uses_grads() -> bool:
         first = moving(start)
