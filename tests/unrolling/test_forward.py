@@ -5,7 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
+import hypergrad as hg
+from hypergrad.unrolling import step as steps
 from hypergrad.unrolling.forward import basis, pull_out, push
 from hypergrad.unrolling.step import moving, new_record
 from tests._helpers import assert_trees_close, tol
@@ -47,3 +51,19 @@ def test_pulling_out_is_the_transposed_product_in_the_shape_of_the_hyperparamete
     flat = np.asarray(z) @ np.asarray(v)
     assert_trees_close(found, {"l2": flat[:3], "rate": flat[3]}, tol(1e-13, 1e-5))
     assert_trees_close(pull_out({"w": z}, {"w": 0 * v}, H), {"l2": np.zeros(3), "rate": np.zeros(())}, 0)
+
+
+def test_forward_mode_does_not_trace_what_pulling_back_a_step_needs(monkeypatch):
+    def refused(*_):
+        raise AssertionError("a pullback was traced")
+
+    monkeypatch.setattr(steps, "influence", refused)
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    for mode in ("forward", "reverse"):
+        solver = hg.unrolled(hg.Problem(loss, loss), inner=hg.inner.gradient(optax.adam(0.1), steps=2), mode=mode)
+        state = solver.init(jnp.zeros(2), 0.5)
+        if mode == "forward":
+            jax.eval_shape(solver.hypergrad, state, 0.5)
+        else:
+            with pytest.raises(AssertionError, match="pullback"):
+                jax.eval_shape(solver.hypergrad, state, 0.5)
