@@ -86,9 +86,7 @@ def test_one_vector_is_the_leaves_one_after_the_other():
     pack, unpack = packing(w)
     np.testing.assert_array_equal(pack(w), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(w)]))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), unpack(pack(w)), w))
-    assert (
-        "optimization_barrier" in jax.jit(unpack).lower(pack(w)).as_text()
-    )  # leaves of one shape share kernels
+    assert "optimization_barrier" in jax.jit(unpack).lower(pack(w)).as_text()  # leaves of one shape share kernels
     signs = _tree.rademacher_like(jax.random.key(1), w)
     np.testing.assert_array_equal(pack(signs), _tree.rademacher_like(jax.random.key(1), pack(w)))
 
