@@ -444,26 +444,24 @@ def _relative_error(
         steps = jnp.asarray((0, *_REFINE), jnp.int32)[turn]
         gap = _tree.sub(point.rhs, here)
 
-        def stage(i: Array, c: _Stage) -> _Stage:
-            """First compute δ and r, from the second point; then ε, and the change that it causes."""
-            second = i == 0
-            x = solve(c.rhs, steps)
+        def compare(c: _Stage, x: PyTree) -> _Stage:
+            """δ, and r from the second point."""
+            moved = _tree.axpy(-_SAFETY, _tree.add(x, shift), params)
+            product, indirect = pull(moved, v)
+            rhs, direct = jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0]
+            r = _tree.axpy(_SAFETY - 1, gap, _tree.sub(rhs, product))
+            change = jax.tree.map(lambda g, d, i: g - (d - i.astype(d.dtype)), point.grad, direct, indirect)
+            bend = jnp.abs(_tree.vdot(v, _tree.sub(product, here)))
+            return _Stage(r, x, change, bend > 0.5 * jnp.abs(_tree.vdot(v, here)))
+
+        def conclude(c: _Stage, x: PyTree) -> _Stage:
+            """ε, and the change of the hypergradient that it causes."""
             turned = _tree.axpy(jnp.where(aside, reach / _tree.positive(crosswise), 0), flat, x)
-            moved = _tree.where(second, _tree.axpy(-_SAFETY, _tree.add(x, shift), params), params)
-            product, indirect = pull(moved, _tree.where(second, v, turned))
+            change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), c.change, system.cross(turned))
+            return _Stage(x, c.step, change, c.bent)
 
-            def compare() -> _Stage:
-                rhs, direct = jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0]
-                r = _tree.axpy(_SAFETY - 1, gap, _tree.sub(rhs, product))
-                change = jax.tree.map(lambda g, d, i: g - (d - i.astype(d.dtype)), point.grad, direct, indirect)
-                bend = jnp.abs(_tree.vdot(v, _tree.sub(product, here)))
-                return _Stage(r, x, change, bend > 0.5 * jnp.abs(_tree.vdot(v, here)))
-
-            def conclude() -> _Stage:
-                change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), c.change, indirect)
-                return _Stage(x, c.step, change, c.bent)
-
-            return jax.lax.cond(second, compare, conclude)
+        def stage(i: Array, c: _Stage) -> _Stage:
+            return jax.lax.cond(i == 0, compare, conclude, c, solve(c.rhs, steps))
 
         zero = _tree.zeros_like(params)
         start = _Stage(system.residual, zero, _tree.zeros_like(point.grad), jnp.asarray(False))
