@@ -2,7 +2,7 @@
 
     python experiments/reliability/run.py --seed 0 --json          # about an hour on two idle cores
     python experiments/reliability/run.py --smoke                  # each of them in small; the figures mean nothing
-    python experiments/reliability/run.py --only P2,P17 --table    # and their tables into FAULTS.md and FAMILIES.md
+    python experiments/reliability/run.py --only P2 --table        # and its table into FAULTS.md
     python experiments/reliability/run.py --only P15 --keep        # one of them again, into promises.json
 
 Prints a line a promise, and with --json as the last line one JSON object whose keys are P1 to P18, each
@@ -57,7 +57,7 @@ RESULTS = Path(__file__).with_name("promises.json")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", type=_promises, default=list(PROMISES), help="some promises, such as P1,P4")
-    parser.add_argument("--table", action="store_true", help="write the tables of P2 and P17 as pages")
+    parser.add_argument("--table", action="store_true", help="write the table of P2 as a page")
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
@@ -96,13 +96,7 @@ def page(table: list[str]) -> str:
     )
 
 
-def families_page(table: list[str]) -> str:
-    """What an error estimate is worth in each family, in Markdown."""
-    head = "# What an error estimate is worth, family by family\n\nWritten by `run.py --only P17 --table`; the columns "
-    return head + "are explained in `families.py`.\n\n" + "\n".join(table) + "\n"
-
-
-PAGES = {"P2": ("FAULTS.md", page), "P17": ("FAMILIES.md", families_page)}
+PAGES = {"P2": ("FAULTS.md", page)}
 
 
 def _promises(text: str) -> list[str]:
