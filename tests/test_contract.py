@@ -215,7 +215,12 @@ def test_what_only_a_cpu_can_do_would_be_noticed():
         export.export(jax.jit(jax.lax.linalg.schur), platforms=["tpu"])(jnp.eye(2))
 
 
-@pytest.mark.parametrize("name", ["online", "unrolled, adam", "implicit, T1-T2"])
+# The lowering of all takes a minute: three with every run of the suite, the others with the experiments.
+SOON = ["online", "unrolled, adam", "implicit, T1-T2"]
+LATER = [pytest.param(name, marks=pytest.mark.experiment) for name in SOLVERS if name not in SOON]
+
+
+@pytest.mark.parametrize("name", [*SOON, *LATER])
 def test_bfloat16_is_made_for_other_platforms_too(name):
     small = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     solver, (params, hparams, *data) = SOLVERS[name](PROBLEM), small(_setting())

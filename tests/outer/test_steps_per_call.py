@@ -158,16 +158,18 @@ OUTERS = {
 }
 
 
-@pytest.mark.parametrize("name", OUTERS)
-def test_the_compiled_steps_are_made_for_other_platforms_too(name):
+@pytest.mark.parametrize(("name", "dtype"), [*[(name, float) for name in OUTERS], ("optax", jnp.bfloat16)])
+def test_the_compiled_steps_are_made_for_other_platforms_too(name, dtype):
     """Nothing that only a CPU can do, on which alone the suite runs: one step, and several in a call."""
-    solver, outer, hparams = ridge(), OUTERS[name], {"l2": jnp.asarray(0.1)}
-    loop = start(jax.jit(solver.response), outer, solver.init(START, hparams), hparams, hparams)
+    small = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    solver, outer = ridge(), OUTERS[name]
+    hparams, data = {"l2": jnp.asarray(0.1, dtype)}, small((TRAIN, VALID))
+    loop = start(jax.jit(solver.response), outer, solver.init(small(START), hparams), hparams, hparams)
     unit = make_advance(solver, outer, hg.domains.real())
     block = make_block(unit, 3, (), show=True)
     for step, count in ((unit, ()), (block, (np.int32(3),))):
-        made = export.export(jax.jit(step), platforms=["cuda", "tpu"])(loop, *count, TRAIN, VALID, None)
-        assert made.platforms == ("cuda", "tpu")
+        made = export.export(jax.jit(step), platforms=["cuda", "tpu"])(loop, *count, *data, None)
+        assert made.platforms == ("cuda", "tpu") and ("bf16" in made.mlir_module()) == (dtype is jnp.bfloat16)
 
 
 def test_a_run_out_of_time_stops_after_a_call(monkeypatch):
