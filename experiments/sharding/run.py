@@ -31,8 +31,11 @@ import hypergrad as hg  # noqa: E402
 from experiments._common import experiment, progress  # noqa: E402
 
 PROCESSES, DEVICES = 2, 8
-WIDTH, ROWS, OUTER_STEPS = 16, 64, 3
+WIDTH, ROWS, BATCH, OUTER_STEPS = 16, 64, 8, 3
+DRAWS = 3  # of data and starts, through the same programs
 COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+DEFINED = re.compile(r"%(\S+) = \w+\[([\d,]*)\]\S* (\w[\w-]*)\(%?([^\s,)]*)")
+SUMMED = re.compile(r"(?:lhs_contracting_dims|dimensions)={([\d,]+)}")
 SPREAD = {"data": (False, True), "params": (True, False), "both": (True, True)}  # parameters, data
 
 
@@ -60,7 +63,7 @@ SOLVERS: dict[str, Callable[[], hg.Solver]] = {
     "unrolled, forward": lambda: hg.unrolled(PROBLEM, inner=few(), mode="forward"),
     "hypernetwork": lambda: hg.hypernetwork(PROBLEM, optimizer=optax.adam(0.01), steps=2, scale=0.1),
     "self-tuning": lambda: hg.self_tuning(PROBLEM, optimizer=optax.adam(0.01), steps=2),
-    "single loop": lambda: hg.single_loop(PROBLEM, method="soba", size=8, step_size=0.1),
+    "single loop": lambda: hg.single_loop(PROBLEM, method="soba", size=BATCH, step_size=0.1),
     "evolution": lambda: hg.evolution(PROBLEM, inner=few(4), method="es", scale=0.1, pairs=2, truncate=2),
     "direct": lambda: hg.direct(PROBLEM, inner=hg.inner.lbfgs()),
 }
@@ -88,23 +91,37 @@ def on_mesh(given: Any, kind: AxisType, spread: str) -> tuple[Any, Any, Any, Any
     return (*place(given[:2], mesh, params), *place(given[2:], mesh, data))
 
 
-def one(solver: hg.Solver, given: Any, count: bool = False) -> dict[str, Any]:
-    """Two calls: the hypergradient of the first, how often they compile, and what the program sends."""
-    params, hparams, train, valid = given
+def one(solver: hg.Solver, draws: list[Any], count: bool = False) -> dict[str, Any]:
+    """Two calls for each draw: the hypergradients of the first, how often they compile, and what the program sends."""
     step, key = jax.jit(lambda *args, **kwargs: solver.hypergrad(*args, **kwargs)), jax.random.key(0)
-    # One program at a time: two with collectives on virtual devices can wait for each other for ever.
-    state = jax.block_until_ready(solver.init(params, hparams, key=key))
-    out, after = jax.block_until_ready(step(state, hparams, train, valid, key=key))
-    jax.block_until_ready(step(after, hparams, train, valid, key=key))
-    found = {
-        "grad": out.grad,
-        "compilations": step._cache_size(),
-        "alike": out.grad.sharding.is_equivalent_to(hparams.sharding, 1),
-    }
+    grads, alike, given = [], True, draws[0]
+    for params, hparams, train, valid in draws:
+        # One program at a time: two with collectives on virtual devices can wait for each other for ever.
+        state = jax.block_until_ready(solver.init(params, hparams, key=key))
+        out, after = jax.block_until_ready(step(state, hparams, train, valid, key=key))
+        jax.block_until_ready(step(after, hparams, train, valid, key=key))
+        grads.append(out.grad)
+        alike &= out.grad.sharding.is_equivalent_to(hparams.sharding, 1)
+        given = state, hparams, train, valid
+    found = {"grads": grads, "compilations": step._cache_size(), "alike": alike}
     if count:
-        text = step.lower(state, hparams, train, valid, key=key).compile().as_text()
-        found["collectives"] = len(COLLECTIVE.findall(text or ""))
+        text = step.lower(*given, key=key).compile().as_text() or ""
+        found |= {"collectives": len(COLLECTIVE.findall(text)), "least": sums_over_rows(text)}
     return found
+
+
+def sums_over_rows(text: str) -> int:
+    """How many products and sums in a program of one device run over rows, which are sent where those are spread."""
+    shapes, count = {}, 0
+    for line in text.splitlines():
+        if not (match := DEFINED.search(line)):
+            continue
+        name, shape, kind, first = match.groups()
+        shapes[name] = [int(size) for size in shape.split(",") if size]
+        if kind in ("dot", "reduce") and (over := SUMMED.search(line)):
+            lengths = shapes.get(first, [])
+            count += any(lengths[int(axis)] in (ROWS, BATCH) for axis in over[1].split(",") if int(axis) < len(lengths))
+    return count
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -112,23 +129,37 @@ def distance(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / (size or 1.0))  # of hg.direct it is zero
 
 
-def compare(names: list[str], seed: int) -> dict[str, dict[str, Any]]:
+def furthest(found: list[Any], expected: list[Any]) -> float:
+    return max(distance(np.asarray(x), np.asarray(y)) for x, y in zip(found, expected, strict=True))
+
+
+def compare(names: list[str], draws: list[Any]) -> dict[str, dict[str, Any]]:
     """The largest deviation, the most compilations, and collectives by what is spread, for each solver."""
     table = {}
-    given = instance(seed)
     for name in progress(names, "solvers"):
         solver = SOLVERS[name]()
-        plain = one(solver, jax.tree.map(jnp.asarray, given))
-        row: dict[str, Any] = {"deviation": 0.0, "compilations": 0, "spread_alike": True}
+        plain = one(solver, [jax.tree.map(jnp.asarray, given) for given in draws], count=True)
+        row: dict[str, Any] = {"deviation": 0.0, "compilations": 0, "spread_alike": True, "data_least": plain["least"]}
         for kind in (AxisType.Auto, AxisType.Explicit):
             for spread in SPREAD:
-                found = one(solver, on_mesh(given, kind, spread), count=True)
-                row["deviation"] = max(row["deviation"], distance(np.asarray(found["grad"]), np.asarray(plain["grad"])))
+                found = one(solver, [on_mesh(given, kind, spread) for given in draws], count=True)
+                row["deviation"] = max(row["deviation"], furthest(found["grads"], plain["grads"]))
                 row["compilations"] = max(row["compilations"], found["compilations"])
                 row["spread_alike"] &= bool(found["alike"])
                 row[f"{spread}_collectives"] = max(found["collectives"], row.get(f"{spread}_collectives", 0))
         table[name] = row
     return table
+
+
+def half_as_many_digits(names: list[str], seed: int) -> float:
+    """The largest deviation in float32, of what needs most: data and parameters spread on an Explicit mesh."""
+    with jax.enable_x64(False):
+        draws, worst = [instance(seed + more) for more in range(DRAWS)], 0.0
+        for name in progress(names, "float32"):
+            plain = one(SOLVERS[name](), [jax.tree.map(jnp.asarray, given) for given in draws])
+            found = one(SOLVERS[name](), [on_mesh(given, AxisType.Explicit, "both") for given in draws])
+            worst = max(worst, furthest(found["grads"], plain["grads"]))
+        return worst
 
 
 def several_processes(seed: int, smoke: bool) -> list[str]:
@@ -158,7 +189,7 @@ def as_process(options: argparse.Namespace) -> None:
     worst = 0.0
     for name in ("unrolled, reverse",) if options.smoke else ("unrolled, reverse", "implicit, Neumann"):
         solver = SOLVERS[name]()
-        plain = one(solver, jax.tree.map(jnp.asarray, given))
+        plain = one(solver, [jax.tree.map(jnp.asarray, given)])
         tuned = lambda given, solver=solver: hg.tune(
             solver, *given, outer=optax.sgd(0.1), steps=OUTER_STEPS, progress=False
         )
@@ -166,7 +197,7 @@ def as_process(options: argparse.Namespace) -> None:
         for spread in SPREAD:
             there = on_mesh(given, AxisType.Auto, spread)
             whole = lambda x: np.asarray(process_allgather(x, tiled=True))
-            worst = max(worst, distance(whole(one(solver, there)["grad"]), np.asarray(plain["grad"])))
+            worst = max(worst, distance(whole(one(solver, [there])["grads"][0]), np.asarray(plain["grads"][0])))
             worst = max(worst, distance(whole(tuned(there).hparams), np.asarray(expected)))
     print(worst)
 
@@ -175,22 +206,24 @@ def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     # What is compiled here is hardly run; read when JAX first computes.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     jax.config.update("jax_num_cpu_devices", DEVICES if options.process is None else DEVICES // PROCESSES)
-    jax.config.update("jax_enable_x64", not options.float32)
+    jax.config.update("jax_enable_x64", True)
     if options.process is not None:
         return as_process(options)
-    names = ["unrolled, reverse", "unrolled, forward"] if options.smoke else list(SOLVERS)
-    table = compare(names, options.seed)
+    names = ["unrolled, reverse"] if options.smoke else list(SOLVERS)
+    table = compare(names, [instance(options.seed + more) for more in range(DRAWS)])
     numbers["deviation"] = max(row["deviation"] for row in table.values())
     numbers["compilations"] = max(row["compilations"] for row in table.values())
     numbers["not_spread_alike"] = sum(not row["spread_alike"] for row in table.values())
-    numbers["solvers"] = len(table)
+    numbers["solvers"], numbers["draws"] = len(table), DRAWS
+    numbers["above_least"] = sum(row["data_collectives"] > row["data_least"] for row in table.values())
     numbers["processes_deviation"] = max(map(float, several_processes(options.seed, options.smoke)))
     numbers["by_solver"] = table
+    numbers["deviation_float32"] = half_as_many_digits(names, options.seed)
     width = max(map(len, table))
-    print(f"\n{'':{width}}  deviation  compilations  collectives: data, params, both")
+    print(f"\n{'':{width}}  deviation  compilations  sums over rows; collectives: data, params, both")
     for name, row in table.items():
         sent = "  ".join(f"{row[f'{spread}_collectives']:4d}" for spread in SPREAD)
-        print(f"{name:{width}}  {row['deviation']:9.1e}  {row['compilations']:12d}  {sent}")
+        print(f"{name:{width}}  {row['deviation']:9.1e}  {row['compilations']:12d}  {row['data_least']:4d}  {sent}")
     if not options.smoke:
         draw(options.out, table)
 
@@ -217,7 +250,6 @@ def draw(folder: Path, table: dict[str, dict[str, Any]]) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--float32", action="store_true", help="in float32, where the bar is 1e-5 instead of 1e-10")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
 
