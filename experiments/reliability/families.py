@@ -266,10 +266,10 @@ def honest(found: tuple[Row, ...]) -> tuple[str, str, bool]:
     below = sum(r.violations for r in found)
     worst = max(found, key=lambda r: r.violations / max(r.judged, 1))
     over = [r.over for r in found if not np.isnan(r.over)]
+    most = f"; most in {worst.family} ({worst.solver}, {worst.precision}): {worst.violations} of {worst.judged}"
     figure = (
-        f"{silent} silent and {below} below a tenth of {draws}; most in {worst.family} ({worst.solver}, "
-        f"{worst.precision}): {worst.violations} of {worst.judged}; over-estimate: median of medians "
-        f"{np.median(over) if over else np.nan:.1f}, {sum(o > 30 for o in over)} of {len(over)} above 30"
+        f"{silent} silent and {below} below a tenth of {draws}{most if below else ''}; over-estimate: median of "
+        f"medians {np.median(over) if over else np.nan:.1f}, {sum(o > 30 for o in over)} of {len(over)} above 30"
     )
     met = silent == 0 and all(r.violations <= r.judged / 1000 for r in found) and all(o <= 30 for o in over)
     return figure, "0 silent; <= 1 in 1000 of each below; over-estimate <= 30", bool(met)
