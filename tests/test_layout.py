@@ -25,6 +25,7 @@ PARTS = {
     "objectives/_likelihoods.py": "objectives/test_evidence.py",
     "objectives/_process.py": "objectives/test_gp.py",
     "outer/_config.py": "reliability/test_resume.py",
+    "outer/_ended.py": "reliability/test_resume.py",
     "outer/_feed.py": "outer/test_tune.py",
     "outer/_keeper.py": "reliability/test_resume.py",
     "outer/_loop.py": "outer/test_steps_per_call.py",

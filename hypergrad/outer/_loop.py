@@ -26,10 +26,11 @@ from hypergrad._solver import Status, usable
 from hypergrad._tree import PyTree
 from hypergrad.domains._domain import to_constrained
 from hypergrad.outer._carry import AS_IT_IS
+from hypergrad.outer._ended import Ended
 from hypergrad.outer._feed import pull
 from hypergrad.outer._keeper import Keeper, save
 from hypergrad.outer._result import Best, Result, TuneStatus, make_history, status_name
-from hypergrad.outer._run import Cursor, Ended, Notes, Run, counted, metrics_of, note, shown_rows, with_keys
+from hypergrad.outer._run import Cursor, Notes, Run, counted, metrics_of, note, shown_rows, with_keys
 from hypergrad.outer._signals import Interrupts
 from hypergrad.outer._step import make_block
 from hypergrad.outer.callbacks import Callback, Progress, end, shows

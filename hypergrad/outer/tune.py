@@ -39,11 +39,12 @@ from hypergrad.domains._domain import to_unconstrained
 from hypergrad.folds import Fold
 from hypergrad.outer._carry import carry
 from hypergrad.outer._config import config
+from hypergrad.outer._ended import revive
 from hypergrad.outer._feed import give_back, of_one_step, pull, source
 from hypergrad.outer._keeper import open_keeper, reopen, save
 from hypergrad.outer._loop import Driver, Limits, next_steps, several
 from hypergrad.outer._result import Result, TuneStatus
-from hypergrad.outer._run import Cursor, Notes, Run, Tally, revive
+from hypergrad.outer._run import Cursor, Notes, Run, Tally
 from hypergrad.outer._signals import interruptible
 from hypergrad.outer._step import make_advance, start
 from hypergrad.outer.callbacks import Callback, check_callbacks, progress_bar, shows
