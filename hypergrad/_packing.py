@@ -2,9 +2,9 @@
 
 A program of a solver holds some thirty copies of the loss's gradient and as many sums, differences and norms of
 parameters between them. XLA on CPU compiles each kernel by itself, and each sum over a tree is a kernel a leaf: a
-network of 20 leaves takes nine times as long to trace and twice as long to compile as the same network in one vector.
-One more copy of the parameters an evaluation is the price, which is why large leaves stay as they are; and so do leaves
-that may lie on several devices, where a vector would have to be gathered.
+network of 20 leaves takes nine times as long to trace and three times as long to compile as the same network in one
+vector. One more copy of the parameters an evaluation is the price, which is why large leaves stay as they are; and so
+do leaves that may lie on several devices, where a vector would have to be gathered.
 """
 
 from __future__ import annotations
