@@ -84,8 +84,13 @@ def v1(setting: Setting) -> dict[str, Any]:
     return result(checks, figures, [k for k, v in peers.installed().items() if not v])
 
 
+def later(first: Any, after: Any) -> Any:
+    """The state of a call in a loop that starts where `first` does: `after` knows the spectrum."""
+    return first._replace(spectrum=after.spectrum, scale=after.scale)
+
+
 def v2(setting: Setting) -> dict[str, Any]:
-    """From w = 0, inner solve included; the whole public call, with its checks."""
+    """From w = 0, inner solve included; the whole public call, with its checks, as a loop makes it."""
     bars = {"jaxopt cg": 1.4, "jaxopt default": 5, "torchopt cg": 3}
     checks, figures = [], {}
     for size, (n, d) in _sizes(setting).items():
@@ -98,10 +103,12 @@ def v2(setting: Setting) -> dict[str, Any]:
             ),
             "hypergrad, default tolerances": hg.implicit(tasks.LOGISTIC),
         }
-        calls = {
-            k: (jax.jit(s.hypergrad), (s.init(jnp.zeros(d), hparams), hparams, train, valid))
-            for k, s in solvers.items()
-        }
+        calls = {}
+        for name, solver in solvers.items():
+            call, first = jax.jit(solver.hypergrad), solver.init(jnp.zeros(d), hparams)
+            after = call(first, hparams, train, valid)[1]
+            calls[name] = call, (later(first, after), hparams, train, valid)
+            calls[f"{name}, first call"] = call, (first, hparams, train, valid)
         candidates: dict[str, Callable[[], Any]] = {k: lambda f=f, a=a: f(*a)[0].grad for k, (f, a) in calls.items()}
         candidates |= peers.solves(task, tol=_INNER_TOL, cg_tol=_TOL)
         times = interleaved(candidates, samples=setting.samples)
@@ -253,8 +260,9 @@ def v9(setting: Setting) -> dict[str, Any]:
     hparams = jnp.asarray(task.hparams + shifts)
     solver = hg.implicit(tasks.LOGISTIC)
     state = jax.vmap(solver.init)(jnp.zeros((count, d)), hparams)
-    each = [jax.tree.map(lambda x, i=i: x[i], (state, hparams)) for i in range(count)]
     batched = jax.jit(jax.vmap(solver.hypergrad, in_axes=(0, 0, None, None)))
+    state = later(state, batched(state, hparams, train, valid)[1])
+    each = [jax.tree.map(lambda x, i=i: x[i], (state, hparams)) for i in range(count)]
     single = jax.jit(solver.hypergrad)
     candidates = {
         "vmap": lambda: batched(state, hparams, train, valid)[0].grad,
@@ -263,5 +271,5 @@ def v9(setting: Setting) -> dict[str, Any]:
     together, apart = candidates["vmap"](), jnp.stack(candidates["loop"]())
     gap = float(jnp.max(jnp.linalg.norm(together - apart, axis=1) / jnp.linalg.norm(apart, axis=1)))
     times = interleaved(candidates, samples=3 if setting.smoke else 7)
-    checks = [Check("T1-M, 16 configurations: loop / vmap", times.ratio("loop", "vmap"), ">=", 2)]
+    checks = [Check("T1-M, 16 configurations: loop / vmap", times.ratio("loop", "vmap"), ">=", 2.5)]
     return result(checks, {"ms": {k: times.ms(k) for k in candidates}, "largest relative difference": gap})

@@ -205,10 +205,11 @@ def transformer(
     sequences: int = 8,
     length: int = 128,
     vocabulary: int = 64,
-) -> tuple[Callable[[bool], hg.Problem], Any, jax.Array, Any, Any]:
-    """`(problem of remat, params, hparams, train, valid)` of V11: a pre-norm decoder and one weight per sequence.
+) -> tuple[Callable[..., hg.Problem], Any, jax.Array, Any, Any]:
+    """`(problem of remat and chunks, params, hparams, train, valid)` of V11: a pre-norm decoder, a weight per sequence.
 
-    `remat` wraps each block in `jax.checkpoint`, which belongs to the model and not to the unrolling.
+    `remat` wraps each block in `jax.checkpoint`, which belongs to the model and not to the unrolling; `chunks` is the
+    number of pieces in which `hg.chunked` takes the training batch. A batch is tokens and the sequences' numbers.
     """
     rng = np.random.default_rng(seed)
 
@@ -242,7 +243,7 @@ def transformer(
         h = h + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(h.shape) @ w["out"]
         return h + jax.nn.gelu(normalise(h) @ w["up"]) @ w["down"]
 
-    def problem(remat: bool) -> hg.Problem:
+    def problem(remat: bool = False, chunks: int = 1) -> hg.Problem:
         apply = jax.checkpoint(block) if remat else block
 
         def losses(w: Any, batch: jax.Array) -> jax.Array:
@@ -251,9 +252,13 @@ def transformer(
                 h = apply(layer, h)
             return jnp.mean(softmax_loss(normalise(h) @ w["head"], batch[:, 1:]), axis=-1)
 
+        def weighted(w: Any, hparams: jax.Array, batch: Any) -> jax.Array:
+            return jnp.mean(jax.nn.sigmoid(hparams[batch[1]]) * losses(w, batch[0]))
+
         return hg.Problem(
-            lambda w, hparams, batch: jnp.mean(jax.nn.sigmoid(hparams) * losses(w, batch)),
-            lambda w, hparams, batch: jnp.mean(losses(w, batch)),
+            hg.chunked(weighted, chunks) if chunks > 1 else weighted,
+            lambda w, hparams, batch: jnp.mean(losses(w, batch[0])),
         )
 
-    return problem, params, jnp.zeros(sequences), tokens[0], tokens[1]
+    train, valid = ((x, np.arange(sequences)) for x in tokens)
+    return problem, params, jnp.zeros(sequences), train, valid

@@ -3,9 +3,11 @@ r"""Timing that survives a shared machine: ratios of interleaved samples.
     sample k of every candidate runs right after sample k of the others;   ratio = medianₖ (aₖ / bₖ)
 
 so that a slow spell of the machine hits numerator and denominator alike. Every sample waits for its results
-(`block_until_ready`), after warm-up, with the garbage collector off, and repeats a short call until it lasts some
-milliseconds. `CLOCK` is the wall clock unless `--clock cpu` asks for the time this process was given, all its threads
-together: with one thread the two agree on an idle machine, and only the second means much on a busy one.
+(`block_until_ready`), with the garbage collector off, and repeats a short call until it lasts some milliseconds. One
+call before it is not counted, unless calls are long: what another framework left in the caches, and its threads, made
+the first call after it take up to three times as long. `CLOCK` is the wall clock unless `--clock cpu` asks for the time
+this process was given, all its threads together: with one thread the two agree on an idle machine, and only the second
+means much on a busy one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax
 import numpy as np
 
 _LEAST = 4e-3  # seconds a sample should last
+_LONG = 0.2  # seconds from which on a call needs none before it
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CLOCK = ["wall"]
 
@@ -53,12 +56,14 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, samples: int, se
     Returns:
         See `Times`.
     """
-    repeats = {}
+    repeats, short = {}, {}
     for name, call in candidates.items():
         jax.block_until_ready(call())
         start = now()
         jax.block_until_ready(call())
-        repeats[name] = max(1, min(50, round(_LEAST / max(now() - start, 1e-6))))
+        seconds_each = now() - start
+        repeats[name] = max(1, min(50, round(_LEAST / max(seconds_each, 1e-6))))
+        short[name] = seconds_each < _LONG
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
     gc.disable()
@@ -68,6 +73,8 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, samples: int, se
             if done >= 3 and time.perf_counter() - begin > seconds:
                 break
             for name, call in candidates.items():
+                if short[name]:
+                    jax.block_until_ready(call())
                 start = now()
                 for _ in range(repeats[name]):
                     jax.block_until_ready(call())
@@ -78,9 +85,11 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, samples: int, se
     return Times({name: np.asarray(values) for name, values in taken.items()})
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
-    """The function compiled and bound to its arguments, and what it allocates beside inputs and outputs, in MB (10⁶
-    bytes)."""
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
+    """The function compiled for its arguments, which it takes unless it is given others, and what it allocates beside
+    inputs and outputs, in MB (10⁶ bytes)."""
     program = jax.jit(function).lower(*args).compile()
     analysis = program.memory_analysis()
-    return lambda: program(*args), float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
+    return lambda *others: program(*(others or args)), float(
+        "nan"
+    ) if analysis is None else analysis.temp_size_in_bytes / 1e6
