@@ -17,12 +17,18 @@ from pathlib import Path
 
 import jax
 
+from tests._lowering import lower_everything
+
 _IMPORTS = ["jax", "optax", "flax.nnx", "scipy.optimize", "sklearn.datasets", "sklearn.model_selection", "hypergrad"]
 _IMPORTS += ["matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.image"]
 
 
 def run_script(
-    path: Path, *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    path: Path,
+    *arguments: str,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    elsewhere: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """What `python path arguments...` would return and print, in JAX's default precision.
 
@@ -31,10 +37,12 @@ def run_script(
         arguments: of its command line.
         cwd: where it runs; default here.
         environment: variables beside those of this process; JAX's are heeded as far as they are read after import.
+        elsewhere: whether what it compiles is lowered for CUDA and TPU as well; it fails if nothing was.
     """
     with tempfile.TemporaryDirectory() as folder:
         written = [os.path.join(folder, name) for name in ("stdout", "stderr")]
-        process = _SERVER.Process(target=_run, args=(str(path), arguments, written, str(cwd or "."), environment or {}))
+        given = (str(path), arguments, written, str(cwd or "."), environment or {}, elsewhere)
+        process = _SERVER.Process(target=_run, args=given)
         process.start()
         process.join()
         out, err = (Path(file).read_text() if os.path.exists(file) else "" for file in written)
@@ -42,7 +50,14 @@ def run_script(
     return subprocess.CompletedProcess([str(path), *arguments], process.exitcode, out, err)
 
 
-def _run(path: str, arguments: tuple[str, ...], written: list[str], cwd: str, environment: Mapping[str, str]) -> None:
+def _run(
+    path: str,
+    arguments: tuple[str, ...],
+    written: list[str],
+    cwd: str,
+    environment: Mapping[str, str],
+    elsewhere: bool,
+) -> None:
     for descriptor, file in enumerate(written, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     jax.config.update("jax_enable_x64", False)  # whatever the environment says, as the suite itself does
@@ -50,7 +65,9 @@ def _run(path: str, arguments: tuple[str, ...], written: list[str], cwd: str, en
     os.chdir(cwd)
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(path))
+    exported = lower_everything() if elsewhere else None
     runpy.run_path(path, run_name="__main__")
+    assert exported != [], f"{path} called no jitted function"
 
 
 def _server() -> multiprocessing.context.BaseContext:
