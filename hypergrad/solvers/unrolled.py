@@ -39,7 +39,17 @@ from hypergrad.solvers._call import Call, bad_grad, bad_loss, bind, current_para
 from hypergrad.unrolling import error as measured
 from hypergrad.unrolling import forward as forward_mode
 from hypergrad.unrolling import reverse as reverse_mode
-from hypergrad.unrolling.step import Moving, Point, Record, Step, make_step, moving, new_record, training_status
+from hypergrad.unrolling.step import (
+    Moving,
+    Point,
+    Record,
+    Step,
+    make_step,
+    moving,
+    new_record,
+    takes_signs,
+    training_status,
+)
 
 _FORWARD_AT_MOST = 3  # scalar hyperparameters up to which forward mode is the faster one (measured)
 
@@ -130,7 +140,8 @@ def unrolled(
         `info.linear_residual` is NaN. `info.error_estimate` is relative to the exact derivative of the run of T steps
         (with `warm_start`, of this call's steps), and is `inf` where rounding may be a quarter of the hypergradient, or
         more. It is measured at a state's first call, which takes up to four times as long, and at every sixteenth,
-        which takes twice as long; other calls scale what was measured. Model state (batch-norm statistics) follows the
+        which takes twice as long; other calls scale what was measured. For an optimizer that moves by signs it is
+        `inf` at those calls, and wherever rounding could turn a sign. Model state (batch-norm statistics) follows the
         steps, and the derivative goes through it.
 
     Raises:
@@ -223,8 +234,10 @@ def unrolled(
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
         finish = lambda end: _finish(outer, end, hparams)
 
+        signs = takes_signs(inner, start, hparams)
+
         def run(twin: Array) -> _Pass:
-            step = make_step(inner, call.objective, hparams, start, twin)
+            step = make_step(inner, call.objective, hparams, start, twin, signs)
             point, record = start, new_record(start.params)
             if skip:
                 point, record = reverse_mode.train(step, point, 0, skip, record)
@@ -236,13 +249,13 @@ def unrolled(
         cancelled = measured.cancelled(outer(done.point), done.point.params, hparams, done.rhs[0], length)
         least = measured.least(grad, (done.point.params, hparams), length)
         calm = measured.amplified(done.point.params, steps, jnp.ones_like(done.growth))
-        rounding, trust = measured.rounding(spread, amplified * cancelled, least, calm, state.trust)
+        rounding, trust = measured.rounding(spread, amplified * cancelled, least, calm, state.trust, signs)
         error = measured.estimate(grad, done.indirect, rounding, done.dropped)
         status = first_failure(
             training_status(inner, done.record, done.point.params),
             bad_loss(done.value),
             bad_grad(done.rhs, done.direct),
-            code(measured.exploded(rounding, amplified, done.growth, calm, spread), Status.UNROLL_EXPLODED),
+            code(measured.exploded(rounding, amplified, done.growth, calm, spread, signs), Status.UNROLL_EXPLODED),
             bad_grad(grad),
             no_influence(grad, done.rhs),
         )

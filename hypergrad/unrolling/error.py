@@ -8,6 +8,9 @@ other.
     s = √(mean ‖g_twin − g‖²) / ‖g‖,    p = √(mean ‖w_twin − w‖²) / ‖w‖ where training ended,
     m = c_k s + c p² / (eps (1 + √T)) for k twins,    estimate = m / (1 − 4 m),  inf from m = ¼ on
 
+Where an optimizer moves by signs, as Lion does, a twin takes those signs the other way that rounding could turn:
+`hypergrad._jaxpr.signs`. Where that separates the twins the estimate is inf, as it is at calls without twins.
+
 Where the path amplifies rounding by A, the derivative, which depends on the curvature of the path as well, amplifies it
 by A² with heavy tails, which three twins need not show. Hence the term in p², which is negligible where A is near 1.
 
@@ -50,6 +53,7 @@ _SHORT = 16  # steps below which the sensitivity of the outer gradient is not wo
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
 _GROWN = 10.0  # growth from which that is called an explosion
 _CHAOTIC = 1e3  # times the accumulated rounding: twins that end further apart show that training is noise
+_TURNED = 8.0  # times the accumulated rounding: twins that end further apart took a sign the other way
 
 T = TypeVar("T")
 
@@ -140,7 +144,9 @@ def least(grad: PyTree, numbers: PyTree, length: int) -> Array:
     return sums + _tree.safe_divide(jnp.finfo(_tree.dtype(grad)).tiny, _tree.norm(grad), otherwise=0)
 
 
-def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust: Trust) -> tuple[Array, Trust]:
+def rounding(
+    spread: Spread, predicted: Array, least: Array, calm: Array, trust: Trust, signs: bool = False
+) -> tuple[Array, Trust]:
     """The rounding error relative to the computed ‖g‖ (dimensionless), and the `Trust` for the next call.
 
     Args:
@@ -149,11 +155,17 @@ def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust:
         least: error that no twin sees.
         calm: distance between the ends of twins where nothing is amplified.
         trust: the `Trust` that the state carries.
+        signs: whether the optimizer moves by signs. It is then known for calls with twins alone, and only if no sign
+            that rounding could turn separated them.
     """
     count = jnp.maximum(spread.count, 1)
     factor = jnp.asarray(_FACTOR, predicted.dtype)[count - 1]
     twins = factor * jnp.sqrt(spread.grad / count) + _CURVED * spread.path / count / calm + least
     fresh, first = spread.count > 0, trust.calls == 0
+    if signs:
+        apart = jnp.sqrt(jnp.maximum(spread.path, spread.grad) / count)
+        told = jnp.where(fresh & (apart <= _TURNED * calm), twins, jnp.inf)
+        return told, Trust(trust.calls + 1, trust.ratio)
     ratio = _tree.safe_divide(twins, predicted)
     ratio = jnp.where(first, ratio, jnp.fmax(ratio, trust.ratio / 4))
     ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
@@ -163,11 +175,16 @@ def rounding(spread: Spread, predicted: Array, least: Array, calm: Array, trust:
     return jnp.where(jnp.isnan(told), jnp.inf, told), trust
 
 
-def exploded(rounding: Array, amplified: Array, growth: Array, calm: Array, spread: Spread) -> Array:
-    """Whether the hypergradient is noise because something was amplified: the adjoint, or the path itself."""
+def exploded(
+    rounding: Array, amplified: Array, growth: Array, calm: Array, spread: Spread, signs: bool = False
+) -> Array:
+    """Whether the hypergradient is noise because something was amplified: the adjoint, or the path itself.
+
+    Where an optimizer moves by `signs`, one that rounding turned separates twins without anything being amplified.
+    """
     apart, path = (jnp.sqrt(x / jnp.maximum(spread.count, 1)) for x in (spread.grad, spread.path))
     adjoint = (rounding > _MEANINGLESS) & (amplified > _MEANINGLESS) & (growth > _GROWN)
-    return adjoint | ((apart > _MEANINGLESS) & (path > _CHAOTIC * calm))
+    return adjoint if signs else adjoint | ((apart > _MEANINGLESS) & (path > _CHAOTIC * calm))
 
 
 def estimate(grad: PyTree, indirect: PyTree, rounding: Array, dropped: Array) -> Array:

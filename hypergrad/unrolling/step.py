@@ -15,6 +15,7 @@ about a half for each direction.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +28,15 @@ from hypergrad._checks import check_same_structure
 from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.semigradient import is_gradient, released
 from hypergrad._jaxpr.sensitivity import influence
+from hypergrad._jaxpr.signs import doubted
+from hypergrad._jaxpr.signs import takes_signs as _takes_signs
 from hypergrad._problem import Objective
 from hypergrad._solver import Status, code, first_failure
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
 from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
+_DOUBT = 32  # units of rounding, for each step as if they were random, up to which signs are doubtful
 _ULPS = 1  # units of rounding by which each step of a twin is perturbed
 
 
@@ -103,14 +107,19 @@ class Step(NamedTuple):
     watch: Callable[[Record, Taken, Any], Record]
 
 
-def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point, twin: Any = 0) -> Step:
+def make_step(
+    inner: Inner, objective: Objective, hparams: PyTree, start: Point, twin: Any = 0, signs: bool = False
+) -> Step:
     """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`).
 
-    Each step of a `twin` other than 0 moves every parameter up or down by a unit of rounding at its end. Zeros stay
-    zeros, as they do in arithmetic.
+    Each step of a `twin` other than 0 moves every parameter up or down by a unit of rounding at its end, and takes the
+    optimizer's `signs` that rounding could turn the other way. Zeros stay zeros, as they do in arithmetic.
     """
-    descends = inner.update is not None
-    rule = _descent(inner.update, objective, start, hparams) if descends else _map(inner.move, objective)
+    descends, update = inner.update is not None, inner.update
+    if signs:
+        doubt = _DOUBT * _tree.eps(start.params) * (1 + math.sqrt(inner.steps or 0))
+        update = doubted(update, jnp.where(twin == 0, 0, doubt))
+    rule = _descent(update, objective, start, hparams) if descends else _map(inner.move, objective)
 
     def through(here: Moving, hparams: PyTree, point: Point, t: Any) -> tuple[Moving, Taken]:
         after, taken = rule.through(here, hparams, point, t)
@@ -130,6 +139,11 @@ def make_step(inner: Inner, objective: Objective, hparams: PyTree, start: Point,
         through,
         lambda record, taken, t: _watch(record, taken, t, inner.steps or 0),
     )
+
+
+def takes_signs(inner: Inner, start: Point, hparams: PyTree) -> bool:
+    """Whether the optimizer moves by the signs of numbers, as Lion does."""
+    return inner.update is not None and _takes_signs(inner.update, start.params, start.params, start.state, hparams)
 
 
 def _off(params: PyTree, twin: Any, t: Any) -> PyTree:

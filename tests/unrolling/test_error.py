@@ -207,3 +207,31 @@ def test_a_call_that_was_not_finite_is_measured_again():
     spread = measured.Spread(jnp.int32(1), jnp.asarray(np.nan), jnp.asarray(0.0))
     told, trust = measured.rounding(spread, jnp.asarray(1e-4), floor, calm, measured.new_trust(number))
     assert np.isinf(told) and int(trust.calls) == 0 and float(trust.ratio) == 1
+
+
+@pytest.mark.parametrize("optimizer", [optax.lion(0.01), optax.sign_sgd(0.01)], ids=["lion", "sign_sgd"])
+def test_a_sign_that_rounding_could_turn_leaves_nothing_known(optimizer):
+    """One of two slopes is as small as rounding errors of the other: which way its parameter goes is chance."""
+    hung = hg.Problem(lambda w, h, slopes: h * jnp.sum(slopes * w), lambda w, h, b: jnp.sum((w - 1) ** 2))
+    solver = hg.unrolled(hung, inner=hg.inner.gradient(lambda h: optax.chain(optimizer, optax.scale(h)), steps=20))
+    call, start = jax.jit(solver.hypergrad), solver.init(jnp.zeros(2), jnp.asarray(0.5))
+    eps = jnp.finfo(start.params.dtype).eps
+    told = []
+    for small in (0.5, 4 * eps):
+        state, found = start, []
+        for _ in range(2):
+            out, state = call(state, jnp.asarray(0.5), jnp.asarray([1.0, small]))
+            assert int(out.info.status) <= USABLE  # nothing was amplified
+            found.append(float(out.info.error_estimate))
+        told.append(found)
+    assert told[0][0] < 1e-3 and np.isinf(told[1][0])
+    assert np.isinf(told[0][1])  # no twin looked
+
+
+def test_twins_under_signs_are_counted_like_any_call():
+    one, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-7), jnp.asarray(1e-6)
+    spread = measured.Spread(jnp.int32(1), jnp.asarray(0.0), jnp.asarray(1e-4))
+    told, trust = measured.rounding(spread, one, floor, calm, measured.new_trust(one), signs=True)
+    assert np.isinf(told) and int(trust.calls) == 1
+    apart = (jnp.asarray(1.0), jnp.asarray(1.0), jnp.asarray(1.0), calm, spread._replace(grad=jnp.asarray(0.04)))
+    assert bool(measured.exploded(*apart)) and not bool(measured.exploded(*apart, signs=True))
