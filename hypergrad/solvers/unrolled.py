@@ -14,7 +14,7 @@ Differs: the recursions are written out rather than left to nested automatic dif
 training and the recursions amplify rounding is measured, and a run that amplifies it beyond meaning reports that.
 Cost: reverse mode takes about three gradients of the inner loss per step, for any number of hyperparameters; forward
 mode one and a half with one hyperparameter, and a third to a half more for each further one. A state's first call costs
-as much as two calls, or four where rounding shows, and every sixteenth call as much as two: see
+as much as three calls, or five where rounding shows, and every 32nd call as much as three: see
 `hypergrad.unrolling.error`. Memory: see `remat`.
 """
 
@@ -139,8 +139,9 @@ def unrolled(
         UNROLL_EXPLODED. `info.inner_residual` is the inner gradient of the last step over the largest of the run, and
         `info.linear_residual` is NaN. `info.error_estimate` is relative to the exact derivative of the run of T steps
         (with `warm_start`, of this call's steps), and is `inf` where rounding may be a quarter of the hypergradient, or
-        more. It is measured at a state's first call, which takes up to four times as long, and at every sixteenth,
-        which takes twice as long; other calls scale what was measured. For an optimizer that moves by signs it is
+        more, or where it depends on which side of a kink rounding puts a step. It is measured at a state's first call,
+        which takes three to five times as long, and at every 32nd, which takes three times as long; other calls scale
+        what was measured. For an optimizer that moves by signs it is
         `inf` at those calls, and wherever rounding could turn a sign. Model state (batch-norm statistics) follows the
         steps, and the derivative goes through it.
 

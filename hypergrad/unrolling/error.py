@@ -1,12 +1,17 @@
 r"""How wrong an unrolled hypergradient may be: rounding of the path, rounding of the derivative, truncation.
 
 Rounding is measured, not derived. A *twin* repeats training and its derivative with parameters that each step perturbs
-by a unit of rounding. The difference between twins is the error that arithmetic may have made, whatever amplified it:
-an optimizer that does not settle, a chaotic map, a sum that cancels, a step that is clipped in one run and not in the
-other.
+by four units of rounding. The difference between twins is the error that arithmetic may have made, whatever amplified
+it: an optimizer that does not settle, a chaotic map, a sum that cancels. Twins come in pairs that are perturbed in
+opposite directions, with hypergradients g₊ and g₋:
 
     s = √(mean ‖g_twin − g‖²) / ‖g‖,    p = √(mean ‖w_twin − w‖²) / ‖w‖ where training ended,
     m = c_k s + c p² / (eps (1 + √T)) for k twins,    estimate = m / (1 − 4 m),  inf from m = ¼ on
+    u = √(mean ‖g₊ + g₋ − 2g‖²) / (2 s ‖g‖),          estimate = inf  where u > .3 and s > 1e-4
+
+Where errors are small and nothing jumps, the two of a pair lie on opposite sides of g at equal distances, and u is near
+0. Where rounding decides on which side of a kink of the loss a step lies, or whether it is clipped, one twin of the two
+comes out on the other side, and u is near .7: what the run itself did there no twin knows.
 
 Where an optimizer moves by signs, as Lion does, a twin takes those signs the other way that rounding could turn:
 `hypergrad._jaxpr.signs`. Where that separates the twins the estimate is inf, as it is at calls without twins.
@@ -14,13 +19,14 @@ Where an optimizer moves by signs, as Lion does, a twin takes those signs the ot
 Where the path amplifies rounding by A, the derivative, which depends on the curvature of the path as well, amplifies it
 by A² with heavy tails, which three twins need not show. Hence the term in p², which is negligible where A is near 1.
 
-A twin costs as much as the call itself, so twins run only at a state's first call, and one of them at every sixteenth
-call. In between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the
+A twin costs as much as the call itself, so twins run only at a state's first call, and a pair at every 32nd call. In
+between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the
 cancellation in ∂_w f predict: b alone does not see the path, and counts growth that never reaches a hyperparameter.
 
-Source: Parker 1997 (Monte Carlo arithmetic) for twins; truncation as in `dropped_reverse`.
-Cost: a first call takes two runs of training and derivative, or four if two differ by more than 1e-5; every sixteenth
-call takes two.
+Source: Parker 1997 (Monte Carlo arithmetic) for twins, Hammersley & Morton 1956 for opposite ones; truncation as in
+`dropped_reverse`.
+Cost: a first call takes three runs of training and derivative, or five if a pair differs by more than 1e-5; every 32nd
+call takes three.
 """
 
 from __future__ import annotations
@@ -37,11 +43,12 @@ from hypergrad import _tree
 from hypergrad._curvature import joint_product
 from hypergrad._tree import PyTree
 
-_EVERY = 16  # calls from one twin to the next
-_MOST = 3  # twins at the first call
-_SURE = 1e-5  # spread below which one twin is enough
-_FACTOR = (60.0, 8.0, 4.0)  # of the spread of one, two, three twins: error below ten times that in 999 of 1,000 draws
-_CURVED = 5.0  # of the square of the path's spread over what it would be without amplification
+_EVERY = 32  # calls from one pair of twins to the next
+_PAIRS = 2  # of twins at the first call
+_SURE = 1e-5  # spread below which one pair is enough
+_FACTOR = (4.0, 2.0)  # of the spread of one pair, of two: error below ten times that in 999 of 1,000 draws
+_BENT, _SEEN = 0.3, 1e-4  # u above which no twin knows the error, and the spread from which u is no rounding itself
+_CURVED = 0.3  # of the square of the path's spread over what it would be without amplification
 _STALE = 2.0  # factor for calls between twins
 _ROUNDED = 2.0  # units of rounding in a sum, and for each further sixteen terms as if they were random
 
@@ -51,9 +58,10 @@ _HIDDEN = 1 / 60  # with the factor above, a tenth of what could be hidden
 _SHORT = 16  # steps below which the sensitivity of the outer gradient is not worth its price
 
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
+_APART = 4 * _MEANINGLESS  # spread of twins that comes to the same
 _GROWN = 10.0  # growth from which that is called an explosion
-_CHAOTIC = 1e3  # times the accumulated rounding: twins that end further apart show that training is noise
-_TURNED = 8.0  # times the accumulated rounding: twins that end further apart took a sign the other way
+_CHAOTIC = 4e3  # times the accumulated rounding: twins that end further apart show that training is noise
+_TURNED = 32.0  # times the accumulated rounding: twins that end further apart took a sign the other way
 
 T = TypeVar("T")
 
@@ -77,11 +85,13 @@ class Spread(NamedTuple):
         count: number of twins, int32.
         grad: Σ ‖g_twin − g‖², over the square of the scale of g.
         path: Σ ‖w_twin − w‖² / ‖w‖² where training ended.
+        bend: Σ ‖g₊ + g₋ − 2g‖² over pairs, over the square of the scale of g.
     """
 
     count: Array
     grad: Array
     path: Array
+    bend: Array
 
 
 def new_trust(params: PyTree) -> Trust:
@@ -104,22 +114,26 @@ def with_twins(
     """
     dtype = trust.ratio.dtype
     first = trust.calls == 0
-    most = jnp.where(first, _MOST, jnp.where(trust.calls % _EVERY == 0, 1, 0))
+    most = 2 * jnp.where(first, _PAIRS, jnp.where(trust.calls % _EVERY == 0, 1, 0))
 
-    def more(carry: tuple[Array, T, Spread]) -> Array:
-        k, _, spread = carry
-        unsure = (spread.count == 0) | ((spread.grad >= _SURE**2) & jnp.isfinite(spread.grad))
+    def more(carry: tuple[Array, T, PyTree, Spread]) -> Array:
+        k, _, _, spread = carry
+        unsure = (spread.count < 2) | ((spread.grad >= _SURE**2) & jnp.isfinite(spread.grad))
         return (k == 0) | ((k <= most) & unsure)
 
-    def body(carry: tuple[Array, T, Spread]) -> tuple[Array, T, Spread]:
-        k, kept, spread = carry
+    def body(carry: tuple[Array, T, PyTree, Spread]) -> tuple[Array, T, PyTree, Spread]:
+        k, kept, before, spread = carry
         found = jax.tree.map(lambda x, y: x if _tree.is_key(y) else x.astype(y.dtype), run(k), kept)
         grad, path = (_distance(x, y).astype(dtype) ** 2 for x, y in zip(seen(found), seen(kept), strict=True))
-        fresh = Spread(spread.count + 1, spread.grad + grad, spread.path + path)
-        return k + 1, _tree.where(k == 0, found, kept), _tree.where(k == 0, spread, fresh)
+        moved = _tree.sub(seen(found)[0], seen(kept)[0])
+        bend = _relative(_tree.add(moved, before), seen(kept)[0]).astype(dtype) ** 2
+        bend = jnp.where(k % 2 == 0, bend, 0)  # the second of a pair
+        fresh = Spread(spread.count + 1, spread.grad + grad, spread.path + path, spread.bend + bend)
+        return (k + 1, *_tree.where(k == 0, (found, before, spread), (kept, moved, fresh)))
 
     zero = jnp.zeros((), dtype)
-    _, kept, spread = jax.lax.while_loop(more, body, (jnp.int32(0), like, Spread(jnp.int32(0), zero, zero)))
+    none = Spread(jnp.int32(0), zero, zero, zero)
+    _, kept, _, spread = jax.lax.while_loop(more, body, (jnp.int32(0), like, _tree.zeros_like(seen(like)[0]), none))
     return kept, spread
 
 
@@ -159,19 +173,21 @@ def rounding(
             that rounding could turn separated them.
     """
     count = jnp.maximum(spread.count, 1)
-    factor = jnp.asarray(_FACTOR, predicted.dtype)[count - 1]
-    twins = factor * jnp.sqrt(spread.grad / count) + _CURVED * spread.path / count / calm + least
+    apart = jnp.sqrt(spread.grad / count)
+    factor = jnp.where(count <= 2, *_FACTOR).astype(predicted.dtype)
+    twins = factor * apart + _CURVED * spread.path / count / calm + least
     fresh, first = spread.count > 0, trust.calls == 0
     if signs:
-        apart = jnp.sqrt(jnp.maximum(spread.path, spread.grad) / count)
-        told = jnp.where(fresh & (apart <= _TURNED * calm), twins, jnp.inf)
-        return told, Trust(trust.calls + 1, trust.ratio)
+        turned = jnp.maximum(apart, jnp.sqrt(spread.path / count)) > _TURNED * calm
+        return jnp.where(fresh & ~turned, twins, jnp.inf), Trust(trust.calls + 1, trust.ratio)
+    bent = (spread.bend > _BENT**2 * 2 * spread.grad) & (apart > _SEEN)
+    twins = jnp.where(bent, jnp.inf, twins)
     ratio = _tree.safe_divide(twins, predicted)
-    ratio = jnp.where(first, ratio, jnp.fmax(ratio, trust.ratio / 4))
+    ratio = jnp.where(first | jnp.isinf(trust.ratio), ratio, jnp.fmax(ratio, trust.ratio / 4))
     ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
     told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, least))
     # Nothing is kept from a call that was not finite: the next one measures again.
-    trust = _tree.where(jnp.isfinite(ratio) & jnp.isfinite(predicted), Trust(trust.calls + 1, ratio), trust)
+    trust = _tree.where(jnp.isfinite(spread.grad + predicted), Trust(trust.calls + 1, ratio), trust)
     return jnp.where(jnp.isnan(told), jnp.inf, told), trust
 
 
@@ -184,7 +200,7 @@ def exploded(
     """
     apart, path = (jnp.sqrt(x / jnp.maximum(spread.count, 1)) for x in (spread.grad, spread.path))
     adjoint = (rounding > _MEANINGLESS) & (amplified > _MEANINGLESS) & (growth > _GROWN)
-    return adjoint if signs else adjoint | ((apart > _MEANINGLESS) & (path > _CHAOTIC * calm))
+    return adjoint if signs else adjoint | ((apart > _APART) & (path > _CHAOTIC * calm))
 
 
 def estimate(grad: PyTree, indirect: PyTree, rounding: Array, dropped: Array) -> Array:
@@ -258,5 +274,9 @@ def _ratio(x: Array, y: Array) -> Array:
 
 
 def _distance(x: PyTree, y: PyTree) -> Array:
-    gap, size = _tree.norm(_tree.sub(x, y)), _tree.norm(y)
-    return jnp.where(gap == 0, 0, _tree.safe_divide(gap, size))
+    return _relative(_tree.sub(x, y), y)
+
+
+def _relative(gap: PyTree, y: PyTree) -> Array:
+    size = _tree.norm(gap)
+    return jnp.where(size == 0, 0, _tree.safe_divide(size, _tree.norm(y)))

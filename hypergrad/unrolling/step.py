@@ -37,7 +37,7 @@ from hypergrad.inner._inner import Inner
 from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
 _DOUBT = 32  # units of rounding, for each step as if they were random, up to which signs are doubtful
-_ULPS = 1  # units of rounding by which each step of a twin is perturbed
+_ULPS = 4  # units of rounding by which each step of a twin is perturbed
 
 
 class Point(NamedTuple):
@@ -112,8 +112,9 @@ def make_step(
 ) -> Step:
     """The step of an inner optimizer (`inner.update`) or of a map (`inner.move`).
 
-    Each step of a `twin` other than 0 moves every parameter up or down by a unit of rounding at its end, and takes the
-    optimizer's `signs` that rounding could turn the other way. Zeros stay zeros, as they do in arithmetic.
+    Each step of a `twin` other than 0 moves every parameter up or down by a few units of rounding at its end, and takes
+    the optimizer's `signs` that rounding could turn the other way. Twins 1 and 2, 3 and 4, and so on are moved in
+    opposite directions. Zeros stay zeros, as they do in arithmetic.
     """
     descends, update = inner.update is not None, inner.update
     if signs:
@@ -149,13 +150,14 @@ def takes_signs(inner: Inner, start: Point, hparams: PyTree) -> bool:
 def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
     """Each number times 1 ± `_ULPS` units of rounding; times 1 for twin 0.
 
-    The sign is a hash of the number, the step and the twin. Like the error of arithmetic, it is the same for equal
-    numbers, so that symmetries are kept.
+    The sign is a hash of the number, the step and the pair, and the opposite one for the second of a pair. Like the
+    error of arithmetic, it is the same for equal numbers, so that symmetries are kept.
     """
     if isinstance(twin, int) and twin == 0:
         return params
-    seed = jnp.uint32(t) * jnp.uint32(2654435761) + jnp.uint32(twin) * jnp.uint32(0x9E3779B1)
-    size = jnp.where(twin == 0, 0, _ULPS)
+    pair = (jnp.uint32(twin) + 1) // 2
+    seed = jnp.uint32(t) * jnp.uint32(2654435761) + pair * jnp.uint32(0x9E3779B1)
+    size = jnp.where(twin == 0, 0, jnp.where(jnp.uint32(twin) % 2 == 1, _ULPS, -_ULPS))
 
     def off(leaf: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(leaf)).astype(jnp.float32), jnp.uint32)

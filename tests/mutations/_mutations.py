@@ -263,6 +263,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         (UNROLLED,),
     ),
     Mutation(
+        "unrolled: twins on one side believed",
+        "unrolling/error.py",
+        "bent = (spread.bend > ",
+        "bent = (spread.bend < -",
+        ("tests/unrolling/test_error.py",),
+    ),
+    Mutation(
+        "unrolled: signs that rounding could turn kept",
+        "unrolling/step.py",
+        "update = doubted(update, ",
+        "update = doubted(update, 0 * ",
+        ("tests/unrolling/test_error.py",),
+    ),
+    Mutation(
         "step: cross term dropped", "unrolling/step.py", "_tree.add(contribution, cross)", "contribution", (UNROLLED,)
     ),
     Mutation(

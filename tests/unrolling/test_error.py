@@ -137,29 +137,44 @@ def test_what_twins_cannot_see_is_counted():
 
 def toy(gap):
     """A run whose twins differ by `gap` in the hypergradient, and by twice that in where they end."""
-    return lambda k: (jnp.asarray(1.0) + k * gap, jnp.asarray([2.0]) * (1 + 2 * k * gap))
+    sign = lambda k: jnp.where(k % 2 == 1, (k + 1) // 2, -(k // 2))
+    return lambda k: (jnp.asarray(1.0) + sign(k) * gap, jnp.asarray([2.0]) * (1 + 2 * sign(k) * gap))
 
 
 @pytest.mark.parametrize(
-    ("calls", "gap", "count"), [(0, 1e-2, 3), (0, 0.0, 1), (1, 1e-2, 0), (15, 1e-2, 0), (16, 1e-2, 1)]
+    ("calls", "gap", "count"), [(0, 1e-2, 4), (0, 0.0, 2), (1, 1e-2, 0), (31, 1e-2, 0), (32, 1e-2, 2)]
 )
-def test_twins_run_at_the_first_call_and_at_every_sixteenth(calls, gap, count):
+def test_pairs_of_twins_run_at_the_first_call_and_at_every_32nd(calls, gap, count):
     trust = measured.Trust(jnp.int32(calls), jnp.asarray(1.0))
     like = (jnp.zeros(()), jnp.zeros(1))
     (grad, end), spread = jax.jit(lambda trust: measured.with_twins(toy(gap), like, lambda done: done, trust))(trust)
     assert int(spread.count) == count
     assert float(grad) == 1 and float(end[0]) == 2  # what is returned is the run, not a twin
-    squares = np.sum(np.arange(1, count + 1) ** 2)
+    squares = 2 * np.sum(np.arange(1, count // 2 + 1) ** 2)
     np.testing.assert_allclose(spread.grad, squares * gap**2, rtol=tol(1e-9, 1e-3))
     np.testing.assert_allclose(spread.path, 4 * squares * gap**2, rtol=tol(1e-9, 1e-3))
+    np.testing.assert_allclose(spread.bend, 0, atol=tol(1e-30, 1e-12))  # opposite twins lie opposite
+
+
+def test_twins_on_one_side_leave_nothing_known_until_the_next_pair():
+    """Where rounding decides on which side of a kink a step lies, one twin of a pair moves and the other does not."""
+    kinked = lambda k: (jnp.where(k % 2 == 1, 1.01, 1.0), jnp.asarray([2.0]))
+    like, one = (jnp.zeros(()), jnp.zeros(1)), jnp.asarray(1.0)
+    trust, told = measured.new_trust(one), []
+    for run in [kinked] + 31 * [kinked] + [toy(1e-3)] + [toy(1e-3)]:
+        _, spread = measured.with_twins(run, like, lambda done: done, trust)
+        found, trust = measured.rounding(spread, one * 1e-4, one * 1e-7, one * 1e-3, trust)
+        told.append(float(found))
+    np.testing.assert_array_equal(np.isinf(told), 32 * [True] + 2 * [False])
+    assert 1e-3 <= told[32] <= 2e-2 and int(trust.calls) == 34
 
 
 def test_what_twins_said_calibrates_the_calls_between_them():
     number, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-6), jnp.asarray(1e-6)
-    spread = measured.Spread(jnp.int32(3), jnp.asarray(3e-4), jnp.asarray(0.0))  # 1e-2 each
+    spread = measured.Spread(jnp.int32(4), jnp.asarray(4e-4), jnp.asarray(0.0), jnp.asarray(0.0))  # 1e-2 each
     first, trust = measured.rounding(spread, jnp.asarray(1e-4), floor, calm, measured.new_trust(number))
     assert 0.02 <= float(first) <= 0.1
-    none = measured.Spread(jnp.int32(0), jnp.asarray(0.0), jnp.asarray(0.0))
+    none = measured.Spread(jnp.int32(0), *3 * [jnp.asarray(0.0)])
     same, trust = measured.rounding(none, jnp.asarray(1e-4), floor, calm, trust)
     worse, trust = measured.rounding(none, jnp.asarray(1e-3), floor, calm, trust)
     assert first <= same <= 4 * first and int(trust.calls) == 3
@@ -176,8 +191,8 @@ def test_a_path_that_amplifies_rounding_is_believed_over_twins_that_agree():
     """Twins end a thousand times further apart than rounding takes a run, but agree in the hypergradient by chance."""
     one, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-7), jnp.asarray(1e-6)
     told = []
-    for path in (1e-6, 1e-3):
-        spread = measured.Spread(jnp.int32(3), jnp.asarray(3e-8), jnp.asarray(3 * path**2))
+    for path in (4e-6, 4e-3):
+        spread = measured.Spread(jnp.int32(4), jnp.asarray(4e-8), jnp.asarray(4 * path**2), jnp.asarray(0.0))
         told.append(float(measured.rounding(spread, one, floor, calm, measured.new_trust(one))[0]))
     assert 1e-4 <= told[0] <= 1e-3 and told[1] > 0.5
 
@@ -204,7 +219,7 @@ def test_terms_that_do_not_decay_leave_everything_open():
 
 def test_a_call_that_was_not_finite_is_measured_again():
     number, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-6), jnp.asarray(1e-6)
-    spread = measured.Spread(jnp.int32(1), jnp.asarray(np.nan), jnp.asarray(0.0))
+    spread = measured.Spread(jnp.int32(2), jnp.asarray(np.nan), jnp.asarray(0.0), jnp.asarray(np.nan))
     told, trust = measured.rounding(spread, jnp.asarray(1e-4), floor, calm, measured.new_trust(number))
     assert np.isinf(told) and int(trust.calls) == 0 and float(trust.ratio) == 1
 
@@ -230,8 +245,8 @@ def test_a_sign_that_rounding_could_turn_leaves_nothing_known(optimizer):
 
 def test_twins_under_signs_are_counted_like_any_call():
     one, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-7), jnp.asarray(1e-6)
-    spread = measured.Spread(jnp.int32(1), jnp.asarray(0.0), jnp.asarray(1e-4))
+    spread = measured.Spread(jnp.int32(2), jnp.asarray(0.0), jnp.asarray(1e-4), jnp.asarray(0.0))
     told, trust = measured.rounding(spread, one, floor, calm, measured.new_trust(one), signs=True)
     assert np.isinf(told) and int(trust.calls) == 1
-    apart = (jnp.asarray(1.0), jnp.asarray(1.0), jnp.asarray(1.0), calm, spread._replace(grad=jnp.asarray(0.04)))
+    apart = (jnp.asarray(1.0), jnp.asarray(1.0), jnp.asarray(1.0), calm, spread._replace(grad=jnp.asarray(0.5)))
     assert bool(measured.exploded(*apart)) and not bool(measured.exploded(*apart, signs=True))
