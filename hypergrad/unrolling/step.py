@@ -117,7 +117,7 @@ def make_step(
     opposite directions. Zeros stay zeros, as they do in arithmetic.
     """
     descends, update = inner.update is not None, inner.update
-    if signs:
+    if signs and update is not None:
         doubt = _DOUBT * _tree.eps(start.params) * (1 + math.sqrt(inner.steps or 0))
         update = doubted(update, jnp.where(twin == 0, 0, doubt))
     rule = _descent(update, objective, start, hparams) if descends else _map(inner.move, objective)
