@@ -1,9 +1,9 @@
 r"""How wrong an unrolled hypergradient may be: rounding of the path, rounding of the derivative, truncation.
 
 Rounding is measured, not derived. A *twin* repeats training and its derivative with parameters that each step perturbs
-by four units of rounding. The difference between twins is the error that arithmetic may have made, whatever amplified
-it: an optimizer that does not settle, a chaotic map, a sum that cancels. Twins come in pairs that are perturbed in
-opposite directions, with hypergradients g₊ and g₋:
+by sixteen units of rounding. The difference between twins is the error that arithmetic may have made, whatever
+amplified it: an optimizer that does not settle, a chaotic map, a sum that cancels. Twins come in pairs that are
+perturbed in opposite directions, with hypergradients g₊ and g₋:
 
     s = √(mean ‖g_twin − g‖²) / ‖g‖,    p = √(mean ‖w_twin − w‖²) / ‖w‖ where training ended,
     m = c_k s + c p² / (eps (1 + √T)) for k twins,    estimate = m / (1 − 4 m),  inf from m = ¼ on
@@ -25,7 +25,7 @@ cancellation in ∂_w f predict: b alone does not see the path, and counts growt
 
 Source: Parker 1997 (Monte Carlo arithmetic) for twins, Hammersley & Morton 1956 for opposite ones; truncation as in
 `dropped_reverse`.
-Cost: a first call takes three runs of training and derivative, or five if a pair differs by more than 1e-5; every 32nd
+Cost: a first call takes three runs of training and derivative, or five if a pair differs by more than 4e-5; every 32nd
 call takes three.
 """
 
@@ -45,10 +45,10 @@ from hypergrad._tree import PyTree
 
 _EVERY = 32  # calls from one pair of twins to the next
 _PAIRS = 2  # of twins at the first call
-_SURE = 1e-5  # spread below which one pair is enough
-_FACTOR = (4.0, 2.0)  # of the spread of one pair, of two: error below ten times that in 999 of 1,000 draws
+_SURE = 4e-5  # spread below which one pair is enough
+_FACTOR = (1.0, 0.5)  # of the spread of one pair, of two: sixteen and eight times what one unit of rounding does
 _BENT, _SEEN = 0.3, 1e-4  # u above which no twin knows the error, and the spread from which u is no rounding itself
-_CURVED = 0.3  # of the square of the path's spread over what it would be without amplification
+_CURVED = 0.02  # of the square of the path's spread over what it would be without amplification
 _STALE = 2.0  # factor for calls between twins
 _ROUNDED = 2.0  # units of rounding in a sum, and for each further sixteen terms as if they were random
 
@@ -60,8 +60,8 @@ _SHORT = 16  # steps below which the sensitivity of the outer gradient is not wo
 _MEANINGLESS = 0.1  # relative error from which a hypergradient is noise
 _APART = 4 * _MEANINGLESS  # spread of twins that comes to the same
 _GROWN = 10.0  # growth from which that is called an explosion
-_CHAOTIC = 4e3  # times the accumulated rounding: twins that end further apart show that training is noise
-_TURNED = 32.0  # times the accumulated rounding: twins that end further apart took a sign the other way
+_CHAOTIC = 1.6e4  # times the accumulated rounding: twins that end further apart show that training is noise
+_TURNED = 128.0  # times the accumulated rounding: twins that end further apart took a sign the other way
 
 T = TypeVar("T")
 

@@ -37,7 +37,7 @@ from hypergrad.inner._inner import Inner
 from hypergrad.inner._watch import ENOUGH, Heights, enter, new_heights, rose
 
 _DOUBT = 32  # units of rounding, for each step as if they were random, up to which signs are doubtful
-_ULPS = 4  # units of rounding by which each step of a twin is perturbed
+_ULPS = 16  # units of rounding by which each step of a twin is perturbed
 
 
 class Point(NamedTuple):

@@ -171,7 +171,9 @@ def test_twins_on_one_side_leave_nothing_known_until_the_next_pair():
 
 def test_what_twins_said_calibrates_the_calls_between_them():
     number, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-6), jnp.asarray(1e-6)
-    spread = measured.Spread(jnp.int32(4), jnp.asarray(4e-4), jnp.asarray(0.0), jnp.asarray(0.0))  # 1e-2 each
+    spread = measured.Spread(
+        jnp.int32(4), jnp.asarray(0.1), jnp.asarray(0.0), jnp.asarray(0.0)
+    )  # .16 each: 1e-2 a unit
     first, trust = measured.rounding(spread, jnp.asarray(1e-4), floor, calm, measured.new_trust(number))
     assert 0.02 <= float(first) <= 0.1
     none = measured.Spread(jnp.int32(0), *3 * [jnp.asarray(0.0)])
@@ -191,8 +193,8 @@ def test_a_path_that_amplifies_rounding_is_believed_over_twins_that_agree():
     """Twins end a thousand times further apart than rounding takes a run, but agree in the hypergradient by chance."""
     one, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-7), jnp.asarray(1e-6)
     told = []
-    for path in (4e-6, 4e-3):
-        spread = measured.Spread(jnp.int32(4), jnp.asarray(4e-8), jnp.asarray(4 * path**2), jnp.asarray(0.0))
+    for path in (16e-6, 16e-3):
+        spread = measured.Spread(jnp.int32(4), jnp.asarray(1e-5), jnp.asarray(4 * path**2), jnp.asarray(0.0))
         told.append(float(measured.rounding(spread, one, floor, calm, measured.new_trust(one))[0]))
     assert 1e-4 <= told[0] <= 1e-3 and told[1] > 0.5
 
@@ -245,7 +247,7 @@ def test_a_sign_that_rounding_could_turn_leaves_nothing_known(optimizer):
 
 def test_twins_under_signs_are_counted_like_any_call():
     one, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-7), jnp.asarray(1e-6)
-    spread = measured.Spread(jnp.int32(2), jnp.asarray(0.0), jnp.asarray(1e-4), jnp.asarray(0.0))
+    spread = measured.Spread(jnp.int32(2), jnp.asarray(0.0), jnp.asarray(1e-2), jnp.asarray(0.0))
     told, trust = measured.rounding(spread, one, floor, calm, measured.new_trust(one), signs=True)
     assert np.isinf(told) and int(trust.calls) == 1
     apart = (jnp.asarray(1.0), jnp.asarray(1.0), jnp.asarray(1.0), calm, spread._replace(grad=jnp.asarray(0.5)))
