@@ -28,6 +28,7 @@ class Network(NamedTuple):
         model_state: statistics of batch normalization, or None.
         problem: both losses; the hyperparameters are a log decay for each parameter.
         outputs: `(params, x) -> logits`, or None for a network with a model state.
+        train: `(params, model_state, x, key) -> (logits, model_state)`, in training.
         error: `(params, model_state, batch) -> loss` without decay and without noise.
         data: training, validation, test.
         batch: rows of a step of training.
@@ -37,6 +38,7 @@ class Network(NamedTuple):
     model_state: PyTree
     problem: hg.Problem
     outputs: Callable[[PyTree, jax.Array], jax.Array] | None
+    train: Callable[[PyTree, PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
     error: Callable[[PyTree, PyTree, PyTree], jax.Array]
     data: tuple[PyTree, PyTree, PyTree]
     batch: int
@@ -80,7 +82,8 @@ def network(name: str, seed: int) -> Network:
     )
     error = lambda params, model_state, batch: cross_entropy(outputs(params, batch[0]), batch[1])
     problem = hg.Problem(inner_loss, lambda params, log_decays, batch: error(params, None, batch))
-    return Network(params, None, problem, outputs, error, data, LINE_BATCH if text else BATCH)
+    train = lambda params, model_state, x, key: (outputs(params, x), model_state)
+    return Network(params, None, problem, outputs, train, error, data, LINE_BATCH if text else BATCH)
 
 
 class _Draw:
@@ -210,7 +213,7 @@ def _with_state(seed: int, data: Any) -> Network:
         return error(params, model_state, batch)
 
     problem = hg.Problem(inner_loss, outer_loss, model_state=True)
-    return Network(model.params, model.model_state, problem, None, error, data, BATCH)
+    return Network(model.params, model.model_state, problem, None, model.train, error, data, BATCH)
 
 
 NETWORKS = ("tanh MLP", "ReLU MLP", "CNN", "ResNet", "char LSTM", "char transformer")

@@ -145,12 +145,12 @@ def tuned(name: str, net: Network, method: Method, seed: int, outer: int) -> dic
     return found | ({"truncated": truncated.mean()} if method.linear in ("cg", "online") else {})
 
 
-def outer_step(method: hg.Solver) -> Any:
+def outer_step(method: hg.Solver, rule: optax.GradientTransformation = DESCENT) -> Any:
     @jax.jit
     def step(state: Any, hparams: PyTree, descent: PyTree, key: jax.Array, train: PyTree, valid: PyTree) -> Any:
         out, state = method.hypergrad(state, hparams, train, valid, key=key)
         usable = out.info.status <= int(hg.Status.INSENSITIVE)
-        updates, fresh = DESCENT.update(out.grad, descent, hparams)
+        updates, fresh = rule.update(out.grad, descent, hparams)
         moved = optax.apply_updates(hparams, updates), fresh
         hparams, descent = jax.tree.map(lambda a, b: jnp.where(usable, a, b), moved, (hparams, descent))
         return state, hparams, descent, (out.value, out.info.status, jnp.isnan(out.info.linear_residual))
