@@ -213,6 +213,9 @@ def counts(found: dict[str, np.ndarray]) -> dict[str, Any]:
         "refused though right": int(np.sum(~usable & (error <= 1e-6))),
         "refused within 1 %": int(np.sum(~usable & (error <= 1e-2))),
         "wrong": int(wrong.sum()),
+        "without an estimate": int(np.sum(usable & np.isinf(estimate))),
+        "right, without an estimate": int(np.sum(usable & np.isinf(estimate) & (error <= 1e-3))),
+        "right": int(np.sum(error <= 1e-3)),
         "told": int(told.sum()),
         "median over-estimate": float(np.median(over)) if told.any() else float("nan"),
     }
