@@ -71,7 +71,8 @@ class Trust(NamedTuple):
 
     Attributes:
         calls: number of calls with the state, int32.
-        ratio: error measured by the last twins over the predicted one; 1 before there were any.
+        ratio: error measured by the last twins over the predicted one; 1 before there were any, and the largest finite
+            number if they showed that nothing is known.
     """
 
     calls: Array
@@ -183,9 +184,11 @@ def rounding(
     bent = (spread.bend > _BENT**2 * 2 * spread.grad) & (apart > _SEEN)
     twins = jnp.where(bent, jnp.inf, twins)
     ratio = _tree.safe_divide(twins, predicted)
-    ratio = jnp.where(first | jnp.isinf(trust.ratio), ratio, jnp.fmax(ratio, trust.ratio / 4))
-    ratio = jnp.where(fresh, ratio, trust.ratio).astype(trust.ratio.dtype)
-    told = jnp.where(fresh & first, twins, jnp.maximum(_STALE * ratio * predicted, least))
+    largest = jnp.finfo(trust.ratio.dtype).max  # stands for inf in the state, whose numbers are finite
+    ratio = jnp.where(first | (trust.ratio == largest), ratio, jnp.fmax(ratio, trust.ratio / 4))
+    ratio = jnp.minimum(jnp.where(fresh, ratio, trust.ratio), largest).astype(trust.ratio.dtype)
+    scaled = jnp.where(ratio == largest, jnp.inf, _STALE * ratio * predicted)
+    told = jnp.where(fresh & first, twins, jnp.maximum(scaled, least))
     # Nothing is kept from a call that was not finite: the next one measures again.
     trust = _tree.where(jnp.isfinite(spread.grad + predicted), Trust(trust.calls + 1, ratio), trust)
     return jnp.where(jnp.isnan(told), jnp.inf, told), trust

@@ -165,6 +165,7 @@ def test_twins_on_one_side_leave_nothing_known_until_the_next_pair():
         _, spread = measured.with_twins(run, like, lambda done: done, trust)
         found, trust = measured.rounding(spread, one * 1e-4, one * 1e-7, one * 1e-3, trust)
         told.append(float(found))
+        assert np.isfinite(trust.ratio)
     np.testing.assert_array_equal(np.isinf(told), 32 * [True] + 2 * [False])
     assert 1e-3 <= told[32] <= 2e-2 and int(trust.calls) == 34
 
