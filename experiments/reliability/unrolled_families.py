@@ -37,6 +37,7 @@ from experiments._common import experiment  # noqa: E402
 
 ROWS, WIDTH, HIDDEN = 24, 6, 6
 DRAWS = 250
+MOVE = 0.1  # of every hyperparameter, from the first call to the second
 NUDGE, MOVED = 1e-13, 1e-3  # draws whose reference moves by the second when nudged by the first are left out
 
 Optimizer = Callable[[Any, Any, Any], optax.GradientTransformation]
@@ -171,8 +172,8 @@ def solver(family: Family, fixed: Any) -> hg.Solver:
     )
 
 
-def measure_family(family: Family, count: int, seed: int, dtype: Any = jnp.float32) -> dict[str, np.ndarray]:
-    """Errors, estimates and statuses of `count` draws."""
+def measure_family(family: Family, count: int, seed: int, later: bool = False) -> dict[str, np.ndarray]:
+    """Errors, estimates and statuses of `count` draws: of first calls, or of the second, with hyperparameters moved."""
     rng = np.random.default_rng([seed, *family.name.encode()])
     draws = [family.draw(rng) for _ in range(count)]
     given = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *draws)
@@ -182,12 +183,15 @@ def measure_family(family: Family, count: int, seed: int, dtype: Any = jnp.float
         made = solver(family, hparams)
         state = made.init(start, tuned)
         state = state._replace(trust=state.trust._replace(calls=calls))
+        if later:
+            _, state = made.hypergrad(state, tuned, train, valid)
+            tuned = jax.tree.map(lambda h: h + MOVE, tuned)
         out = made.hypergrad(state, tuned, train, valid)[0]
         return ravel_pytree(out.grad)[0], out.info.error_estimate, out.info.status
 
     run = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
     cast = lambda tree, to: jax.tree.map(lambda x: jnp.asarray(x, to), tree)
-    grad, estimate, status = (np.asarray(x, np.float64) for x in run(jnp.int32(0), *cast(given, dtype)))
+    grad, estimate, status = (np.asarray(x, np.float64) for x in run(jnp.int32(0), *cast(given, jnp.float32)))
     nudge = lambda x: np.float64(x) * (1 + NUDGE * rng.choice([-1, 1], x.shape))
     both = jax.tree.map(lambda x: jnp.asarray(np.concatenate([np.float64(x), nudge(x)])), given)
     exact, near = np.split(np.asarray(run(jnp.int32(1), *both)[0]), 2)  # only a first call measures its own error
@@ -224,13 +228,15 @@ def counts(found: dict[str, np.ndarray]) -> dict[str, Any]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", help="families whose name contains this (again for more)")
     parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--later", action="store_true", help="second calls, for which no twin runs")
 
 
 def measure(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     for family in families():
         if options.only and not any(part in family.name for part in options.only):
             continue
-        row = counts(measure_family(family, 5 if options.smoke else options.draws, options.seed))
+        count = 5 if options.smoke else options.draws
+        row = counts(measure_family(family, count, options.seed, options.later))
         numbers[family.name] = row
         print(f"{family.name:45} " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()), flush=True)
 
