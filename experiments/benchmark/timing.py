@@ -90,6 +90,5 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., An
     inputs and outputs, in MB (10⁶ bytes)."""
     program = jax.jit(function).lower(*args).compile()
     analysis = program.memory_analysis()
-    return lambda *others: program(*(others or args)), float(
-        "nan"
-    ) if analysis is None else analysis.temp_size_in_bytes / 1e6
+    megabytes = float("nan") if analysis is None else analysis.temp_size_in_bytes / 1e6
+    return lambda *others: program(*(others or args)), megabytes

@@ -141,9 +141,9 @@ def unrolled(
         (with `warm_start`, of this call's steps), and is `inf` where rounding may be a quarter of the hypergradient, or
         more, or where it depends on which side of a kink rounding puts a step. It is measured at a state's first call,
         which takes three to five times as long, and at every 32nd, which takes three times as long; other calls scale
-        what was measured. For an optimizer that moves by signs it is
-        `inf` at those calls, and wherever rounding could turn a sign. Model state (batch-norm statistics) follows the
-        steps, and the derivative goes through it.
+        what was measured. For an optimizer whose update takes the sign of a number (Lion, sign SGD, Rprop, Yogi) those
+        other calls say `inf`, and so does every call in which rounding could turn such a sign. Model state (batch-norm
+        statistics) follows the steps, and the derivative goes through it.
 
     Raises:
         InputError: for an unknown option, an inner solver without a number of steps, or a truncation beyond them.

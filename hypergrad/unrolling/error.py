@@ -17,7 +17,7 @@ Where an optimizer moves by signs, as Lion does, a twin takes those signs the ot
 `hypergrad._jaxpr.signs`. Where that separates the twins the estimate is inf, as it is at calls without twins.
 
 Where the path amplifies rounding by A, the derivative, which depends on the curvature of the path as well, amplifies it
-by A² with heavy tails, which three twins need not show. Hence the term in p², which is negligible where A is near 1.
+by A² with heavy tails, which a few twins need not show. Hence the term in p², which is negligible where A is near 1.
 
 A twin costs as much as the call itself, so twins run only at a state's first call, and a pair at every 32nd call. In
 between, the estimate is b · (s/b at the last twins), where b is what the growth of the adjoint and the
@@ -125,9 +125,10 @@ def with_twins(
     def body(carry: tuple[Array, T, PyTree, Spread]) -> tuple[Array, T, PyTree, Spread]:
         k, kept, before, spread = carry
         found = jax.tree.map(lambda x, y: x if _tree.is_key(y) else x.astype(y.dtype), run(k), kept)
-        grad, path = (_distance(x, y).astype(dtype) ** 2 for x, y in zip(seen(found), seen(kept), strict=True))
-        moved = _tree.sub(seen(found)[0], seen(kept)[0])
-        bend = _relative(_tree.add(moved, before), seen(kept)[0]).astype(dtype) ** 2
+        moved, walked = (_tree.sub(x, y) for x, y in zip(seen(found), seen(kept), strict=True))
+        at, end = seen(kept)
+        gaps = _relative(moved, at), _relative(walked, end), _relative(_tree.add(moved, before), at)
+        grad, path, bend = (gap.astype(dtype) ** 2 for gap in gaps)
         bend = jnp.where(k % 2 == 0, bend, 0)  # the second of a pair
         fresh = Spread(spread.count + 1, spread.grad + grad, spread.path + path, spread.bend + bend)
         return (k + 1, *_tree.where(k == 0, (found, before, spread), (kept, moved, fresh)))
@@ -170,8 +171,8 @@ def rounding(
         least: error that no twin sees.
         calm: distance between the ends of twins where nothing is amplified.
         trust: the `Trust` that the state carries.
-        signs: whether the optimizer moves by signs. It is then known for calls with twins alone, and only if no sign
-            that rounding could turn separated them.
+        signs: whether the optimizer moves by signs. The error is then known at calls with twins alone, and only if no
+            sign that rounding could turn separated them.
     """
     count = jnp.maximum(spread.count, 1)
     apart = jnp.sqrt(spread.grad / count)
@@ -179,8 +180,8 @@ def rounding(
     twins = factor * apart + _CURVED * spread.path / count / calm + least
     fresh, first = spread.count > 0, trust.calls == 0
     if signs:
-        turned = jnp.maximum(apart, jnp.sqrt(spread.path / count)) > _TURNED * calm
-        return jnp.where(fresh & ~turned, twins, jnp.inf), Trust(trust.calls + 1, trust.ratio)
+        together = jnp.maximum(apart, jnp.sqrt(spread.path / count)) <= _TURNED * calm  # not so for NaN
+        return jnp.where(fresh & together, twins, jnp.inf), Trust(trust.calls + 1, trust.ratio)
     bent = (spread.bend > _BENT**2 * 2 * spread.grad) & (apart > _SEEN)
     twins = jnp.where(bent, jnp.inf, twins)
     ratio = _tree.safe_divide(twins, predicted)
@@ -274,10 +275,6 @@ def _share(tail: Array, kept: Array) -> Array:
 
 def _ratio(x: Array, y: Array) -> Array:
     return _tree.safe_divide(x, y, otherwise=jnp.where(x > 0, jnp.inf, 0))
-
-
-def _distance(x: PyTree, y: PyTree) -> Array:
-    return _relative(_tree.sub(x, y), y)
 
 
 def _relative(gap: PyTree, y: PyTree) -> Array:

@@ -172,9 +172,7 @@ def test_twins_on_one_side_leave_nothing_known_until_the_next_pair():
 
 def test_what_twins_said_calibrates_the_calls_between_them():
     number, floor, calm = jnp.asarray(1.0), jnp.asarray(1e-6), jnp.asarray(1e-6)
-    spread = measured.Spread(
-        jnp.int32(4), jnp.asarray(0.1), jnp.asarray(0.0), jnp.asarray(0.0)
-    )  # .16 each: 1e-2 a unit
+    spread = measured.Spread(jnp.int32(4), jnp.asarray(0.1), *2 * [jnp.asarray(0.0)])  # .16 each: 1e-2 a unit
     first, trust = measured.rounding(spread, jnp.asarray(1e-4), floor, calm, measured.new_trust(number))
     assert 0.02 <= float(first) <= 0.1
     none = measured.Spread(jnp.int32(0), *3 * [jnp.asarray(0.0)])
