@@ -39,13 +39,12 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hypergrad import _tree
-from hypergrad._jaxpr.walk import evaluate
-from hypergrad._tree import PyTree, is_key
+from hypergrad._jaxpr.walk import rewritten
+from hypergrad._tree import PyTree
 
 
 def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
@@ -60,13 +59,7 @@ def differentiable(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     >>> print(jax.grad(norm)(jnp.zeros(2)), jax.grad(differentiable(norm))(jnp.zeros(2)))
     [nan nan] [0. 0.]
     """
-
-    def evaluated(*args: PyTree) -> PyTree:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        leaves = [x if is_key(x) else jnp.asarray(x) for x in jax.tree.leaves(args)]
-        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, leaves, _replace))
-
-    return evaluated
+    return rewritten(function, _replace)
 
 
 # `lax` rather than `jax.numpy` below: a network's update has hundreds of these operations, and each is traced.

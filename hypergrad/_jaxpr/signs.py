@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from hypergrad._jaxpr.walk import evaluate, inner_jaxpr, parts
-from hypergrad._tree import PyTree, is_key
+from hypergrad._jaxpr.walk import inner_jaxpr, parts, rewritten
+from hypergrad._tree import PyTree
 
 
 def takes_signs(function: Callable[..., PyTree], *args: PyTree) -> bool:
@@ -54,12 +54,7 @@ def doubted(function: Callable[..., PyTree], doubt: ArrayLike) -> Callable[..., 
             return None
         return [_other(inputs[0], doubt)]
 
-    def evaluated(*args: PyTree) -> PyTree:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        leaves = [x if is_key(x) else jnp.asarray(x) for x in jax.tree.leaves(args)]
-        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, leaves, replace))
-
-    return evaluated
+    return rewritten(function, replace)
 
 
 def _other(x: Array, doubt: ArrayLike) -> Array:

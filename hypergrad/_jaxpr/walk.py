@@ -12,8 +12,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from hypergrad._tree import is_key
 
 T = TypeVar("T")
 
@@ -123,6 +126,17 @@ def evaluate(program: Any, inputs: Sequence[Any], replace: Replace) -> list[Any]
         with eqn.ctx.manager:
             env.update(zip(eqn.outvars, _apply(eqn, [read(atom) for atom in eqn.invars], replace), strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def rewritten(function: Callable[..., Any], replace: Replace) -> Callable[..., Any]:
+    """The same function of pytrees, traced and run by `evaluate` with some of its operations replaced."""
+
+    def evaluated(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        leaves = [x if is_key(x) else jnp.asarray(x) for x in jax.tree.leaves(args)]
+        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, leaves, replace))
+
+    return evaluated
 
 
 def _apply(eqn: Any, inputs: list[Any], replace: Replace) -> Sequence[Any]:

@@ -45,9 +45,9 @@ from hypergrad.unrolling.step import (
     Record,
     Step,
     make_step,
+    moves_by_signs,
     moving,
     new_record,
-    takes_signs,
     training_status,
 )
 
@@ -235,7 +235,7 @@ def unrolled(
         floats = None if skip or warm_start else lambda h: _tree.partition(first_state(h))[0]
         finish = lambda end: _finish(outer, end, hparams)
 
-        signs = takes_signs(inner, start, hparams)
+        signs = moves_by_signs(inner, start, hparams)
 
         def run(twin: Array) -> _Pass:
             step = make_step(inner, call.objective, hparams, start, twin, signs)

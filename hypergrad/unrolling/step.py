@@ -28,8 +28,7 @@ from hypergrad._checks import check_same_structure
 from hypergrad._curvature import joint_product
 from hypergrad._jaxpr.semigradient import is_gradient, released
 from hypergrad._jaxpr.sensitivity import influence
-from hypergrad._jaxpr.signs import doubted
-from hypergrad._jaxpr.signs import takes_signs as _takes_signs
+from hypergrad._jaxpr.signs import doubted, takes_signs
 from hypergrad._problem import Objective
 from hypergrad._solver import Status, code, first_failure
 from hypergrad._tree import PyTree
@@ -142,9 +141,9 @@ def make_step(
     )
 
 
-def takes_signs(inner: Inner, start: Point, hparams: PyTree) -> bool:
+def moves_by_signs(inner: Inner, start: Point, hparams: PyTree) -> bool:
     """Whether the optimizer moves by the signs of numbers, as Lion does."""
-    return inner.update is not None and _takes_signs(inner.update, start.params, start.params, start.state, hparams)
+    return inner.update is not None and takes_signs(inner.update, start.params, start.params, start.state, hparams)
 
 
 def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
