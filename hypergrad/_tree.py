@@ -47,14 +47,23 @@ def max_abs(x: PyTree) -> Array:
 def norm(x: PyTree, unit: Array | None = None) -> Array:
     """Euclidean norm, a scalar.
 
-    Squares are summed in units of the largest entry, so that 1e-30 does not underflow and 1e30 does not overflow in
-    float32. Pass a size that is already known as `unit` to save a pass.
+    Where the sum of squares leaves the range of the dtype, or nearly so, squares are summed again in units of the
+    largest entry, so that 1e-30 does not underflow and 1e30 does not overflow in float32. Pass a size that is already
+    known as `unit` to sum in its units at once.
     """
-    peak = max_abs(x) if unit is None else unit
-    safe = positive(peak)
-    return peak * jnp.sqrt(
-        _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
-    )
+
+    def within(peak: Array) -> Array:
+        safe = positive(peak)
+        return peak * jnp.sqrt(
+            _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
+        )
+
+    if unit is not None:
+        return within(unit)
+    square = vdot(x, x)
+    least = size(x) * jnp.finfo(square.dtype).tiny / jnp.finfo(square.dtype).eps  # squares that vanish are rounding
+    held = (square >= least) & (square < jnp.inf)
+    return jax.lax.cond(held, lambda: jnp.sqrt(square), lambda: within(max_abs(x)))
 
 
 def positive(x: ArrayLike) -> Array:

@@ -39,6 +39,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -105,11 +106,23 @@ def _extremum(eqn: Any, inputs: Sequence[Any]) -> Array:
     return lax.select(beats(x, y), x, lax.select(beats(y, x), y, shared))
 
 
-def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
+def _guard(primitive: Any, params: dict[str, Any], *inputs: Any) -> Array:
     fixed = [lax.stop_gradient(x) for x in inputs]
-    ok = _OK[eqn.primitive.name](eqn.params, *fixed)
+    ok = _OK[primitive.name](params, *fixed)
     safe = [_select(ok, x, lax.full_like(x, 1)) if isinstance(x, Array) else x for x in inputs]
-    return lax.select(ok, eqn.primitive.bind(*safe, **eqn.params), eqn.primitive.bind(*fixed, **eqn.params))
+    return lax.select(ok, primitive.bind(*safe, **params), primitive.bind(*fixed, **params))
+
+
+@functools.cache
+def _traced_once(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
+    """Under a `jit` of its own: the update of a network has thousands of guarded operations, of a few shapes."""
+    return jax.jit(functools.partial(_guard, primitive, dict(params)))
+
+
+def _guarded(eqn: Any, inputs: Sequence[Any]) -> Array:
+    if all(isinstance(x, Array) for x in inputs):
+        return _traced_once(eqn.primitive, tuple(eqn.params.items()))(*inputs)
+    return _guard(eqn.primitive, eqn.params, *inputs)
 
 
 def _select(ok: Array, x: Array, y: Array) -> Array:

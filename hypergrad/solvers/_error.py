@@ -45,6 +45,7 @@ from jax.typing import ArrayLike
 
 from hypergrad import _tree
 from hypergrad._curvature import System
+from hypergrad._loops import once
 from hypergrad._solver import Status, code, first_failure, usable
 from hypergrad._tree import PyTree
 from hypergrad.inner._inner import Inner
@@ -228,14 +229,19 @@ def _look(
     low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
     apply = precondition or (lambda v: v)
     due = plausible & ((carried.age == 0) | (carried.age >= _AGE))
-    root = _root(precondition, residual)
-    signs = _tree.rademacher_like(key, residual)
-    random = signs if root is None else jax.tree.map(lambda s, r: (s * r).astype(s.dtype), signs, root)
-    start = _tree.add(_unit(random, apply), _unit(residual, apply))
+
+    def begin() -> PyTree:
+        root = _root(precondition, residual)
+        signs = _tree.rademacher_like(key, residual)
+        random = signs if root is None else jax.tree.map(lambda s, r: (s * r).astype(s.dtype), signs, root)
+        return _tree.add(_unit(random, apply), _unit(residual, apply))
+
+    none = _tree.zeros_like(residual)
     size = min(_STEPS, max(_tree.size(residual), 1) + 1)
     zero = jnp.zeros((), dtype)
     nothing = _Found(zero, zero, jnp.asarray(False), jnp.asarray(False))
-    first = _Process(start, _tree.zeros_like(start), jnp.zeros(size, dtype), nothing, jnp.int32(0), due)
+    start = jax.lax.cond(due, begin, lambda: none)
+    first = _Process(start, none, jnp.zeros(size, dtype), nothing, jnp.int32(0), due)
 
     def run(c: _Process) -> _Process:
         """Turns 0 and 2 look for flat directions, turns 1 and 3 add them up; 2 and 3 start from what was found."""
@@ -376,10 +382,47 @@ def _read(values: Array, vectors: Array, beta: Array, count: Array, noise: Array
     return _Found(low, high, settled, jnp.any(real & (values < -noise)))
 
 
+class _Sizes(NamedTuple):
+    """Scalars at the point; `unit`, `long` and `tall` are largest entries, in whose units norms are taken."""
+
+    unit: Array  # of ĝ and of the part that acts through w
+    long: Array  # of w
+    tall: Array  # of v̂
+    whole: Array  # s
+    through: Array  # ‖(∂²_{λw} h)ᵀv̂‖
+    length: Array  # ‖w‖
+    reach: Array  # ‖v̂‖
+    crosswise: Array  # norm of the flat direction; 0 if there is none
+    drift: Array  # how far the rounding error of F shifts ŵ along v̂, in units of v̂
+
+
+def _sizes(point: Point, flat: PyTree, dtype: Any) -> _Sizes:
+    eps = max(_tree.eps(point.params), _tree.eps(point.hparams))
+    unit = _tree.max_abs((point.grad, point.indirect))
+    long, tall = _tree.max_abs(point.params), _tree.max_abs(point.adjoint)
+    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)
+    through = norm(point.indirect, unit)
+    # F is a sum, so it is known no better than its terms are, here those along v̂.
+    parts = _total(point.indirect, point.hparams) + _total(point.rhs, point.params)
+    slope = jnp.abs(_tree.vdot(point.rhs, point.adjoint))
+    sizes = _Sizes(
+        unit=unit,
+        long=long,
+        tall=tall,
+        whole=jnp.maximum(norm(point.grad, unit), 1e-3 * (norm(point.direct, unit) + through)),
+        through=through,
+        length=norm(point.params, long),
+        reach=norm(point.adjoint, tall),
+        crosswise=norm(flat, None),
+        drift=jnp.where(slope > 0, eps * parts / _tree.positive(slope), 0),
+    )
+    return jax.tree.map(lambda x: x.astype(dtype), sizes)
+
+
 class _Stage(NamedTuple):
-    rhs: PyTree  # what is solved next, F and then r; in the end ε
-    step: PyTree  # δ
+    rhs: PyTree  # what is solved next, F and then r
     change: PyTree  # of the hypergradient
+    loose: Array  # ‖δ‖/‖w‖, and then ‖ε‖/40‖v̂‖ as well
     bent: Array
 
 
@@ -414,64 +457,58 @@ def _relative_error(
     dtype, eps = spectrum.low.dtype, max(_tree.eps(params), _tree.eps(hparams))
     short = _tree.eps(params) ** _ASIDE
     apply = precondition or (lambda v: v)
-    known = (spectrum.low > 0) & jnp.isfinite(unit := _tree.max_abs((point.grad, point.indirect)))
+    # Where nothing is known, neither these passes nor the product with H are made.
+    known = spectrum.low > 0
+    nothing = _Sizes(*[jnp.zeros((), dtype)] * len(_Sizes._fields))
+    sizes = jax.lax.cond(known, lambda: _sizes(point, flat, dtype), lambda: nothing)
+    here = once(known, lambda _: system.matvec(v), v) if point.product is None else point.product
+    known = known & jnp.isfinite(sizes.unit)
     low = jnp.where(known, spectrum.low, 1)
     wide = spectrum.high / low * _tree.eps(params)
     shared = jnp.maximum(jnp.minimum(wide, _COMMON), jnp.minimum(1, _SHARED * wide) * wide) / 20
-    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)  # two units instead of a pass for each norm
-    long, tall = _tree.max_abs(params), _tree.max_abs(v)
-    through = norm(point.indirect, unit)
-    size = jnp.maximum(norm(point.grad, unit), 1e-3 * (norm(point.direct, unit) + through))
-    length, reach = norm(params, long), norm(v, tall)
-    crosswise = norm(flat, None)
-    aside = crosswise > 0
-    shift = _tree.scale(jnp.where(aside, short * length / _tree.positive(crosswise), 0), flat)
-    # F is a sum, so it is known no better than its terms are: the rounding error of the terms along v̂ shifts ŵ along
-    # v̂.
-    parts = _total(point.indirect, hparams) + _total(point.rhs, params)
-    slope = jnp.abs(_tree.vdot(point.rhs, v))
-    shift = _tree.axpy(jnp.where(slope > 0, eps * parts / _tree.positive(slope), 0), v, shift)
+    aside = sizes.crosswise > 0
+    across = 1 / _tree.positive(sizes.crosswise)
+    sidestep = jnp.where(aside, short * sizes.length * across, 0)
+    norm = lambda x, unit: _tree.norm(x, unit).astype(dtype)
 
     def solve(b: PyTree, steps: Array) -> PyTree:
         if inverse is not None:
             return inverse(b)
         return _inverse(system.matvec, apply, b, low, steps)
 
-    here = system.matvec(v) if point.product is None else point.product
-
     def attempt(c: tuple[Array, Array]) -> tuple[Array, Array]:
         turn, _ = c
         steps = jnp.asarray((0, *_REFINE), jnp.int32)[turn]
-        gap = _tree.sub(point.rhs, here)
 
         def compare(c: _Stage, x: PyTree) -> _Stage:
             """δ, and r from the second point."""
+            shift = _tree.axpy(sizes.drift, v, _tree.scale(sidestep, flat))
             moved = _tree.axpy(-_SAFETY, _tree.add(x, shift), params)
             product, indirect = pull(moved, v)
             rhs, direct = jax.grad(outer, argnums=(0, 1), has_aux=True)(moved, hparams)[0]
+            gap = _tree.sub(point.rhs, here)
             r = _tree.axpy(_SAFETY - 1, gap, _tree.sub(rhs, product))
             change = jax.tree.map(lambda g, d, i: g - (d - i.astype(d.dtype)), point.grad, direct, indirect)
             bend = jnp.abs(_tree.vdot(v, _tree.sub(product, here)))
-            return _Stage(r, x, change, bend > 0.5 * jnp.abs(_tree.vdot(v, here)))
+            loose = norm(x, sizes.long) / _tree.positive(sizes.length)
+            return _Stage(r, change, loose, bend > 0.5 * jnp.abs(_tree.vdot(v, here)))
 
         def conclude(c: _Stage, x: PyTree) -> _Stage:
             """ε, and the change of the hypergradient that it causes."""
-            turned = _tree.axpy(jnp.where(aside, reach / _tree.positive(crosswise), 0), flat, x)
+            turned = _tree.axpy(jnp.where(aside, sizes.reach * across, 0), flat, x)
             change = jax.tree.map(lambda c, j: c + j.astype(c.dtype), c.change, system.cross(turned))
-            return _Stage(x, c.step, change, c.bent)
+            loose = c.loose + norm(x, sizes.tall) / (10 * _SAFETY * _tree.positive(sizes.reach))
+            return c._replace(change=change, loose=loose)
 
         def stage(i: Array, c: _Stage) -> _Stage:
             return jax.lax.cond(i == 0, compare, conclude, c, solve(c.rhs, steps))
 
-        zero = _tree.zeros_like(params)
-        start = _Stage(system.residual, zero, _tree.zeros_like(point.grad), jnp.asarray(False))
-        adjoint, step, change, bent = jax.lax.fori_loop(0, 2, stage, start)
-        first = norm(change, unit) / (_SAFETY * _tree.positive(size))
+        start = _Stage(system.residual, _tree.zeros_like(point.grad), jnp.zeros((), dtype), jnp.asarray(False))
+        end: _Stage = jax.lax.fori_loop(0, 2, stage, start)
+        first = norm(end.change, sizes.unit) / (_SAFETY * _tree.positive(sizes.whole))
         first = jnp.where(aside, first / short, first)
-        loose = norm(step, long) / _tree.positive(length)
-        loose += norm(adjoint, tall) / (10 * _SAFETY * _tree.positive(reach)) + shared
-        a = first + loose * through / _tree.positive(size)
-        return turn + 1, jnp.where(bent | jnp.isnan(a), jnp.inf, a)
+        a = first + (end.loose + shared) * sizes.through / _tree.positive(sizes.whole)
+        return turn + 1, jnp.where(end.bent | jnp.isnan(a), jnp.inf, a)
 
     def proceed(c: tuple[Array, Array]) -> Array:
         turn, a = c
@@ -480,7 +517,7 @@ def _relative_error(
 
     _, a = jax.lax.while_loop(proceed, attempt, (jnp.int32(0), jnp.asarray(jnp.inf, dtype)))
     found = jnp.where(a < 0.8, _SAFETY * a / (1 - jnp.minimum(a, 0.8)), 5 * _SAFETY * a) + eps
-    return jnp.where((size > 0) | (a == 0), found, jnp.inf)
+    return jnp.where((sizes.whole > 0) | (a == 0), found, jnp.inf)
 
 
 def _inverse(matvec: Matvec, apply: Matvec, b: PyTree, low: Array, steps: Array) -> PyTree:

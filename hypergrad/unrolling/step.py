@@ -157,15 +157,16 @@ def _off(params: PyTree, twin: Any, t: Any) -> PyTree:
     pair = (jnp.uint32(twin) + 1) // 2
     seed = jnp.uint32(t) * jnp.uint32(2654435761) + pair * jnp.uint32(0x9E3779B1)
     size = jnp.where(twin == 0, 0, jnp.where(jnp.uint32(twin) % 2 == 1, _ULPS, -_ULPS))
+    return jax.tree.map(lambda leaf: _leaf_off(leaf, seed, size), params)
 
-    def off(leaf: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(leaf)).astype(jnp.float32), jnp.uint32)
-        bits = (bits ^ seed) * jnp.uint32(0x846CA68B)
-        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
-        sign = jnp.where(bits >> 31, -size, size).astype(leaf.dtype)
-        return leaf * (1 + jnp.finfo(leaf.dtype).eps * sign)
 
-    return jax.tree.map(off, params)
+@jax.jit  # traced once for all leaves of a shape
+def _leaf_off(leaf: Array, seed: Array, size: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(jnp.abs(leaf)).astype(jnp.float32), jnp.uint32)
+    bits = (bits ^ seed) * jnp.uint32(0x846CA68B)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x9E3779B1)
+    sign = jnp.where(bits >> 31, -size, size).astype(leaf.dtype)
+    return leaf * (1 + jnp.finfo(leaf.dtype).eps * sign)
 
 
 class _Rule(NamedTuple):
