@@ -5,7 +5,7 @@
 - It works with the hyperparameters, the data or the hypergradient of an earlier call: call it once more, at a
   neighbouring point and with a few rows replaced.
 
-Cost: one or two solutions of the problem each.
+Cost: one to three solutions of the problem each.
 """
 
 from __future__ import annotations
@@ -79,8 +79,24 @@ def solve_again(
         far = _distance(again, found) > _LEFT * _distance(start, found)
         # The parameters also leave a minimum with a flat direction, but without changing the values measured there.
         significant = change > noise + 1e-6 * (abs(center.settled) + abs(solution.settled))
-        return Again("left" if far and significant else "back", start, solution)
+        left = far and significant and not _goes_on(solve, solver, problem, hparams, at, found, again)
+        return Again("left" if left else "back", start, solution)
     return Again("unknown", problem.params, None)
+
+
+def _goes_on(
+    solve: Callable[..., tuple[Solution, Any]],
+    solver: Any,
+    problem: Setting,
+    hparams: PyTree,
+    at: np.ndarray,
+    found: PyTree,
+    again: PyTree,
+) -> bool:
+    """Whether the solver leaves the solution from the solution itself, as a number of training steps does."""
+    unmoved = jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)) if is_float(x) else y, found, problem.params)
+    state = solve(at, params=unmoved)[1]
+    return _distance(solver.response(state, hparams), found) > _distance(again, found) / 2
 
 
 def unused_data(

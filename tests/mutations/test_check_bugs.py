@@ -45,6 +45,11 @@ def test_the_same_program_without_a_bug_is_confirmed(ridge):
     assert case.check(make(None)).ok and case.check(make(None, bare=True)).ok
 
 
+def test_a_bare_solver_that_trains_on_from_where_it_ended_is_at_no_saddle():
+    (case,) = (case for case in cases() if case.name == "trained")
+    assert case.check(planted(case, ())(None, bare=True)).ok
+
+
 @pytest.mark.table
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_planted_bug_is_refused(name):
