@@ -28,6 +28,7 @@ from hypergrad.outer.lbfgs import lbfgs
 
 _LIMIT = 46.0  # of a logarithm: strengths between 1e-20 and 1e20
 _STALLED = 6  # outer steps in a row without a gain, after which tuning has converged
+_RESOLVED = 0.1  # share of √tol to which the logarithm of a logistic penalty is rounded
 _NEWTON = 60  # largest number of Newton steps of a logistic fit
 _SWEEPS = 2000  # largest number of sweeps of coordinate descent
 _INTERCEPT = 1e-11  # curvature of a logistic intercept, as a share of the rows: a class may be missing in a fold
@@ -324,6 +325,10 @@ def program(kind: str, intercept: bool) -> Callable[[Data, Array, Array, Array],
         _, values = jax.lax.scan(first, coef, grid)
         start = grid[jnp.argmin(values)]
         slope = jax.value_and_grad(evaluate, has_aux=True)
+        # The loss resolves no steps far below √tol. Intercepts have next to no curvature, so that what two machines, or
+        # weights and repeated rows, round differently would grow from step to step.
+        unit = jnp.maximum(_RESOLVED * jnp.sqrt(tol), jnp.finfo(start.dtype).eps)
+        resolved = (lambda log: jnp.round(log / unit) * unit) if kind == "logistic" else (lambda log: log)
 
         def step(c: _Carry) -> _Carry:
             (value, fits), grad = slope(c.trial, c.fits.coef)
@@ -337,7 +342,7 @@ def program(kind: str, intercept: bool) -> Callable[[Data, Array, Array, Array],
             best = jax.tree.map(lambda x, y: jnp.where(better, x, y), here, c.best)
             flat = ok & (jnp.max(jnp.abs(grad)) <= 1e-3 * tol * jnp.abs(value))
             return _Carry(
-                choose(moved, refused),
+                resolved(choose(moved, refused)),
                 choose(learned, held),
                 choose(fits, c.fits),
                 best._replace(steps=c.steps + 1, converged=(idle >= _STALLED) | flat),
