@@ -18,6 +18,7 @@ import tasks
 import timing
 from byhand import make_step
 from report import Check, Setting, result
+from unroll import plain
 
 import hypergrad as hg
 
@@ -233,7 +234,7 @@ def v8(setting: Setting) -> dict[str, Any]:
         for size, shape in ({"S": (n, d)} if setting.smoke else {"S": tasks.SIZES["S"], "M": tasks.SIZES["M"]}).items()
     }
     layers, many = (2, 2) if setting.smoke else (10, 100)
-    network = _leaves(layers, 1)
+    network, transformer = _leaves(layers, 1), _transformer(setting)
     checks = [
         Check(f"compilations over {steps} outer steps", float(len(counts)), "<=", 1),
         Check(
@@ -248,6 +249,12 @@ def v8(setting: Setting) -> dict[str, Any]:
             "<=",
             15,
         ),
+        Check(
+            "transformer: first call of unrolled / of jax.grad of a scan",
+            transformer["hypergrad"] / transformer["jax.grad of a scan"],
+            "<=",
+            1.5,
+        ),
         Check(f"{2 * many} leaves: trace and lower implicit, s", _lowered(many), "<=", 4),
     ]
     checks += [
@@ -260,6 +267,7 @@ def v8(setting: Setting) -> dict[str, Any]:
             "compilations": len(counts),
             "entries in the cache of jit": step._cache_size(),
             "first compile, s": first,
+            "first call of a transformer, s": transformer,
         },
     )
 
@@ -310,6 +318,27 @@ def _leaves(layers: int, repeats: int) -> dict[str, float]:
     }
     builders["one gradient"] = lambda: (jax.jit(jax.grad(lambda w, h: problem.inner_loss(w, h, x))), (params, h))
     return _compiled(builders, repeats)
+
+
+def _transformer(setting: Setting) -> dict[str, float]:
+    """Seconds until the first hypergradient of twenty Adam steps of a transformer of 17,664 parameters is there."""
+    shape = {"layers": 1, "width": 16, "length": 8} if setting.smoke else {"layers": 2, "width": 24, "length": 32}
+    make, params, hparams, train, valid = tasks.transformer(seed=setting.seed, **shape)
+    train, valid = jax.tree.map(jnp.asarray, (train, valid))
+    optimizer, steps = optax.adam(1e-3, eps_root=1e-8), 2 if setting.smoke else 20
+    solver = hg.unrolled(make(), inner=hg.inner.gradient(optimizer, steps=steps), mode="reverse")
+    builders = {
+        "hypergrad": lambda: (jax.jit(solver.hypergrad), (solver.init(params, hparams), hparams, train, valid)),
+        "jax.grad of a scan": lambda: (jax.jit(plain(make(), optimizer, steps)), (hparams, params, train, valid)),
+    }
+    found = {}
+    for name, build in builders.items():
+        jax.clear_caches()
+        call, args = build()
+        begin = timing.now()
+        jax.block_until_ready(call(*args))
+        found[name] = timing.now() - begin
+    return found
 
 
 def _lowered(layers: int) -> float:

@@ -37,6 +37,7 @@ import jax  # noqa: E402
 # Before anything is compiled: time to compile is measured, and a cache would hide it. A smoke run measures nothing.
 jax.config.update("jax_enable_compilation_cache", "--smoke" in sys.argv)
 
+import growth  # noqa: E402
 import implicit  # noqa: E402
 import loop  # noqa: E402
 import peers  # noqa: E402
@@ -54,7 +55,9 @@ BARS = {
     "V7": loop.v7,
     "V8": loop.v8,
     "V9": implicit.v9,
+    "V10": growth.v10,
     "V11": unroll.v11,
+    "V13": growth.v13,
 }
 
 
