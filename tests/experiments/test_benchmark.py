@@ -12,7 +12,7 @@ import pytest
 from tests._scripts import run_script
 
 RUN = Path(__file__).parents[2] / "experiments" / "benchmark" / "run.py"
-BARS = ["V1", "V2", "V3", "V4", "V5", "V6", "V7", "V8", "V9", "V11"]
+BARS = ["V1", "V2", "V3", "V4", "V5", "V6", "V7", "V8", "V9", "V10", "V11", "V13"]
 pytestmark = pytest.mark.experiment
 NEEDED = {"V1": "jaxopt", "V2": "jaxopt", "V7": "optuna"}  # without which a bar cannot be judged
 
