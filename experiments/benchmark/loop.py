@@ -322,7 +322,11 @@ def _leaves(layers: int, repeats: int) -> dict[str, float]:
 
 def _transformer(setting: Setting) -> dict[str, float]:
     """Seconds until the first hypergradient of twenty Adam steps of a transformer of 17,664 parameters is there."""
-    shape = {"layers": 1, "width": 8, "heads": 1, "length": 4} if setting.smoke else {"layers": 2, "width": 24, "length": 32}
+    shape = (
+        {"layers": 1, "width": 8, "heads": 1, "length": 4}
+        if setting.smoke
+        else {"layers": 2, "width": 24, "length": 32}
+    )
     make, params, hparams, train, valid = tasks.transformer(seed=setting.seed, **shape)
     train, valid = jax.tree.map(jnp.asarray, (train, valid))
     optimizer, steps = (optax.sgd(1e-3), 2) if setting.smoke else (optax.adam(1e-3, eps_root=1e-8), 20)

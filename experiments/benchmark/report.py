@@ -76,17 +76,26 @@ def rounded(value: Any) -> Any:
 
 
 def keep(found: dict[str, Any], command: str, machine: str, folder: Path) -> None:
-    """Write the figures into `expected.json`, and the table of the page between its markers."""
-    table = [f"`{command}`, on {machine}:", "", "| bar | what | measured | asked | met |", "|---|---|---:|---|---|"]
+    """Write the figures into `expected.json`, and the table of the page between its markers.
+
+    Bars that were not measured this time keep their figures and the command that they are from.
+    """
+    page, file = folder / "README.md", folder / "expected.json"
+    bars = json.loads(file.read_text())["bars"] if file.exists() else {}
+    bars |= {name: bar | {"command": command, "machine": machine} for name, bar in rounded(found).items()}
+    bars = dict(sorted(bars.items(), key=lambda item: int(item[0].removeprefix("V"))))
+    runs: dict[tuple[str, str], list[str]] = {}
+    for name, bar in bars.items():
+        runs.setdefault((bar["command"], bar["machine"]), []).append(name)
+    table = [f"{', '.join(names)}: `{command}`, on {machine}.\n" for (command, machine), names in runs.items()]
+    table += ["| bar | what | measured | asked | met |", "|---|---|---:|---|---|"]
     word = {True: "yes", False: "**no**", None: "not measured"}
-    for name, bar in rounded(found).items():
+    for name, bar in bars.items():
         for c in bar["checks"]:
             value = "-" if c["measured"] is None else f"{c['measured']:.3g}"
             sign = "≥" if c["sense"] == ">=" else "≤"
             table.append(f"| {name} | {c['what']} | {value} | {sign} {c['bar']:g} | {word[c['met']]} |")
-    page = folder / "README.md"
     head, _, rest = page.read_text().partition("<!-- measured -->\n")
     tail = rest.partition("<!-- /measured -->")[2]
     page.write_text(f"{head}<!-- measured -->\n" + "\n".join(table) + f"\n<!-- /measured -->{tail}")
-    kept = {"command": command, "machine": machine, "bars": rounded(found)}
-    (folder / "expected.json").write_text(json.dumps(kept, indent=1) + "\n")
+    file.write_text(json.dumps({"bars": bars}, indent=1) + "\n")

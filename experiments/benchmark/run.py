@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> dict:
     unknown = [name for name in chosen if name not in BARS]
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; the bars are {', '.join(BARS)}")
-    if options.keep and (options.smoke or options.only):
-        parser.error("argument --keep: only the figures of a whole run mean something")
+    if options.keep and options.smoke:
+        parser.error("argument --keep: the figures of a smoke run mean nothing")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchopt")
     timing.CLOCK[0] = options.clock
 
@@ -119,7 +119,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def _command(options: argparse.Namespace) -> str:
     clock = "" if options.clock == "wall" else f" --clock {options.clock}"
-    return f"python experiments/benchmark/run.py --seed {options.seed}{' --large' * options.large}{clock} --keep"
+    only = f" --only {options.only}" if options.only else ""
+    return f"python experiments/benchmark/run.py --seed {options.seed}{' --large' * options.large}{only}{clock} --keep"
 
 
 if __name__ == "__main__":
