@@ -47,22 +47,23 @@ def max_abs(x: PyTree) -> Array:
 def norm(x: PyTree, unit: Array | None = None) -> Array:
     """Euclidean norm, a scalar.
 
-    Where the sum of squares leaves the range of the dtype, or nearly so, squares are summed again in units of the
-    largest entry, so that 1e-30 does not underflow and 1e30 does not overflow in float32. Pass a size that is already
-    known as `unit` to sum in its units at once.
+    Where the sum of squares leaves the range of the dtype, or comes near its end, squares are summed again in units
+    close to the largest entry, so that 1e-30 does not underflow and 1e30 does not overflow in float32. Units are powers
+    of two, which round nothing: scaling by one changes no bit. Pass a size that is already known as `unit` to sum in
+    its units at once.
     """
 
     def within(peak: Array) -> Array:
-        safe = positive(peak)
-        return peak * jnp.sqrt(
-            _total([jnp.sum((_accumulator(a) / safe.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
+        unit = positive(jax.lax.reduce_precision(0.5 * peak, jnp.finfo(peak.dtype).nexp, 0))
+        return unit * jnp.sqrt(
+            _total([jnp.sum((_accumulator(a) / unit.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
         )
 
     if unit is not None:
         return within(unit)
     square = vdot(x, x)
-    least = size(x) * jnp.finfo(square.dtype).tiny / jnp.finfo(square.dtype).eps  # squares that vanish are rounding
-    held = (square >= least) & (square < jnp.inf)
+    limits = jnp.finfo(square.dtype)
+    held = (square >= size(x) * limits.tiny / limits.eps**2) & (square < jnp.inf)  # what vanishes is below rounding
     return jax.lax.cond(held, lambda: jnp.sqrt(square), lambda: within(max_abs(x)))
 
 

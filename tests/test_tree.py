@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hypergrad import _tree
 
@@ -23,6 +24,21 @@ def test_norms_neither_underflow_nor_overflow():
     for size in (1e-30, 1e30):
         x = {"a": jnp.full(2, size, jnp.float32), "b": [jnp.full(2, -size, jnp.float32)]}
         np.testing.assert_allclose(float(_tree.norm(x)), 2 * size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-110, -60, -45, -30, 20, 45, 60, 110])
+def test_scaling_by_a_power_of_two_changes_no_bit_of_a_norm(exponent):
+    x = {"a": jnp.asarray([3.0, -0.1, 0.7], jnp.float32), "b": jnp.asarray(1.3e-3, jnp.float32)}
+    scaled = jax.tree.map(lambda leaf: leaf * jnp.float32(2.0**exponent), x)
+    assert float(_tree.norm(scaled)) == float(_tree.norm(x)) * 2.0**exponent
+
+
+def test_the_norm_of_entries_next_to_the_largest_number_is_finite():
+    x = jnp.full(2, 0.6 * jnp.finfo(jnp.float32).max, jnp.float32)
+    np.testing.assert_allclose(float(_tree.norm(x)), 2**0.5 * float(x[0]), rtol=1e-6)
+    assert np.isnan(float(_tree.norm(x.at[0].set(jnp.nan)))) and not np.isfinite(
+        float(_tree.norm(x.at[0].set(jnp.inf)))
+    )
 
 
 def test_each_leaf_keeps_its_dtype():

@@ -144,16 +144,18 @@ def make_step(
 
         value, rhs = jax.value_and_grad(outer_loss)(w, hparams, valid)
         v, count, low = _cg(product, rhs, inverse, tol / 2, state.v)
-        both = lambda v: jax.jvp(lambda w: jax.grad(inner_loss, argnums=(0, 1))(w, hparams, train), (w,), (v,))[1]
-        av, cross = both(v)
+        at = lambda w, v: jax.jvp(lambda w: jax.grad(inner_loss, argnums=(0, 1))(w, hparams, train), (w,), (v,))[1]
+        av, cross = at(w, v)
         gap = rhs - av
 
-        rough = lambda r: inverse * r / low
-        rhs_change = jax.jvp(lambda w: jax.grad(outer_loss)(w, hparams, valid), (w,), (rough(residual),))[1]
-        change = both(rough(gap - rhs_change))[1]
-        estimate = 4 * (
-            jnp.linalg.norm(change) / jnp.linalg.norm(cross) + jnp.linalg.norm(rough(residual)) / jnp.linalg.norm(w)
-        )
+        # The library's estimate of the error: a second point, four times as far off as the optimum.
+        norm, delta = jnp.linalg.norm, inverse * residual / low
+        moved_product, moved_cross = at(w - 4 * delta, v)
+        r = jax.grad(outer_loss)(w - 4 * delta, hparams, valid) - moved_product + 3 * gap
+        epsilon = inverse * r / low
+        change = norm(moved_cross - cross + at(w, epsilon)[1]) / (4 * norm(cross))
+        share = change + norm(delta) / norm(w) + norm(epsilon) / (40 * norm(v))
+        estimate = 4 * share / (1 - share)
         updates, opt = optimizer.update(-cross, state.opt, hparams)
         state = State(w, v, jnp.maximum(size, 0.1 * scale), optax.apply_updates(hparams, updates), opt, pairs)
         return state, {

@@ -215,7 +215,7 @@ class PlantedState(NamedTuple):
 def planted(case: Case, bugs: Sequence[str] = BUGS) -> Callable[..., Solver]:
     """`(bug, bare=False) -> Solver`: one program for all these bugs of a case."""
     right, problem = case.solver, case.problem
-    evaluate_right = evaluation(right)
+    evaluate_right, init_right = evaluation(right), jax.jit(right.init)  # a check begins some fifty times
     changes = [name for name in bugs if name in GRADIENTS]
     names = [*changes, *INPUTS]
 
@@ -298,7 +298,7 @@ def planted(case: Case, bugs: Sequence[str] = BUGS) -> Callable[..., Solver]:
         number = RIGHT if bug is None else names.index(bug)
 
         def init(params: PyTree, hparams: PyTree, *, key: Any = None, model_state: PyTree = None) -> PlantedState:
-            inner = right.init(params, hparams, key=key, model_state=model_state)
+            inner = init_right(params, hparams, key=key, model_state=model_state)
             h = jax.tree.map(jnp.asarray, hparams)
             return PlantedState(jnp.int32(number), inner, inner.options, params, h)
 

@@ -415,8 +415,8 @@ def test_with_optax_there_is_nothing_to_accept_or_take_back():
         )
         assert (loop.accepted is None) == (not isinstance(outer, Controller))
     plain, controlled = selects.values()
-    # Two for the status, one for the point (sgd has no state), four for the best, and one in a norm.
-    assert plain == 8 < controlled
+    # Two for the status, one for the point (sgd has no state), and four for the best.
+    assert plain == 7 < controlled
 
 
 @pytest.mark.parametrize(
