@@ -54,9 +54,9 @@ def norm(x: PyTree, unit: Array | None = None) -> Array:
     """
 
     def within(peak: Array) -> Array:
-        unit = positive(jax.lax.reduce_precision(0.5 * peak, jnp.finfo(peak.dtype).nexp, 0))
-        return unit * jnp.sqrt(
-            _total([jnp.sum((_accumulator(a) / unit.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
+        power = positive(jax.lax.reduce_precision(0.5 * peak, jnp.finfo(peak.dtype).nexp, 0))
+        return power * jnp.sqrt(
+            _total([jnp.sum((_accumulator(a) / power.astype(_accumulator(a).dtype)) ** 2) for a in jax.tree.leaves(x)])
         )
 
     if unit is not None:

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import hypergrad as hg
+from hypergrad._jaxpr.walk import inner_jaxpr, parts
 from hypergrad._solver import evaluation
 
 PyTree = Any
@@ -130,3 +131,11 @@ def keyed(solver: hg.Solver) -> hg.Solver:
         return evaluate(state, hparams, train, valid, key=jax.random.key(1) if key is None else key)
 
     return hg.Solver(init, hypergrad, solver.response, evaluate, solver.about)
+
+
+def count(program: Any, primitive: str, *, except_in: tuple[str, ...] = ()) -> int:
+    """How often an operation stands in a program, nested ones included, except those inside the operations named."""
+    eqns = inner_jaxpr(program).eqns
+    inside = [part for eqn in eqns if eqn.primitive.name not in except_in for part in parts(eqn)]
+    here = sum(eqn.primitive.name == primitive for eqn in eqns)
+    return here + sum(count(part, primitive, except_in=except_in) for part in inside)

@@ -79,24 +79,14 @@ def solve_again(
         far = _distance(again, found) > _LEFT * _distance(start, found)
         # The parameters also leave a minimum with a flat direction, but without changing the values measured there.
         significant = change > noise + 1e-6 * (abs(center.settled) + abs(solution.settled))
-        left = far and significant and not _goes_on(solve, solver, problem, hparams, at, found, again)
-        return Again("left" if left else "back", start, solution)
+        if not (far and significant):
+            return Again("back", start, solution)
+        # A solver that takes a number of training steps leaves the solution from the solution itself.
+        unmoved = jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)) if is_float(x) else y, found, start)
+        onward = solver.response(solve(at, params=unmoved)[1], hparams)
+        trains_on = _distance(onward, found) > _distance(again, found) / 2
+        return Again("back" if trains_on else "left", start, solution)
     return Again("unknown", problem.params, None)
-
-
-def _goes_on(
-    solve: Callable[..., tuple[Solution, Any]],
-    solver: Any,
-    problem: Setting,
-    hparams: PyTree,
-    at: np.ndarray,
-    found: PyTree,
-    again: PyTree,
-) -> bool:
-    """Whether the solver leaves the solution from the solution itself, as a number of training steps does."""
-    unmoved = jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)) if is_float(x) else y, found, problem.params)
-    state = solve(at, params=unmoved)[1]
-    return _distance(solver.response(state, hparams), found) > _distance(again, found) / 2
 
 
 def unused_data(

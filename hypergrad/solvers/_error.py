@@ -30,8 +30,8 @@ leaves the optimum by t²‖w‖/2, so that the share t is eps^⅖: 5e-7 in floa
 
 Source: the first-order analysis is that of Pedregosa 2016, arXiv:1602.02355. Cost: at a warm call two products with H,
 one with ∂²_{λw} h, and a gradient of the outer loss, and where the estimate is not small those again with 24 products
-more; at a first call at most 24 products, and where the estimate is not small 96. Between those calls nothing is
-computed where no eigenvalue is known. Memory O(|w|).
+more; at a first call at most 24 products, and where the estimate is not small 96. A warm call that knows no eigenvalue
+makes none of these. Memory O(|w|).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from hypergrad._solver import About, InputError, InputTypeError, Solver, Status
 from hypergrad.domains import to_unconstrained
 from hypergrad.outer import Controller, TuneStatus, set_options
 from hypergrad.outer._step import make_advance, start
-from tests._helpers import assert_trees_equal, tol
+from tests._helpers import assert_trees_equal, count, tol
 from tests.outer._controllers import backtracking, every_second, failing, recording
 from tests.outer._ridge import START, TRAIN, VALID, counted, info, optimum, ridge, run
 from tests.outer.test_tune import nan_at
@@ -399,11 +399,6 @@ def test_a_controller_that_compares_refuses_data_that_change(wrap, name):
 # With optax nothing of this is compiled.
 
 
-def count(jaxpr, primitive):
-    inner = [part for eqn in jaxpr.eqns for part in eqn.params.values() if hasattr(part, "eqns")]
-    return sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns) + sum(count(part, primitive) for part in inner)
-
-
 def test_with_optax_there_is_nothing_to_accept_or_take_back():
     solver, free = ridge(), {"l2": jnp.asarray(0.5)}
     state = solver.init(START, free)
@@ -415,8 +410,8 @@ def test_with_optax_there_is_nothing_to_accept_or_take_back():
         )
         assert (loop.accepted is None) == (not isinstance(outer, Controller))
     plain, controlled = selects.values()
-    # Two for the status, one for the point (sgd has no state), and four for the best.
-    assert plain == 7 < controlled
+    # Two for the status, one for the point (sgd has no state), four for the best, and one in a norm.
+    assert plain == 8 < controlled
 
 
 @pytest.mark.parametrize(
